@@ -1,0 +1,155 @@
+#include "kernels/backend.h"
+
+#include "kernels/cpu/cpu_backend.h"
+
+namespace innerq {
+namespace {
+
+std::string Describe(DType dtype, const Shape& shape) {
+  return DTypeName(dtype) + shape.ToString();
+}
+
+// Requires a view of F32 with exactly this shape.
+void CheckF32(const char* op, const char* name, const ConstTensorView& view, const Shape& shape) {
+  CHECK(view.dtype == DType::kF32 && view.shape == shape && (view.data || !shape.num_elements()),
+        std::string(op) + "." + name + ": expected " + Describe(DType::kF32, shape) + ", got " +
+            Describe(view.dtype, view.shape));
+}
+
+int64_t Rows(const ConstTensorView& view) { return view.shape[0]; }
+int64_t Cols(const ConstTensorView& view) { return view.shape[1]; }
+
+// Slices must cover rows [0, rows) in order and hold a page for every position.
+void CheckSlices(const char* op, std::span<const SequenceSlice> slices, int64_t rows,
+                 int64_t page_tokens) {
+  int64_t next = 0;
+  for (const SequenceSlice& slice : slices) {
+    CHECK(slice.row_begin == next && slice.num_rows > 0 && slice.first_position >= 0,
+          std::string(op) + ": slices must be consecutive and not empty");
+    const int64_t last = slice.first_position + slice.num_rows - 1;
+    CHECK(static_cast<int64_t>(slice.pages.size()) > last / page_tokens,
+          std::string(op) + ": page table too short");
+    next += slice.num_rows;
+  }
+  CHECK(next == rows, std::string(op) + ": slices must cover all rows");
+}
+
+}  // namespace
+
+void Backend::Embed(const EmbedArgs& args) {
+  const int64_t rows = static_cast<int64_t>(args.token_ids.size());
+  CHECK(args.table.shape.rank() == 2 &&
+            (args.table.dtype == DType::kF32 || args.table.dtype == DType::kF16 ||
+             args.table.dtype == DType::kBF16),
+        "Embed.table: expected a floating-point matrix");
+  CheckF32("Embed", "out", args.out, Shape{rows, Cols(args.table)});
+  for (const int32_t id : args.token_ids) {
+    CHECK(id >= 0 && id < Rows(args.table), "Embed: token id outside the vocabulary");
+  }
+  if (rows > 0) DoEmbed(args);
+}
+
+void Backend::RmsNorm(const RmsNormArgs& args) {
+  CHECK(args.x.shape.rank() == 2, "RmsNorm.x: expected a matrix");
+  CheckF32("RmsNorm", "x", args.x, args.x.shape);
+  CheckF32("RmsNorm", "weight", args.weight, Shape{Cols(args.x)});
+  CheckF32("RmsNorm", "out", args.out, args.x.shape);
+  if (Rows(args.x) > 0) DoRmsNorm(args);
+}
+
+void Backend::MatMul(const MatMulArgs& args) {
+  CHECK(args.weight != nullptr && args.x.shape.rank() == 2,
+        "MatMul: expected a matrix and a weight");
+  CheckF32("MatMul", "x", args.x, Shape{Rows(args.x), args.weight->cols});
+  CheckF32("MatMul", "out", args.out, Shape{Rows(args.x), args.weight->rows});
+  if (Rows(args.x) > 0) DoMatMul(args);
+}
+
+void Backend::RopeTable(const RopeTableArgs& args) {
+  const Shape shape{static_cast<int64_t>(args.positions.size()),
+                    static_cast<int64_t>(args.inverse_frequency.size())};
+  CheckF32("RopeTable", "cos", args.cos, shape);
+  CheckF32("RopeTable", "sin", args.sin, shape);
+  if (shape[0] > 0) DoRopeTable(args);
+}
+
+void Backend::RopeAppend(const RopeAppendArgs& args) {
+  CHECK(args.qkv.shape.rank() == 2 && args.q.shape.rank() == 2 && args.kv.layout != nullptr,
+        "RopeAppend: expected matrices and a cache layer");
+  const KvLayerLayout& layout = *args.kv.layout;
+  const int64_t rows = Rows(args.qkv);
+  CheckF32("RopeAppend", "qkv", args.qkv,
+           Shape{rows, Cols(args.q) + 2 * layout.kv_heads * layout.head_dim});
+  CheckF32("RopeAppend", "q", args.q, Shape{rows, Cols(args.q)});
+  CheckF32("RopeAppend", "cos", args.cos, Shape{rows, layout.head_dim / 2});
+  CheckF32("RopeAppend", "sin", args.sin, Shape{rows, layout.head_dim / 2});
+  CheckSlices("RopeAppend", args.slices, rows, layout.page_tokens);
+  if (rows > 0) DoRopeAppend(args);
+}
+
+void Backend::ComputeKeyNorm(const KeyNormArgs& args) {
+  CHECK(args.kv.layout != nullptr && args.kv.layout->normalize_keys && args.kv.key_norms != nullptr,
+        "ComputeKeyNorm: this layer does not normalize keys");
+  for (const KeyNormItem& item : args.items) {
+    CHECK(item.norm_id >= 0 && !item.open_ids.empty(), "ComputeKeyNorm: incomplete item");
+  }
+  if (!args.items.empty()) DoComputeKeyNorm(args);
+}
+
+void Backend::Seal(const SealArgs& args) {
+  CHECK(args.kv.layout != nullptr && args.kv.sealed_pages != nullptr, "Seal: no sealed pages");
+  for (const SealItem& item : args.items) {
+    CHECK(item.open_id >= 0 && item.sealed_id >= 0 &&
+              (item.norm_id >= 0 || !args.kv.layout->normalize_keys),
+          "Seal: incomplete item");
+  }
+  if (!args.items.empty()) DoSeal(args);
+}
+
+void Backend::Attention(const AttentionArgs& args) {
+  CHECK(args.kv.layout != nullptr && args.layout != nullptr && args.q.shape.rank() == 2,
+        "Attention: expected a matrix and a cache layer");
+  const KvLayerLayout& layer = *args.kv.layout;
+  CHECK(args.num_heads > 0 && args.num_heads % layer.kv_heads == 0,
+        "Attention: query heads must be a multiple of key/value heads");
+  const int64_t rows = Rows(args.q);
+  CheckF32("Attention", "q", args.q, Shape{rows, args.num_heads * layer.head_dim});
+  CheckF32("Attention", "out", args.out, args.q.shape);
+  CheckSlices("Attention", args.slices, rows, layer.page_tokens);
+  if (rows > 0) DoAttention(args);
+}
+
+void Backend::SwiGlu(const SwiGluArgs& args) {
+  CHECK(args.gate_up.shape.rank() == 2 && Cols(args.gate_up) % 2 == 0,
+        "SwiGlu.gate_up: expected an even number of columns");
+  CheckF32("SwiGlu", "gate_up", args.gate_up, args.gate_up.shape);
+  CheckF32("SwiGlu", "out", args.out, Shape{Rows(args.gate_up), Cols(args.gate_up) / 2});
+  if (Rows(args.gate_up) > 0) DoSwiGlu(args);
+}
+
+void Backend::GatherRows(const GatherRowsArgs& args) {
+  CHECK(args.x.shape.rank() == 2, "GatherRows.x: expected a matrix");
+  CheckF32("GatherRows", "x", args.x, args.x.shape);
+  CheckF32("GatherRows", "out", args.out,
+           Shape{static_cast<int64_t>(args.rows.size()), Cols(args.x)});
+  for (const int64_t row : args.rows) {
+    CHECK(row >= 0 && row < Rows(args.x), "GatherRows: row out of range");
+  }
+  if (!args.rows.empty()) DoGatherRows(args);
+}
+
+Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
+  if (options.device == "cpu") return CreateCpuBackend(options);
+  if (options.device == "reference") {
+    if (options.variant != "auto") {
+      return InvalidArgument("backend.variant must be \"auto\" for the reference backend, not \"" +
+                                 options.variant + "\"",
+                             "backend.variant");
+    }
+    return CreateReferenceBackend();
+  }
+  return InvalidArgument("backend.device must be cpu or reference, not \"" + options.device + "\"",
+                         "backend.device");
+}
+
+}  // namespace innerq

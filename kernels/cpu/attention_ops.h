@@ -1,0 +1,181 @@
+// AttentionOps: the inner functions of CpuAttention for one instruction set, chosen once.
+//
+// They work on one head of one page at a time and on the rows that share it. R rows (a row is one
+// query head of one token), T tokens of the page, D head dimension, Dp = D rounded up to 16, N
+// values of a group. Outer is the axis of a page whose elements are lanes: tokens for keys,
+// channels for values; inner is the axis a product reduces.
+//
+// Every function computes a row from that row and the page alone, by one sequence of float
+// operations, however many rows it is given. Products of codes are integers, hence exact, so any
+// implementation may be mixed with any other.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/cpu_isa.h"
+#include "kernels/paged_kv.h"
+
+namespace innerq {
+
+constexpr int64_t kTileRows = 64;        // most rows R that share a page
+constexpr int64_t kRowBlock = 8;         // rows of a block of IntegerRows
+constexpr int64_t kRowAlignment = 64;    // bytes; the stride of IntegerRows is a multiple
+constexpr int64_t kMaxPageTokens = 128;  // largest T
+constexpr int64_t kMaxInner = 256;       // largest D or T
+constexpr float kMaxRowInteger = 16256;  // 127 * 128: rows are integers of 15 bits
+
+// Rows of 15-bit integers, each as two signed bytes: x = 128 * high + low, |high| <= 127,
+// low in [-64, 64). Blocks of eight rows of high bytes, then the eight rows of low bytes, so a
+// block is one tile of 16 rows.
+struct IntegerRows {
+  int8_t* data = nullptr;
+  int64_t stride = 0;  // bytes from row to row
+
+  int8_t* High(int64_t row) const {
+    return data + (row / kRowBlock * 2 * kRowBlock + row % kRowBlock) * stride;
+  }
+  int8_t* Low(int64_t row) const { return High(row) + kRowBlock * stride; }
+};
+
+// scores[r][t] = q[r] . k[t].
+struct HalfScoresArgs {
+  const uint16_t* keys = nullptr;  // [T/16][D][16] F16
+  int64_t num_tokens = 0;          // T, a multiple of 32
+  int64_t head_dim = 0;            // D, even
+  const float* q = nullptr;        // [R][Dp]
+  int64_t num_rows = 0;            // R
+  float* scores = nullptr;         // [R][T]
+};
+
+// out[r] = keep[r] * out[r] + add[r] * sum over t < num_tokens of p[r][t] * v[t].
+struct HalfValuesArgs {
+  const uint16_t* values = nullptr;  // [T][Dp] F16
+  int64_t num_tokens = 0;            // those to read, <= T
+  int64_t padded_dim = 0;            // Dp
+  const float* p = nullptr;          // [R][p_stride]
+  int64_t p_stride = 0;
+  int64_t num_rows = 0;         // R
+  const float* keep = nullptr;  // [R]
+  const float* add = nullptr;   // [R]
+  float* out = nullptr;         // [R][Dp]
+};
+
+// rows[r] = round(y / scale) with y = x[r] * factors and scale = max|y| / kMaxRowInteger.
+struct QuantizeArgs {
+  const float* x = nullptr;  // [R][stride], zero from n to stride
+  int64_t stride = 0;        // a multiple of 16
+  int64_t num_rows = 0;      // R
+  int64_t n = 0;
+  const float* factors = nullptr;  // [n], readable (and finite) up to stride; null: all one
+  const float* zeros = nullptr;    // likewise; null: no constants
+  int64_t group_size = 0;          // N
+  IntegerRows rows;                // [R][n]; bytes from n to stride become zero
+  float* scales = nullptr;         // [R]
+  int32_t* sums = nullptr;         // [R][n/N] sums of the integers of a group
+  float* constants = nullptr;      // [R] sum of x[r] * zeros; written if zeros is set
+};
+
+// dots[r - row_begin][g][o] = sum over i in group g of codes(o, i) * rows[r][i], for outer elements
+// o of the panels and rows r of the range.
+struct DotArgs {
+  const uint8_t* codes = nullptr;  // [outer/16][inner/4][16 outer][4 inner], one code a byte
+  bool wide = false;               // codes may exceed 15
+  int64_t inner = 0;               // extent of the inner axis
+  int64_t group_size = 0;          // N, divides inner, a multiple of 4
+  int64_t panel_begin = 0, panel_end = 0;  // of [outer/16]
+  IntegerRows rows;                        // [R][inner]
+  int64_t row_begin = 0, row_end = 0;      // row_begin is a multiple of kRowBlock
+  int64_t outer = 0;                       // of dots, a multiple of 16
+  int32_t* dots = nullptr;                 // [R][inner/N][outer]
+
+  int64_t groups() const { return inner / group_size; }
+  int32_t* Dots(int64_t row, int64_t group, int64_t panel) const {
+    return dots + ((row - row_begin) * groups() + group) * outer + panel * kPanelWidth;
+  }
+};
+
+// out[r] = keep[r] * out[r] + add[r] * sum over g of
+//          scales[g] * (dots[r][g] - offsets[r][g]) + zeros[g] * sums[r][g].
+struct InnerScaleArgs {
+  const int32_t* dots = nullptr;     // [R][groups][outer]
+  const int32_t* sums = nullptr;     // [R][groups]
+  const int32_t* offsets = nullptr;  // [R][groups] sums times the code that stands for zero
+  int64_t groups = 0;
+  int64_t outer = 0;              // a multiple of 16
+  const float* scales = nullptr;  // [groups][outer]
+  const float* zeros = nullptr;   // likewise, or null
+  int64_t num_rows = 0;           // R
+  const float* keep = nullptr;    // [R]; null: out is overwritten
+  const float* add = nullptr;     // [R]
+  float* out = nullptr;           // [R][outer]
+};
+
+// For outer elements [begin, end) alone, which share the group's folded scale:
+// out[r] = keep[r] * out[r] + add[r] * (scales[r] * (dots[r] - offset * sums[r]) + constants[r]).
+struct OuterScaleArgs {
+  const int32_t* dots = nullptr;  // [R][outer]
+  const int32_t* sums = nullptr;  // [R]
+  int64_t outer = 0;
+  int64_t begin = 0, end = 0;  // multiples of 8
+  int32_t offset = 0;
+  const float* scales = nullptr;     // [R]
+  const float* constants = nullptr;  // [R], or null
+  int64_t num_rows = 0;              // R
+  const float* keep = nullptr;       // [R]; null: out is overwritten
+  const float* add = nullptr;        // [R]; null: one
+  float* out = nullptr;              // [R][outer]
+};
+
+// A partial attention over some pages, before the division: out = sum p * v, sum = sum p with
+// p = 2^(score - max). The empty state is max = -infinity, sum = 0, out = 0.
+struct AttentionState {
+  float* max = nullptr;  // [kTileRows]
+  float* sum = nullptr;  // [kTileRows]
+  float* out = nullptr;  // [R][Dp]
+};
+
+// Turns a page's scores into weights p = 2^(score - page maximum), 0 beyond `visible`, adds them to
+// the state's sum, and says how to add the page's output:
+// out = keep * out + add * sum p v.
+struct SoftmaxArgs {
+  float* scores = nullptr;           // [R][T]; SoftmaxToFloat writes p here
+  int64_t num_tokens = 0;            // T
+  const int32_t* visible = nullptr;  // [R] tokens that a row sees, at least 1; null: all
+  int64_t num_rows = 0;              // R
+  AttentionState state;
+  float* keep = nullptr;    // [kTileRows]
+  float* add = nullptr;     // [kTileRows]
+  IntegerRows rows;         // SoftmaxToIntegers: p in units of 1 / kMaxRowInteger (as is `add`)
+  int64_t group_size = 0;   // likewise: N
+  int32_t* sums = nullptr;  // likewise: [R][T/N] sums of the integers of a group
+};
+
+struct AttentionOps {
+  void (*half_to_float)(const uint16_t* x, int64_t n, float* out);
+  void (*float_to_half)(const float* x, int64_t n, uint16_t* out);
+  // Rotates one head of a token: channel d by angle d with channel d + D/2. out must not be x.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t head_dim, float* out);
+  void (*half_scores)(const HalfScoresArgs& args);
+  void (*half_values)(const HalfValuesArgs& args);
+  void (*quantize)(const QuantizeArgs& args);
+  // One code a byte from a bit string; num_codes is a multiple of 64. May read 64 bytes beyond.
+  void (*unpack)(const uint8_t* packed, int bits, int64_t num_codes, uint8_t* codes);
+  void (*dot)(const DotArgs& args);
+  void (*scale_inner)(const InnerScaleArgs& args);
+  void (*scale_outer)(const OuterScaleArgs& args);
+  void (*softmax_to_float)(const SoftmaxArgs& args);
+  void (*softmax_to_integers)(const SoftmaxArgs& args);
+  // into = the attention over the pages of `into` and of `from`, in this order.
+  void (*merge)(const AttentionState& from, int64_t num_rows, int64_t padded_dim,
+                const AttentionState& into);
+};
+
+// The functions for one instruction set that this machine supports.
+AttentionOps AttentionOpsFor(CpuIsa isa);
+
+// Overlays for the integer products.
+void UnpackVnni(const uint8_t* packed, int bits, int64_t num_codes, uint8_t* codes);
+void DotVnni(const DotArgs& args);
+void DotAmx(const DotArgs& args);
+
+}  // namespace innerq

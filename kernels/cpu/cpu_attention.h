@@ -1,0 +1,28 @@
+// CpuAttention: everything of the CPU backend that touches cache pages.
+#pragma once
+
+#include <memory>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/cpu_isa.h"
+
+namespace innerq {
+
+// Appends to, seals and reads pages in CodeOrder::kPanel16, on `threads` OpenMP threads. One thread
+// at a time may call it. The result of a row of Attention depends on that row and its pages alone:
+// not on the other rows, the slices, or the number of threads.
+class CpuAttention {
+ public:
+  static std::unique_ptr<CpuAttention> Create(CpuIsa isa, int threads);
+  virtual ~CpuAttention() = default;
+
+  // Sizes the scratch memory of all threads; nothing else allocates.
+  virtual void Reserve(const StepLimits& limits) = 0;
+  virtual void RopeAppend(const RopeAppendArgs& args) = 0;
+  virtual void ComputeKeyNorm(const KeyNormArgs& args) = 0;
+  // False if a page held a non-finite value.
+  virtual bool Seal(const SealArgs& args) = 0;
+  virtual void Attention(const AttentionArgs& args) = 0;
+};
+
+}  // namespace innerq

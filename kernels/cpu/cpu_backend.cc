@@ -1,0 +1,295 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "kernels/cpu/cpu_attention.h"
+#include "kernels/cpu/host_memory.h"
+#include "kernels/cpu/matmul_dnnl.h"
+#include "kernels/cpu/matmul_pack.h"
+#include "kernels/cpu/op_table.h"
+
+namespace innerq {
+namespace {
+
+// Work below these runs on the calling thread: waking another costs some microseconds.
+constexpr int64_t kSerialElements = 16 * 1024;   // of a row operation
+constexpr int64_t kSerialWeights = 64 * 1024;    // elements of a product's weight, and
+constexpr int64_t kSerialProducts = 512 * 1024;  // its multiply-adds
+// Tasks per thread that a product is cut into, so that a thread that lags behind costs little.
+constexpr int64_t kTasksPerThread = 4;
+
+int ThreadIndex() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// `requested` threads, or for 0 as many as there are cores this process may run on. One in a build
+// without OpenMP.
+int NumThreads([[maybe_unused]] int requested) {
+#if defined(_OPENMP)
+  // Not the calling thread's own mask: OMP_PROC_BIND narrows that to one core.
+  return requested > 0 ? requested : omp_get_num_procs();
+#else
+  return 1;
+#endif
+}
+
+Result<CpuIsa> ChooseIsa(const std::string& variant) {
+  const std::vector<CpuIsa>& supported = SupportedCpuIsas();
+  if (variant == "auto") return supported.front();
+  std::string names;
+  for (const std::string& name : CpuVariants()) names += ", " + name;
+  for (CpuIsa isa :
+       {CpuIsa::kScalar, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Vnni, CpuIsa::kAmx}) {
+    if (variant != CpuIsaName(isa)) continue;
+    if (std::find(supported.begin(), supported.end(), isa) != supported.end()) return isa;
+    return Error{ErrorCode::kUnavailable,
+                 "this machine cannot run CPU variant \"" + variant + "\"; it can run auto" + names,
+                 "backend.variant"};
+  }
+  return InvalidArgument(
+      "unknown CPU variant \"" + variant + "\"; this machine can run auto" + names,
+      "backend.variant");
+}
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(CpuIsa isa, int threads, bool deterministic)
+      : name_("cpu/" + std::string(CpuIsaName(isa))),
+        ops_(OpTableFor(isa)),
+        threads_(threads),
+        attention_(CpuAttention::Create(isa, threads)) {
+    if (!deterministic && isa == SupportedCpuIsas().front()) {
+      dnnl_ = std::make_unique<DnnlMatMul>(threads);
+    }
+  }
+
+  std::string_view name() const override { return name_; }
+  CodeOrder code_order() const override { return CodeOrder::kPanel16; }
+  bool deterministic() const override { return dnnl_ == nullptr; }
+
+  Result<Buffer> Allocate(int64_t bytes) override { return AllocateHost(bytes); }
+
+  Result<Buffer> Import(ConstTensorView host) override {
+    return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
+  }
+
+  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts,
+                            WeightFormat format) override {
+    CHECK(!parts.empty(), "PackWeight: no parts");
+    CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
+          "PackWeight: expected one bias per part");
+    Weight weight;
+    weight.format = format;
+    weight.cols = parts[0].shape[1];
+    for (size_t i = 0; i < parts.size(); ++i) {
+      CHECK(parts[i].shape.rank() == 2 && parts[i].shape[1] == weight.cols,
+            "PackWeight: parts differ in columns");
+      CHECK(bias_parts.empty() || bias_parts[i].shape == Shape{parts[i].shape[0]},
+            "PackWeight: bias does not match its part");
+      weight.rows += parts[i].shape[0];
+    }
+    if (UsesDnnl(format)) {
+      ASSIGN_OR_RETURN(weight.data, dnnl_->Pack(parts, format, ops_));
+    } else {
+      ASSIGN_OR_RETURN(weight.data, Allocate(PanelBytes(format, weight.rows, weight.cols)));
+      PackPanels(parts, format, ops_, threads_, weight.data.data());
+    }
+    if (bias_parts.empty()) return weight;
+    ASSIGN_OR_RETURN(weight.bias, Allocate(weight.rows * 4));
+    float* bias = reinterpret_cast<float*>(weight.bias.data());
+    for (const ConstTensorView& part : bias_parts) {
+      ReadFloats(part, 0, part.shape[0], ops_, bias);
+      bias += part.shape[0];
+    }
+    return weight;
+  }
+
+  Result<void> Reserve(const StepLimits& limits) override {
+    const int64_t rows = RoundUp(limits.max_rows, kRowTile);
+    const int64_t packed_bytes =
+        rows * RoundUp(limits.max_features, kDepthUnit) * static_cast<int64_t>(sizeof(float));
+    if (packed_bytes > packed_.bytes()) {
+      ASSIGN_OR_RETURN(packed_, Allocate(packed_bytes));
+    }
+    if (scratch_.bytes() == 0) {
+      ASSIGN_OR_RETURN(scratch_, Allocate(threads_ * kTaskScratchBytes));
+    }
+    attention_->Reserve(limits);
+    return {};
+  }
+
+  Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
+
+ private:
+  bool UsesDnnl(WeightFormat format) const { return dnnl_ != nullptr && dnnl_->Handles(format); }
+
+  // Keeps the first error until Synchronize.
+  void Fail(Error error) {
+    if (error_.ok()) error_ = std::move(error);
+  }
+
+  void DoEmbed(const EmbedArgs& args) override {
+    const int64_t width = args.out.shape[1];
+    const int64_t rows = args.out.shape[0];
+#pragma omp parallel for num_threads(threads_) if (rows * width > kSerialElements)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t id = args.token_ids[static_cast<size_t>(row)];
+      ReadFloats(args.table, id * width, width, ops_, args.out.As<float>() + row * width);
+    }
+  }
+
+  void DoRmsNorm(const RmsNormArgs& args) override {
+    const int64_t width = args.x.shape[1];
+    const int64_t rows = args.x.shape[0];
+#pragma omp parallel for num_threads(threads_) if (rows * width > kSerialElements)
+    for (int64_t row = 0; row < rows; ++row) {
+      ops_.rms_norm(args.x.As<float>() + row * width, args.weight.As<float>(), width, args.epsilon,
+                    args.out.As<float>() + row * width);
+    }
+  }
+
+  void DoMatMul(const MatMulArgs& args) override {
+    const Weight& weight = *args.weight;
+    const int64_t rows = args.x.shape[0];
+    if (UsesDnnl(weight.format)) {
+      CHECK(DnnlMatMul::ScratchBytes(rows, weight.cols) <= packed_.bytes(),
+            "MatMul: larger than reserved");
+      if (Result<void> result = dnnl_->Run(args, packed_.data()); !result.ok()) {
+        Fail(result.error());
+      }
+      return;
+    }
+    const MatMulKernel& kernel = ops_.kernel(weight.format);
+    const int64_t depth = PackedDepth(weight.format, weight.cols);
+    const int64_t row_tiles = CeilDiv(rows, kRowTile);
+    const int64_t block_rows = std::min(rows, kRowTile);
+    const int64_t block_bytes = block_rows * depth * kernel.packed_element_bytes;
+    CHECK(row_tiles * block_bytes <= packed_.bytes() && scratch_.bytes() > 0,
+          "MatMul: larger than reserved");
+
+    [[maybe_unused]] const bool parallel =
+        weight.rows * depth > kSerialWeights || rows * weight.rows * depth > kSerialProducts;
+    const int64_t panels = CeilDiv(weight.rows, kPanelOutputs);
+    const int64_t row_chunks = CeilDiv(rows, kTaskRows);
+    const int64_t task_panels =
+        std::clamp(panels * row_chunks / (threads_ * kTasksPerThread), int64_t{1}, kTaskPanels);
+    const int64_t num_tasks = CeilDiv(panels, task_panels) * row_chunks;
+    PanelTask whole;
+    whole.activations = kernel.pack != nullptr ? packed_.data() : args.x.data;
+    whole.weight = weight.data.data();
+    whole.bias = reinterpret_cast<const float*>(weight.bias.data());
+    whole.out = args.out.As<float>();
+    whole.m = rows;
+    whole.n = weight.rows;
+    whole.k = depth;
+    whole.accumulate = args.accumulate;
+
+#pragma omp parallel num_threads(threads_) if (parallel)
+    {
+      if (kernel.pack != nullptr) {
+#pragma omp for
+        for (int64_t tile = 0; tile < row_tiles; ++tile) {
+          const int64_t row = tile * kRowTile;
+          kernel.pack(args.x.As<float>() + row * weight.cols, std::min(kRowTile, rows - row),
+                      block_rows, weight.cols, packed_.data() + tile * block_bytes);
+        }
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < num_tasks; ++i) {
+        PanelTask task = whole;
+        task.scratch = scratch_.data() + ThreadIndex() * kTaskScratchBytes;
+        task.row_begin = i % row_chunks * kTaskRows;
+        task.row_end = std::min(task.row_begin + kTaskRows, rows);
+        task.panel_begin = i / row_chunks * task_panels;
+        task.panel_end = std::min(task.panel_begin + task_panels, panels);
+        kernel.multiply(task);
+      }
+    }
+  }
+
+  void DoRopeTable(const RopeTableArgs& args) override {
+    const int64_t rows = args.cos.shape[0];
+    const int64_t half = args.cos.shape[1];
+#pragma omp parallel for num_threads(threads_) if (rows * half > kSerialElements / 16)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float position = static_cast<float>(args.positions[static_cast<size_t>(row)]);
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = position * args.inverse_frequency[static_cast<size_t>(i)];
+        args.cos.As<float>()[row * half + i] = static_cast<float>(std::cos(angle));
+        args.sin.As<float>()[row * half + i] = static_cast<float>(std::sin(angle));
+      }
+    }
+  }
+
+  void DoSwiGlu(const SwiGluArgs& args) override {
+    const int64_t rows = args.out.shape[0];
+    const int64_t width = args.out.shape[1];
+#pragma omp parallel for num_threads(threads_) if (rows * width > kSerialElements)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* gate = args.gate_up.As<float>() + row * 2 * width;
+      ops_.swiglu(gate, gate + width, width, args.out.As<float>() + row * width);
+    }
+  }
+
+  void DoGatherRows(const GatherRowsArgs& args) override {
+    const int64_t rows = args.out.shape[0];
+    const int64_t width = args.out.shape[1];
+#pragma omp parallel for num_threads(threads_) if (rows * width > kSerialElements)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = args.x.As<float>() + args.rows[static_cast<size_t>(row)] * width;
+      std::memcpy(args.out.As<float>() + row * width, from,
+                  static_cast<size_t>(width) * sizeof(float));
+    }
+  }
+
+  void DoRopeAppend(const RopeAppendArgs& args) override { attention_->RopeAppend(args); }
+  void DoComputeKeyNorm(const KeyNormArgs& args) override { attention_->ComputeKeyNorm(args); }
+  void DoSeal(const SealArgs& args) override {
+    if (!attention_->Seal(args)) {
+      Fail({ErrorCode::kInternal, "non-finite key or value in the cache"});
+    }
+  }
+  void DoAttention(const AttentionArgs& args) override { attention_->Attention(args); }
+
+  std::string name_;
+  OpTable ops_;
+  int threads_;
+  std::unique_ptr<CpuAttention> attention_;
+  std::unique_ptr<DnnlMatMul> dnnl_;  // null: all products are our own
+  Buffer packed_;                     // activations of one product, as its kernel reads them
+  Buffer scratch_;                    // [threads][kTaskScratchBytes]
+  Result<void> error_;
+};
+
+}  // namespace
+
+std::vector<std::string> CpuVariants() {
+  std::vector<std::string> names;
+  for (CpuIsa isa : SupportedCpuIsas()) names.emplace_back(CpuIsaName(isa));
+  return names;
+}
+
+Result<std::unique_ptr<Backend>> CreateCpuBackend(const BackendOptions& options) {
+  ASSIGN_OR_RETURN(const CpuIsa isa, ChooseIsa(options.variant));
+  if (options.threads < 0) {
+    return InvalidArgument(
+        "the number of threads must be 0 or more, not " + std::to_string(options.threads),
+        "backend.threads");
+  }
+  return std::unique_ptr<Backend>(
+      std::make_unique<CpuBackend>(isa, NumThreads(options.threads), options.deterministic));
+}
+
+}  // namespace innerq

@@ -1,0 +1,178 @@
+#include "kernels/paged_kv.h"
+
+#include "kernels/float16.h"
+
+namespace innerq {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+bool IsPowerOfTwo(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
+
+// `reduced` and `kept` are the extents of a page along the inner and the outer axis.
+Result<void> CheckSpec(const QuantSpec& spec, const std::string& name, int64_t inner,
+                       int64_t outer) {
+  if (!spec.quantized()) {
+    if (spec.bits != 16) return InvalidArgument(name + ".bits must be 2, 3, 4, 8 or 16", name);
+    return {};
+  }
+  if (spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) {
+    return InvalidArgument(
+        name + ".bits must be 2, 3, 4, 8 or 16, not " + std::to_string(spec.bits), name);
+  }
+  if (spec.group_size < 8 || spec.group_size > 128 || !IsPowerOfTwo(spec.group_size)) {
+    return InvalidArgument(
+        name + ".group_size must be 8, 16, 32, 64 or 128, not " + std::to_string(spec.group_size),
+        name);
+  }
+  const int64_t extent = spec.axis == QuantAxis::kInner ? inner : outer;
+  if (extent % spec.group_size != 0) {
+    return InvalidArgument(name + ".group_size " + std::to_string(spec.group_size) +
+                               " does not divide " + std::to_string(extent) +
+                               ", the extent of a page along the grouped axis",
+                           name);
+  }
+  return {};
+}
+
+// Bytes of scales and zeros of one head of one page.
+int64_t NumScales(const QuantSpec& spec, int64_t inner, int64_t outer) {
+  return spec.axis == QuantAxis::kInner ? inner / spec.group_size * outer
+                                        : outer / spec.group_size * inner;
+}
+
+void PlanLayer(KvLayerLayout& layout) {
+  const int64_t tokens = layout.page_tokens;
+  const int64_t dim = layout.head_dim;
+  const int64_t padded = layout.padded_dim();
+  int64_t offset = 0;
+  const auto take = [&offset](int64_t bytes) {
+    const int64_t at = offset;
+    offset += bytes;
+    return at;
+  };
+  const QuantSpec& key = layout.key;
+  layout.key_codes = take(tokens * dim * key.bits / 8);
+  const int64_t key_scales = key.quantized() ? NumScales(key, dim, tokens) * 2 : 0;
+  layout.key_scales = take(key_scales);
+  layout.key_zeros = take(key.has_zero() ? key_scales : 0);
+  const QuantSpec& value = layout.value;
+  layout.value_codes = take(tokens * padded * value.bits / 8);
+  // Values grouped over channels have scales for real channels only.
+  const int64_t outer = value.axis == QuantAxis::kInner ? padded : dim;
+  const int64_t value_scales = value.quantized() ? NumScales(value, tokens, outer) * 2 : 0;
+  layout.value_scales = take(value_scales);
+  layout.value_zeros = take(value.has_zero() ? value_scales : 0);
+  layout.sealed_head_bytes = offset;
+  layout.open_values = tokens * dim * 2;
+  layout.open_head_bytes = layout.open_values + tokens * padded * 2;
+}
+
+}  // namespace
+
+Result<KvLayout> KvLayout::Create(const KvCacheSpec& spec, CodeOrder order) {
+  KvLayout layout;
+  const int64_t tokens = spec.page_tokens;
+  if (tokens != 32 && tokens != 64 && tokens != 128) {
+    return InvalidArgument("page_tokens must be 32, 64 or 128, not " + std::to_string(tokens),
+                           "kv_cache.page_tokens");
+  }
+  if (spec.sink_tokens < 0 || spec.sink_tokens % tokens != 0) {
+    return InvalidArgument("sink_tokens must be a multiple of page_tokens (" +
+                               std::to_string(tokens) + "), not " +
+                               std::to_string(spec.sink_tokens),
+                           "kv_cache.sink_tokens");
+  }
+  if (spec.recent_tokens < tokens || spec.recent_tokens % tokens != 0) {
+    return InvalidArgument("recent_tokens must be a positive multiple of page_tokens (" +
+                               std::to_string(tokens) + "), not " +
+                               std::to_string(spec.recent_tokens),
+                           "kv_cache.recent_tokens");
+  }
+  if (spec.kv_heads <= 0 || spec.head_dim < 8 || spec.head_dim > kMaxHeadDim ||
+      spec.head_dim % 8 != 0) {
+    return InvalidArgument("head_dim must be a multiple of 8 in [8, " +
+                           std::to_string(kMaxHeadDim) + "] with at least one head, not " +
+                           std::to_string(spec.head_dim) + " with " +
+                           std::to_string(spec.kv_heads));
+  }
+  if (spec.layers.empty()) return InvalidArgument("a cache needs at least one layer");
+  layout.page_tokens_ = tokens;
+  layout.sink_pages_ = spec.sink_tokens / tokens;
+  layout.recent_pages_ = spec.recent_tokens / tokens;
+  for (const KvCacheSpec::Layer& from : spec.layers) {
+    RETURN_IF_ERROR(CheckSpec(from.key, "kv_cache.key", spec.head_dim, tokens));
+    RETURN_IF_ERROR(CheckSpec(from.value, "kv_cache.value", tokens, spec.head_dim));
+    KvLayerLayout layer;
+    layer.page_tokens = tokens;
+    layer.kv_heads = spec.kv_heads;
+    layer.head_dim = spec.head_dim;
+    layer.key = from.key;
+    layer.value = from.value;
+    layer.normalize_keys = from.normalize_keys && from.key.quantized();
+    layer.order = order;
+    PlanLayer(layer);
+    layout.quantized_ |= layer.quantized();
+    layout.normalizes_ |= layer.normalize_keys;
+    layout.open_page_bytes_ += layer.open_page_bytes();
+    layout.sealed_page_bytes_ += layer.sealed_page_bytes();
+    layout.layers_.push_back(layer);
+  }
+  return layout;
+}
+
+double KvLayout::sealed_bits_per_element() const {
+  if (!quantized_) return 16.0;
+  const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * page_tokens_;
+  return static_cast<double>(sealed_page_bytes_) * 8.0 / static_cast<double>(elements);
+}
+
+double KvLayout::effective_bits_per_element(int64_t tokens) const {
+  if (tokens <= 0) return 0.0;
+  const int64_t pages = CeilDiv(tokens, page_tokens_);
+  const int64_t sealed = SealedPages(tokens - 1).size();
+  const int64_t bytes = (pages - sealed) * open_page_bytes_ + sealed * sealed_page_bytes_;
+  const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * tokens;
+  return static_cast<double>(bytes) * 8.0 / static_cast<double>(elements);
+}
+
+float DecodeSealedKey(const PagedKvView& kv, int64_t sealed_id, int64_t head, int64_t t,
+                      int64_t d) {
+  const KvLayerLayout& layout = *kv.layout;
+  const std::byte* page = kv.SealedHead(sealed_id, head);
+  if (!layout.key.quantized()) {
+    return F16ToF32(
+        reinterpret_cast<const uint16_t*>(page + layout.key_codes)[layout.OpenKeyIndex(t, d)]);
+  }
+  const int64_t group = layout.KeyScaleIndex(t, d);
+  const float scale = F16ToF32(reinterpret_cast<const uint16_t*>(page + layout.key_scales)[group]);
+  const float zero =
+      layout.key.has_zero()
+          ? F16ToF32(reinterpret_cast<const uint16_t*>(page + layout.key_zeros)[group])
+          : -scale * static_cast<float>(1 << (layout.key.bits - 1));
+  const uint32_t code = ReadCode(reinterpret_cast<const uint8_t*>(page + layout.key_codes),
+                                 layout.key.bits, layout.KeyCodeIndex(t, d));
+  return scale * static_cast<float>(code) + zero;
+}
+
+float DecodeSealedValue(const PagedKvView& kv, int64_t sealed_id, int64_t head, int64_t t,
+                        int64_t c) {
+  const KvLayerLayout& layout = *kv.layout;
+  const std::byte* page = kv.SealedHead(sealed_id, head);
+  if (!layout.value.quantized()) {
+    return F16ToF32(
+        reinterpret_cast<const uint16_t*>(page + layout.value_codes)[layout.OpenValueIndex(t, c)]);
+  }
+  const int64_t group = layout.ValueScaleIndex(t, c);
+  const float scale =
+      F16ToF32(reinterpret_cast<const uint16_t*>(page + layout.value_scales)[group]);
+  const float zero =
+      layout.value.has_zero()
+          ? F16ToF32(reinterpret_cast<const uint16_t*>(page + layout.value_zeros)[group])
+          : -scale * static_cast<float>(1 << (layout.value.bits - 1));
+  const uint32_t code = ReadCode(reinterpret_cast<const uint8_t*>(page + layout.value_codes),
+                                 layout.value.bits, layout.ValueCodeIndex(t, c));
+  return scale * static_cast<float>(code) + zero;
+}
+
+}  // namespace innerq

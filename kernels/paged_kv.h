@@ -1,0 +1,206 @@
+// KvLayout and PagedKvView: all page, window and address arithmetic of the KV cache.
+//
+// T page_tokens, G key/value heads, D head dimension, Dp = D rounded up to 16, B code bits.
+//
+// A page holds T consecutive tokens of one sequence in every layer. Open pages are F16 and may
+// grow; sealed pages are quantized and immutable. Each pool is laid out [layer][page][head], so
+// what one head needs of one page is contiguous:
+//   open    K F16 [T][D] in open_key order, V F16 [T][Dp]
+//   sealed  K codes, K scales F16, K zeros F16, V codes, V scales F16, V zeros F16
+// Scales (and zeros) per (page, head), with N the group size:
+//   K inner [D/N][T]   K outer [T/N][D]   V inner [T/N][Dp]   V outer [D/N][T]
+// Codes are a little-endian bit string; the index of an element is CodeOrder's business.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/quant_group.h"
+#include "kernels/result.h"
+
+namespace innerq {
+
+// The physical order of elements within one head of one page; a backend has exactly one.
+enum class CodeOrder {
+  kRowMajor,  // [T][D]: the canonical order
+  // CPU panels. Codes: [outer/16][inner/4][16 outer][4 inner], K outer = tokens, V outer =
+  // channels, so that one u8 x s8 quad dot product takes 4 inner elements of 16 outer ones. Open K
+  // is [T/16][D][16 tokens], open V is [T][Dp].
+  kPanel16,
+};
+
+constexpr int64_t kPanelWidth = 16;
+
+constexpr int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+constexpr int64_t CeilDiv(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
+
+// Keys and values of one layer: sizes and offsets within one head of one page, in bytes.
+struct KvLayerLayout {
+  int64_t page_tokens = 32;
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;
+  QuantSpec key;
+  QuantSpec value;
+  bool normalize_keys = false;
+  CodeOrder order = CodeOrder::kRowMajor;
+
+  int64_t key_codes = 0, key_scales = 0, key_zeros = 0;
+  int64_t value_codes = 0, value_scales = 0, value_zeros = 0;
+  int64_t sealed_head_bytes = 0;
+  int64_t open_values = 0;
+  int64_t open_head_bytes = 0;
+
+  int64_t padded_dim() const { return RoundUp(head_dim, kPanelWidth); }
+
+  // Index of element (token t, channel d) in the code string of K, and likewise of V.
+  int64_t KeyCodeIndex(int64_t t, int64_t d) const {
+    if (order == CodeOrder::kRowMajor) return t * head_dim + d;
+    return ((t / 16 * (head_dim / 4) + d / 4) * 16 + t % 16) * 4 + d % 4;
+  }
+  int64_t ValueCodeIndex(int64_t t, int64_t c) const {
+    if (order == CodeOrder::kRowMajor) return t * padded_dim() + c;
+    return ((c / 16 * (page_tokens / 4) + t / 4) * 16 + c % 16) * 4 + t % 4;
+  }
+  // Index of the scale (and zero) that serves an element.
+  int64_t KeyScaleIndex(int64_t t, int64_t d) const {
+    return key.axis == QuantAxis::kInner ? d / key.group_size * page_tokens + t
+                                         : t / key.group_size * head_dim + d;
+  }
+  int64_t ValueScaleIndex(int64_t t, int64_t c) const {
+    return value.axis == QuantAxis::kInner ? t / value.group_size * padded_dim() + c
+                                           : c / value.group_size * page_tokens + t;
+  }
+  // Index of an F16 element in an open page, and in a sealed one that keeps 16 bits.
+  int64_t OpenKeyIndex(int64_t t, int64_t d) const {
+    if (order == CodeOrder::kRowMajor) return t * head_dim + d;
+    return (t / 16 * head_dim + d) * 16 + t % 16;
+  }
+  int64_t OpenValueIndex(int64_t t, int64_t c) const { return t * padded_dim() + c; }
+
+  int64_t open_page_bytes() const { return kv_heads * open_head_bytes; }
+  int64_t sealed_page_bytes() const { return kv_heads * sealed_head_bytes; }
+  bool quantized() const { return key.quantized() || value.quantized(); }
+};
+
+// What a cache is to be: the model's shape, the windows and the codecs of each layer.
+struct KvCacheSpec {
+  struct Layer {
+    QuantSpec key;
+    QuantSpec value;
+    bool normalize_keys = false;
+  };
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t page_tokens = 32;
+  int64_t sink_tokens = 32;    // F16 at the start; a multiple of page_tokens
+  int64_t recent_tokens = 96;  // at least this many F16 before the open page; likewise
+  std::vector<Layer> layers;
+};
+
+// A half-open range of logical pages.
+struct PageRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+// The layout of every layer and the rule of which page a query sees in which form.
+class KvLayout {
+ public:
+  // Errors: invalid argument, with the reason, for any combination that cannot be stored.
+  static Result<KvLayout> Create(const KvCacheSpec& spec, CodeOrder order);
+
+  int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
+  const KvLayerLayout& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
+  int64_t page_tokens() const { return page_tokens_; }
+  int64_t sink_pages() const { return sink_pages_; }
+  int64_t recent_pages() const { return recent_pages_; }
+  int64_t kv_heads() const { return layers_[0].kv_heads; }
+  int64_t head_dim() const { return layers_[0].head_dim; }
+  bool quantized() const { return quantized_; }         // false: pages are never sealed
+  bool normalizes_keys() const { return normalizes_; }  // in at least one layer
+
+  int64_t open_page_bytes() const { return open_page_bytes_; }      // all layers
+  int64_t sealed_page_bytes() const { return sealed_page_bytes_; }  // all layers
+  int64_t key_norm_bytes() const {                                  // one sequence, all layers, F32
+    return num_layers() * kv_heads() * head_dim() * 4;
+  }
+  // Bits per cached element in sealed pages, scales included; 16 when nothing is quantized.
+  double sealed_bits_per_element() const;
+  // The same over a whole sequence of `tokens`, F16 windows and the open page's unused tail
+  // included.
+  double effective_bits_per_element(int64_t tokens) const;
+
+  int64_t PageOf(int64_t position) const { return position / page_tokens_; }
+
+  // Pages that a query at `position` reads as sealed; those before and after it, up to its own,
+  // it reads as F16. Depends on the position alone, except that queries below `exact_before`
+  // (the prompt under "prefill": "exact", else 0) read everything as F16.
+  PageRange SealedPages(int64_t position, int64_t exact_before = 0) const {
+    const int64_t end = PageOf(position) - recent_pages_;
+    if (!quantized_ || position < exact_before || end <= sink_pages_)
+      return {sink_pages_, sink_pages_};
+    return {sink_pages_, end};
+  }
+
+  // Pages whose keys define a sequence's key norm: those that are F16 when the first page seals.
+  PageRange KeyNormPages() const { return {sink_pages_, sink_pages_ + recent_pages_ + 1}; }
+
+  // Bytes of the pools for so many pages and sequences' norms. Kernels may read up to
+  // kPoolSlackBytes beyond the last page.
+  int64_t open_pool_bytes(int64_t pages) const {
+    return pages * open_page_bytes_ + kPoolSlackBytes;
+  }
+  int64_t sealed_pool_bytes(int64_t pages) const {
+    return pages * sealed_page_bytes_ + kPoolSlackBytes;
+  }
+  static constexpr int64_t kPoolSlackBytes = 128;
+
+ private:
+  std::vector<KvLayerLayout> layers_;
+  int64_t page_tokens_ = 0, sink_pages_ = 0, recent_pages_ = 0;
+  int64_t open_page_bytes_ = 0, sealed_page_bytes_ = 0;
+  bool quantized_ = false, normalizes_ = false;
+};
+
+// Where one logical page of a sequence lives: block ids in the two pools, -1 where absent.
+struct PageRef {
+  int32_t open_id = -1;
+  int32_t sealed_id = -1;
+};
+
+// One layer's part of the pools. Borrowed for one step.
+struct PagedKvView {
+  const KvLayerLayout* layout = nullptr;
+  std::byte* open_pages = nullptr;    // [pages][G][open_head_bytes]
+  std::byte* sealed_pages = nullptr;  // [pages][G][sealed_head_bytes]; null if never sealed
+  float* key_norms = nullptr;         // [norm slots][G][D] F32; null if keys are not normalized
+
+  uint16_t* OpenKeys(int64_t open_id, int64_t head) const {
+    return reinterpret_cast<uint16_t*>(open_pages + (open_id * layout->kv_heads + head) *
+                                                        layout->open_head_bytes);
+  }
+  uint16_t* OpenValues(int64_t open_id, int64_t head) const {
+    return OpenKeys(open_id, head) + layout->open_values / 2;
+  }
+  // Start of a head's part of a sealed page; add the layout's key_codes, key_scales, ... offsets.
+  std::byte* SealedHead(int64_t sealed_id, int64_t head) const {
+    return sealed_pages + (sealed_id * layout->kv_heads + head) * layout->sealed_head_bytes;
+  }
+  float* KeyNorm(int64_t norm_id, int64_t head) const {
+    return key_norms + (norm_id * layout->kv_heads + head) * layout->head_dim;
+  }
+};
+
+// Reads one key or value element of a sealed page through the layout, as the canonical decode does:
+// scale * code + zero. Keys come back as stored, that is divided by the key norm. Slow; for the
+// reference backend and tests.
+float DecodeSealedKey(const PagedKvView& kv, int64_t sealed_id, int64_t head, int64_t t, int64_t d);
+float DecodeSealedValue(const PagedKvView& kv, int64_t sealed_id, int64_t head, int64_t t,
+                        int64_t c);
+
+}  // namespace innerq
