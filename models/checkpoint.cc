@@ -1,0 +1,120 @@
+#include "models/checkpoint.h"
+
+#include <algorithm>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "models/files.h"
+#include "models/safetensors.h"
+
+namespace innerq {
+namespace {
+
+constexpr char kSingleFile[] = "model.safetensors";
+constexpr char kIndexFile[] = "model.safetensors.index.json";
+
+// Which shard holds which tensor: the "weight_map" of the index.
+Result<std::map<std::string, std::string>> ReadIndex(const std::filesystem::path& path) {
+  ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, kMaxTextFileBytes));
+  const auto damaged = [&path](const std::string& what) {
+    return Error{ErrorCode::kDataLoss, path.string() + ": " + what};
+  };
+  const auto index = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!index.is_object()) return damaged("not a JSON object");
+  const auto weight_map = index.find("weight_map");
+  if (weight_map == index.end() || !weight_map->is_object() || weight_map->empty()) {
+    return damaged("no \"weight_map\" object with tensors in it");
+  }
+  std::map<std::string, std::string> shard_of;
+  for (const auto& [tensor, value] : weight_map->items()) {
+    const std::string where = "weight_map: tensor " + tensor + ": ";
+    if (!value.is_string()) return damaged(where + "the file name is not a string");
+    const auto& file = value.get_ref<const std::string&>();
+    const bool plain_name = file.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos;
+    if (!plain_name || !file.ends_with(".safetensors")) {
+      return damaged(where + "\"" + file + "\" is not the name of a .safetensors file in the " +
+                     "directory of the index");
+    }
+    shard_of[tensor] = file;
+  }
+  return shard_of;
+}
+
+// A checkpoint whose files are mapped.
+class MappedCheckpoint : public Checkpoint {
+ public:
+  MappedCheckpoint(std::filesystem::path directory, ModelConfig config)
+      : directory_(std::move(directory)), config_(std::move(config)) {}
+
+  Result<void> MapFiles() {
+    std::error_code ignored;  // what cannot be looked at counts as absent
+    if (std::filesystem::exists(directory_ / kSingleFile, ignored)) return MapFile(kSingleFile);
+    if (std::filesystem::exists(directory_ / kIndexFile, ignored)) return MapShards();
+    return Error{ErrorCode::kNotFound, directory_.string() + ": neither " + kSingleFile + " nor " +
+                                           kIndexFile + " is there"};
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  const std::filesystem::path& directory() const override { return directory_; }
+  const std::vector<CheckpointTensor>& tensors() const override { return tensors_; }
+
+  const CheckpointTensor* Find(std::string_view name) const override {
+    const auto at = std::lower_bound(
+        tensors_.begin(), tensors_.end(), name,
+        [](const CheckpointTensor& tensor, std::string_view key) { return tensor.name < key; });
+    return at != tensors_.end() && at->name == name ? &*at : nullptr;
+  }
+
+ private:
+  // Adds a file's tensors, keeping all of them sorted by name.
+  Result<void> MapFile(const std::string& name) {
+    const std::filesystem::path path = directory_ / name;
+    ASSIGN_OR_RETURN(MappedFile file, MappedFile::Open(path));
+    ASSIGN_OR_RETURN(const std::vector<CheckpointTensor> found,
+                     ParseSafetensors(file.bytes(), path.string()));
+    files_.push_back(std::move(file));
+    tensors_.insert(tensors_.end(), found.begin(), found.end());
+    std::sort(tensors_.begin(), tensors_.end(),
+              [](const CheckpointTensor& a, const CheckpointTensor& b) { return a.name < b.name; });
+    const auto twice = std::adjacent_find(
+        tensors_.begin(), tensors_.end(),
+        [](const CheckpointTensor& a, const CheckpointTensor& b) { return a.name == b.name; });
+    if (twice != tensors_.end()) {
+      return Error{ErrorCode::kDataLoss,
+                   path.string() + ": tensor " + twice->name + " is also in another file"};
+    }
+    return {};
+  }
+
+  Result<void> MapShards() {
+    ASSIGN_OR_RETURN(const auto shard_of, ReadIndex(directory_ / kIndexFile));
+    std::set<std::string> shards;
+    for (const auto& [tensor, file] : shard_of) shards.insert(file);
+    for (const std::string& file : shards) RETURN_IF_ERROR(MapFile(file));
+    for (const auto& [tensor, file] : shard_of) {
+      if (Find(tensor) == nullptr) {
+        return Error{ErrorCode::kDataLoss, (directory_ / file).string() + ": tensor " + tensor +
+                                               " is missing, though " + kIndexFile +
+                                               " says it is there"};
+      }
+    }
+    return {};
+  }
+
+  std::filesystem::path directory_;
+  ModelConfig config_;
+  std::vector<MappedFile> files_;
+  std::vector<CheckpointTensor> tensors_;  // sorted by name
+};
+
+}  // namespace
+
+Result<std::shared_ptr<const Checkpoint>> Checkpoint::Open(const std::filesystem::path& directory) {
+  ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(directory));
+  auto checkpoint = std::make_shared<MappedCheckpoint>(directory, std::move(config));
+  RETURN_IF_ERROR(checkpoint->MapFiles());
+  return std::shared_ptr<const Checkpoint>(std::move(checkpoint));
+}
+
+}  // namespace innerq

@@ -1,0 +1,79 @@
+// ModelConfig and Checkpoint: a Hugging Face model directory, checked and memory-mapped.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/result.h"
+#include "kernels/tensor.h"
+
+namespace innerq {
+
+// Frequency scaling of rotary embeddings (config.json, "rope_scaling").
+struct RopeScaling {
+  enum class Type { kNone, kLinear, kLlama3 };
+  Type type = Type::kNone;
+  double factor = 1.0;
+  double low_freq_factor = 1.0;        // llama3 only
+  double high_freq_factor = 4.0;       // llama3 only
+  int64_t original_max_positions = 0;  // llama3 only, tokens
+};
+
+// Shape of a Llama-family decoder, from config.json. Every field has been checked.
+struct ModelConfig {
+  std::string architecture = "LlamaForCausalLM";
+  int64_t hidden_size = 0;        // C
+  int64_t intermediate_size = 0;  // I
+  int64_t num_layers = 0;
+  int64_t num_heads = 0;      // H
+  int64_t num_kv_heads = 0;   // G, divides H
+  int64_t head_dim = 0;       // D
+  int64_t vocab_size = 0;     // V
+  int64_t max_positions = 0;  // longest context, tokens
+  double rope_theta = 10000.0;
+  RopeScaling rope_scaling;
+  double rms_norm_eps = 1e-5;
+  bool tie_word_embeddings = false;
+  bool attention_bias = false;         // q, k, v and o projections have biases
+  bool mlp_bias = false;               // gate, up and down projections have biases
+  std::vector<int32_t> bos_token_ids;  // usually one; empty if none
+  std::vector<int32_t> eos_token_ids;  // from generation_config.json where present
+
+  int64_t num_parameters() const;
+  // [D/2] rotary frequencies after scaling, computed as Hugging Face transformers does, in F32.
+  std::vector<float> InverseFrequencies() const;
+};
+
+// One tensor of a checkpoint. The data is mapped, read-only, and lives as long as the Checkpoint.
+struct CheckpointTensor {
+  std::string name;
+  ConstTensorView view;
+};
+
+// A model directory: config.json, generation_config.json, model.safetensors or its shards with
+// model.safetensors.index.json. Everything in it is untrusted: headers, offsets, dtypes and shapes
+// are checked before use. Immutable; may be shared by threads.
+class Checkpoint {
+ public:
+  // Errors: not found for a missing file, data loss or invalid argument for a damaged or
+  // unsupported one; the message names file, tensor or key.
+  static Result<std::shared_ptr<const Checkpoint>> Open(const std::filesystem::path& directory);
+  virtual ~Checkpoint() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  virtual const std::filesystem::path& directory() const = 0;
+  // Sorted by name.
+  virtual const std::vector<CheckpointTensor>& tensors() const = 0;
+  // Null if absent.
+  virtual const CheckpointTensor* Find(std::string_view name) const = 0;
+};
+
+// Reads and checks config.json (and generation_config.json beside it) alone.
+Result<ModelConfig> ReadModelConfig(const std::filesystem::path& directory);
+
+}  // namespace innerq

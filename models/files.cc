@@ -1,0 +1,71 @@
+#include "models/files.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+namespace innerq {
+namespace {
+
+Error OpenError(const std::filesystem::path& path, int error_number) {
+  const ErrorCode code = error_number == ENOENT ? ErrorCode::kNotFound : ErrorCode::kDataLoss;
+  return {code, path.string() + ": " + std::strerror(error_number)};
+}
+
+// Closes a file descriptor.
+struct FileDescriptor {
+  explicit FileDescriptor(int open_fd) : fd(open_fd) {}
+  FileDescriptor(const FileDescriptor&) = delete;
+  FileDescriptor& operator=(const FileDescriptor&) = delete;
+  ~FileDescriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+  int fd;
+};
+
+}  // namespace
+
+Result<MappedFile> MappedFile::Open(const std::filesystem::path& path) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (file.fd < 0) return OpenError(path, errno);
+  struct stat status {};
+  if (::fstat(file.fd, &status) != 0) return OpenError(path, errno);
+  if (!S_ISREG(status.st_mode) || status.st_size <= 0) {
+    return Error{ErrorCode::kDataLoss, path.string() + ": empty, or not a regular file"};
+  }
+  const auto size = static_cast<size_t>(status.st_size);
+  void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  if (data == MAP_FAILED) return OpenError(path, errno);
+  return MappedFile(static_cast<const std::byte*>(data), size);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_bytes) {
+  ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
+  const std::span<const std::byte> bytes = file.bytes();
+  if (static_cast<int64_t>(bytes.size()) > max_bytes) {
+    return Error{ErrorCode::kDataLoss, path.string() + ": " + std::to_string(bytes.size()) +
+                                           " bytes, more than the " + std::to_string(max_bytes) +
+                                           " such a file may have"};
+  }
+  return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+}  // namespace innerq

@@ -1,0 +1,41 @@
+// MappedFile and ReadTextFile: how this layer reads the files of a model directory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+
+#include "kernels/result.h"
+
+namespace innerq {
+
+// A whole file mapped read-only; unmapped on destruction. Move-only.
+class MappedFile {
+ public:
+  // Errors: not found, or data loss for a file that is empty or cannot be mapped.
+  static Result<MappedFile> Open(const std::filesystem::path& path);
+
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile();
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+
+ private:
+  MappedFile(const std::byte* data, size_t size) : data_(data), size_(size) {}
+
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// The whole content of a file of at most `max_bytes`. Errors: not found, data loss.
+Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_bytes);
+
+// Largest JSON or tokenizer file that is read; real ones stay below 20 MB.
+constexpr int64_t kMaxTextFileBytes = 100'000'000;
+
+}  // namespace innerq

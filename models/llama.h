@@ -1,0 +1,54 @@
+// LlamaModel: weights of a Llama-family decoder and its forward pass.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "models/checkpoint.h"
+#include "models/forward_batch.h"
+
+namespace innerq {
+
+// What to do with stored weights.
+struct LoadOptions {
+  // nullopt: as stored (F32 stays F32, F16 F16, BF16 BF16).
+  std::optional<WeightFormat> format;
+  // Called with (tensors done, tensors in all) as weights are packed; may be empty.
+  std::function<void(int64_t, int64_t)> progress;
+};
+
+// Weights on one backend. Immutable after loading, except for the step's activation memory; one
+// thread at a time may call Forward.
+class LlamaModel {
+ public:
+  // Packs a checkpoint for `backend`, which must outlive the model; ready for steps of up to
+  // `max_rows` rows, of which at most `max_logit_rows` need logits. The checkpoint stays mapped as
+  // long as the model lives. Errors: invalid argument or data loss naming the tensor, resource
+  // exhausted.
+  static Result<std::unique_ptr<LlamaModel>> Load(std::shared_ptr<const Checkpoint> checkpoint,
+                                                  Backend* backend, int64_t max_rows,
+                                                  int64_t max_logit_rows,
+                                                  const LoadOptions& options);
+  // A model with seeded random weights of the given shape, for benchmarks and tests.
+  static Result<std::unique_ptr<LlamaModel>> Random(const ModelConfig& config, WeightFormat format,
+                                                    uint64_t seed, Backend* backend,
+                                                    int64_t max_rows, int64_t max_logit_rows);
+  virtual ~LlamaModel() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  // Bytes of packed weights.
+  virtual int64_t weight_bytes() const = 0;
+
+  // Runs one step: appends, computes norms, seals and attends in every layer of `layers`
+  // ([num_layers] views), and returns logits [R, V] F32 for batch.logit_rows. The view stays valid
+  // until the next call. Enqueued: call Backend::Synchronize before reading.
+  virtual ConstTensorView Forward(const ForwardBatch& batch, const KvLayout& layout,
+                                  std::span<const PagedKvView> layers) = 0;
+};
+
+}  // namespace innerq

@@ -1,0 +1,177 @@
+#include "models/safetensors.h"
+
+#include <algorithm>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <unordered_set>
+
+namespace innerq {
+namespace {
+
+using nlohmann::json;
+
+constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
+
+// One entry of the header, before its place is compared with the others'.
+struct Entry {
+  std::string name;
+  DType dtype = DType::kF32;
+  Shape shape;
+  uint64_t begin = 0;
+  uint64_t end = 0;
+};
+
+std::optional<DType> ParseDType(const std::string& name) {
+  if (name == "F32") return DType::kF32;
+  if (name == "F16") return DType::kF16;
+  if (name == "BF16") return DType::kBF16;
+  return std::nullopt;
+}
+
+Shape MakeShape(const std::vector<int64_t>& extents) {
+  switch (extents.size()) {
+    case 0:
+      return Shape{};
+    case 1:
+      return Shape{extents[0]};
+    case 2:
+      return Shape{extents[0], extents[1]};
+    case 3:
+      return Shape{extents[0], extents[1], extents[2]};
+  }
+  CHECK(extents.size() == 4, "rank was checked");
+  return Shape{extents[0], extents[1], extents[2], extents[3]};
+}
+
+// `where` begins every message: file and tensor.
+Result<Entry> ParseEntry(const std::string& where, const json& value) {
+  const auto damaged = [&where](const std::string& what) {
+    return Error{ErrorCode::kDataLoss, where + ": " + what};
+  };
+  if (!value.is_object()) return damaged("not an object");
+  const auto dtype = value.find("dtype");
+  const auto shape = value.find("shape");
+  const auto offsets = value.find("data_offsets");
+  if (dtype == value.end() || !dtype->is_string()) return damaged("no \"dtype\"");
+  if (shape == value.end() || !shape->is_array()) return damaged("no \"shape\"");
+  if (offsets == value.end() || !offsets->is_array() || offsets->size() != 2 ||
+      !(*offsets)[0].is_number_unsigned() || !(*offsets)[1].is_number_unsigned()) {
+    return damaged("\"data_offsets\" are not two unsigned integers");
+  }
+  Entry entry;
+  const auto& dtype_name = dtype->get_ref<const std::string&>();
+  const std::optional<DType> parsed = ParseDType(dtype_name);
+  if (!parsed) {
+    return InvalidArgument(where + ": dtype " + dtype_name +
+                           " is not supported; expected F32, F16 or BF16");
+  }
+  entry.dtype = *parsed;
+  if (shape->size() > Shape::kMaxRank) {
+    return InvalidArgument(where + ": rank " + std::to_string(shape->size()) + " is above 4");
+  }
+  std::vector<int64_t> extents;
+  int64_t bytes = DTypeBytes(entry.dtype);
+  for (const json& extent : *shape) {
+    if (!extent.is_number_unsigned() || extent.get<uint64_t>() > uint64_t{INT64_MAX} ||
+        extent.get<uint64_t>() == 0) {
+      return damaged("an extent of \"shape\" is not a positive integer");
+    }
+    extents.push_back(extent.get<int64_t>());
+    if (__builtin_mul_overflow(bytes, extents.back(), &bytes)) {
+      return damaged("the product of \"shape\" overflows");
+    }
+  }
+  entry.shape = MakeShape(extents);
+  entry.begin = (*offsets)[0].get<uint64_t>();
+  entry.end = (*offsets)[1].get<uint64_t>();
+  if (entry.begin > entry.end || entry.end - entry.begin != static_cast<uint64_t>(bytes)) {
+    return damaged("data_offsets [" + std::to_string(entry.begin) + ", " +
+                   std::to_string(entry.end) + ") do not hold " + std::to_string(bytes) +
+                   " bytes, the size of " + DTypeName(entry.dtype) + " " + entry.shape.ToString());
+  }
+  return entry;
+}
+
+// Parses the JSON header and refuses names that occur twice, which a JSON library would merge.
+Result<std::vector<Entry>> ParseHeader(const std::string& file, std::string_view text) {
+  std::unordered_set<std::string> names;
+  std::string duplicate;
+  const auto note_key = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (event == json::parse_event_t::key && depth == 1) {
+      const auto& key = parsed.get_ref<const std::string&>();
+      if (!names.insert(key).second) duplicate = key;
+    }
+    return true;
+  };
+  const json header = json::parse(text, note_key, /*allow_exceptions=*/false);
+  if (!header.is_object()) {
+    return Error{ErrorCode::kDataLoss, file + ": the header is not a JSON object"};
+  }
+  if (!duplicate.empty()) {
+    return Error{ErrorCode::kDataLoss, file + ": tensor " + duplicate + " occurs twice"};
+  }
+  std::vector<Entry> entries;
+  for (const auto& [name, value] : header.items()) {
+    if (name == "__metadata__") continue;
+    ASSIGN_OR_RETURN(Entry entry, ParseEntry(file + ": tensor " + name, value));
+    entry.name = name;
+    entries.push_back(std::move(entry));
+  }
+  std::sort(entries.begin(), entries.end(),
+            [](const Entry& a, const Entry& b) { return a.begin < b.begin; });
+  return entries;
+}
+
+}  // namespace
+
+Result<std::vector<CheckpointTensor>> ParseSafetensors(std::span<const std::byte> file,
+                                                       const std::string& name) {
+  const auto damaged = [&name](const std::string& what) {
+    return Error{ErrorCode::kDataLoss, name + ": " + what};
+  };
+  uint64_t header_bytes = 0;  // little-endian, as is every host we build for
+  if (file.size() < sizeof(header_bytes)) return damaged("too short for a safetensors header");
+  std::memcpy(&header_bytes, file.data(), sizeof(header_bytes));
+  if (header_bytes > kMaxHeaderBytes) {
+    return damaged("header of " + std::to_string(header_bytes) + " bytes, more than the limit of " +
+                   std::to_string(kMaxHeaderBytes));
+  }
+  const std::span<const std::byte> rest = file.subspan(sizeof(header_bytes));
+  if (header_bytes > rest.size()) {
+    return damaged("header of " + std::to_string(header_bytes) + " bytes in a file of " +
+                   std::to_string(file.size()) + "; the file is truncated");
+  }
+  const std::string_view text(reinterpret_cast<const char*>(rest.data()), header_bytes);
+  ASSIGN_OR_RETURN(const std::vector<Entry> entries, ParseHeader(name, text));
+  const std::span<const std::byte> data = rest.subspan(header_bytes);
+
+  std::vector<CheckpointTensor> tensors;
+  uint64_t next = 0;  // where the next tensor must begin
+  for (const Entry& entry : entries) {
+    const std::string where = "tensor " + entry.name + ": ";
+    if (entry.begin != next) {
+      return damaged(where + "begins at byte " + std::to_string(entry.begin) + ", but byte " +
+                     std::to_string(next) + " follows the tensor before it (" +
+                     (entry.begin < next ? "overlap)" : "hole)"));
+    }
+    if (entry.end > data.size()) {
+      return damaged(where + "ends at byte " + std::to_string(entry.end) + " of " +
+                     std::to_string(data.size()) + "; the file is truncated");
+    }
+    const std::byte* begin = data.data() + entry.begin;
+    if (reinterpret_cast<uintptr_t>(begin) % static_cast<size_t>(DTypeBytes(entry.dtype)) != 0) {
+      return InvalidArgument(name + ": " + where +
+                             "not aligned to its element size; save the file again with a "
+                             "current safetensors library");
+    }
+    tensors.push_back({entry.name, {begin, entry.dtype, entry.shape}});
+    next = entry.end;
+  }
+  if (next != data.size()) {
+    return damaged(std::to_string(data.size() - next) + " bytes of data belong to no tensor");
+  }
+  return tensors;
+}
+
+}  // namespace innerq

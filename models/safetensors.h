@@ -1,0 +1,26 @@
+// The safetensors file format: header size, JSON header, tensor data.
+//
+// Source: github.com/huggingface/safetensors, "Format":
+//   8 bytes   N, size of the header, unsigned little-endian
+//   N bytes   JSON object: name -> {"dtype", "shape", "data_offsets": [begin, end)}, offsets in
+//             bytes from the end of the header; the optional "__metadata__" maps strings to strings
+//   the rest  data, indexed without holes or overlaps
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/result.h"
+#include "models/checkpoint.h"
+
+namespace innerq {
+
+// Finds the tensors in a file's bytes, ordered by offset. The views borrow `file`, which must be
+// aligned to 8 bytes; `name` is the file's name in messages. Errors: data loss for a damaged
+// file, invalid argument for a dtype, rank or alignment we do not support.
+Result<std::vector<CheckpointTensor>> ParseSafetensors(std::span<const std::byte> file,
+                                                       const std::string& name);
+
+}  // namespace innerq

@@ -1,0 +1,126 @@
+#include "models/tensor_source.h"
+
+#include <array>
+#include <cmath>
+#include <unordered_map>
+
+#include "kernels/float16.h"
+
+namespace innerq {
+namespace {
+
+class CheckpointSource : public TensorSource {
+ public:
+  explicit CheckpointSource(std::shared_ptr<const Checkpoint> checkpoint)
+      : checkpoint_(std::move(checkpoint)) {}
+
+  bool Has(const std::string& name) const override { return checkpoint_->Find(name) != nullptr; }
+
+  Result<ConstTensorView> Get(const std::string& name, const Shape& shape) override {
+    const std::string where = checkpoint_->directory().string() + ": tensor " + name;
+    const CheckpointTensor* tensor = checkpoint_->Find(name);
+    if (tensor == nullptr) {
+      return Error{ErrorCode::kDataLoss, where + ": missing; expected shape " + shape.ToString()};
+    }
+    if (!(tensor->view.shape == shape)) {
+      return Error{ErrorCode::kDataLoss, where + ": config.json asks for shape " +
+                                             shape.ToString() + ", found " +
+                                             tensor->view.shape.ToString()};
+    }
+    return tensor->view;
+  }
+
+  void Drop(const std::string& /*name*/) override {}  // mapped pages go when memory is short
+
+ private:
+  std::shared_ptr<const Checkpoint> checkpoint_;
+};
+
+// A hash of a counter (Steele, Lea and Flood 2014, "splitmix64").
+uint64_t HashCounter(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// FNV-1a.
+uint64_t HashName(const std::string& name) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return hash;
+}
+
+class RandomSource : public TensorSource {
+ public:
+  explicit RandomSource(uint64_t seed) : seed_(seed) {
+    for (size_t i = 0; i < kQuantiles; ++i) {
+      normal_[i] = Quantile((static_cast<double>(i) + 0.5) / kQuantiles);
+    }
+  }
+
+  bool Has(const std::string& /*name*/) const override { return true; }
+
+  Result<ConstTensorView> Get(const std::string& name, const Shape& shape) override {
+    std::unique_ptr<uint16_t[]>& tensor = tensors_[name];
+    if (tensor == nullptr) {
+      tensor =
+          std::make_unique_for_overwrite<uint16_t[]>(static_cast<size_t>(shape.num_elements()));
+      Fill(name, shape, tensor.get());
+    }
+    return ConstTensorView{reinterpret_cast<const std::byte*>(tensor.get()), DType::kBF16, shape};
+  }
+
+  void Drop(const std::string& name) override { tensors_.erase(name); }
+
+ private:
+  static constexpr size_t kQuantiles = 4096;
+
+  // The x below which the standard normal distribution has probability p, by bisection.
+  static double Quantile(double p) {
+    double low = -8.0, high = 8.0;
+    for (int i = 0; i < 50; ++i) {
+      const double middle = (low + high) / 2;
+      (0.5 * std::erfc(-middle / std::sqrt(2.0)) < p ? low : high) = middle;
+    }
+    return low;
+  }
+
+  void Fill(const std::string& name, const Shape& shape, uint16_t* out) const {
+    const int64_t count = shape.num_elements();
+    if (name.ends_with("norm.weight")) {
+      std::fill(out, out + count, F32ToBF16(1.0f));
+      return;
+    }
+    const double deviation =
+        shape.rank() == 2 ? 1.0 / std::sqrt(static_cast<double>(shape[1])) : 0.1;
+    std::array<uint16_t, kQuantiles> values;
+    for (size_t i = 0; i < kQuantiles; ++i) {
+      values[i] = F32ToBF16(static_cast<float>(normal_[i] * deviation));
+    }
+    const uint64_t stream = HashCounter(seed_ ^ HashName(name));
+    for (int64_t i = 0; i < count; i += 4) {
+      uint64_t random = HashCounter(stream + static_cast<uint64_t>(i));
+      for (int64_t j = i; j < std::min(i + 4, count); ++j) {
+        out[j] = values[random % kQuantiles];
+        random >>= 16;
+      }
+    }
+  }
+
+  uint64_t seed_;
+  std::array<double, kQuantiles> normal_{};
+  std::unordered_map<std::string, std::unique_ptr<uint16_t[]>> tensors_;
+};
+
+}  // namespace
+
+std::unique_ptr<TensorSource> CreateCheckpointSource(std::shared_ptr<const Checkpoint> checkpoint) {
+  return std::make_unique<CheckpointSource>(std::move(checkpoint));
+}
+
+std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed) {
+  return std::make_unique<RandomSource>(seed);
+}
+
+}  // namespace innerq
