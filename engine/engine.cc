@@ -1,0 +1,342 @@
+#include "engine/engine.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <stop_token>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "engine/page_budget.h"
+#include "engine/rate_window.h"
+#include "engine/sampler.h"
+#include "engine/scheduler.h"
+#include "engine/sequence.h"
+
+namespace innerq {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Lock = std::unique_lock<std::mutex>;
+
+Error Unavailable(std::string message) { return {ErrorCode::kUnavailable, std::move(message)}; }
+
+EngineStats EmptyStats(const PageCounts& pools) {
+  EngineStats stats;
+  stats.open_pages = pools.open;
+  stats.sealed_pages = pools.sealed;
+  return stats;
+}
+
+// Three kinds of state: what the engine thread owns (model, scheduler, scratch), what the mutex
+// guards (queue, state, statistics), and what never changes (options).
+class ThreadedEngine final : public Engine {
+ public:
+  ThreadedEngine(const EngineOptions& options, std::unique_ptr<StepModel> model, PageCounts pools)
+      : options_(options),
+        model_(std::move(model)),
+        vocab_size_(model_->vocab_size()),
+        scheduler_({options.max_sequences, options.max_batch_tokens, pools}, model_->layout()),
+        stats_(EmptyStats(pools)),
+        token_rate_(/*seconds=*/10, Clock::now()),
+        finish_rate_(/*seconds=*/60, Clock::now()),
+        thread_([this](std::stop_token stop) noexcept { Run(std::move(stop)); }) {}
+
+  Result<ResponseReader> Submit(Request request) override;
+  bool Drain(std::chrono::milliseconds timeout) override;
+  bool ready() const override;
+  EngineStats Stats() const override;
+  const EngineOptions& options() const override { return options_; }
+
+ private:
+  enum class State { kServing, kDraining, kStopped };
+
+  Result<void> Check(const Request& request) const;
+
+  // The engine thread's loop and its parts.
+  void Run(std::stop_token stop) noexcept;
+  bool WaitForWork(const std::stop_token& stop);
+  void EndCancelled();
+  Result<void> Step();
+  bool TakeToken(Sequence& sequence, std::span<const float> logits);
+  void DeliverFinished();
+  void Stop(const Error& error);
+  void PublishGauges(const Lock&);
+
+  const EngineOptions options_;
+
+  // Engine thread only.
+  const std::unique_ptr<StepModel> model_;
+  const int64_t vocab_size_;
+  Scheduler scheduler_;
+  SamplerScratch scratch_;
+
+  mutable std::mutex mutex_;
+  // Guarded by mutex_.
+  std::condition_variable_any work_;  // the queue has a sequence
+  std::condition_variable idle_;      // all accepted requests have finished
+  std::deque<std::unique_ptr<Sequence>> queue_;
+  State state_ = State::kServing;
+  EngineStats stats_;  // `waiting` is the scheduler's part; the queue comes on top
+  RateWindow token_rate_;
+  RateWindow finish_rate_;
+
+  std::jthread thread_;  // last: stops and joins before the rest goes
+};
+
+Result<void> ThreadedEngine::Check(const Request& request) const {
+  if (request.prompt.empty()) return InvalidArgument("the prompt has no tokens", "prompt");
+  const auto outside = [this](int32_t id) { return id < 0 || id >= vocab_size_; };
+  const std::string vocabulary =
+      ", outside the vocabulary [0, " + std::to_string(vocab_size_) + ")";
+  for (const int32_t id : request.prompt) {
+    if (outside(id)) {
+      return InvalidArgument("the prompt holds token " + std::to_string(id) + vocabulary, "prompt");
+    }
+  }
+  for (const int32_t id : request.stop_token_ids) {
+    if (outside(id)) {
+      return InvalidArgument("stop_token_ids holds token " + std::to_string(id) + vocabulary,
+                             "stop_token_ids");
+    }
+  }
+  RETURN_IF_ERROR(ValidateSamplingParams(request.sampling, vocab_size_));
+  if (request.max_tokens < 1) {
+    return InvalidArgument(
+        "max_tokens must be at least 1, not " + std::to_string(request.max_tokens), "max_tokens");
+  }
+  if (request.min_tokens < 0 || request.min_tokens > request.max_tokens) {
+    return InvalidArgument(
+        "min_tokens must be in [0, max_tokens = " + std::to_string(request.max_tokens) + "], not " +
+            std::to_string(request.min_tokens),
+        "min_tokens");
+  }
+  const int64_t prompt_length = static_cast<int64_t>(request.prompt.size());
+  // Subtracting keeps clear of overflow for any max_tokens.
+  if (request.max_tokens > options_.max_context - prompt_length) {
+    return InvalidArgument("the context holds " + std::to_string(options_.max_context) +
+                               " tokens; the prompt has " + std::to_string(prompt_length) +
+                               " and max_tokens is " + std::to_string(request.max_tokens),
+                           "max_tokens");
+  }
+  return {};
+}
+
+Result<ResponseReader> ThreadedEngine::Submit(Request request) {
+  RETURN_IF_ERROR(Check(request));
+  auto stream = std::make_shared<ResponseStream>(request.max_tokens);
+  auto sequence = std::make_unique<Sequence>(std::move(request), stream, options_.exact_prefill);
+  {
+    const Lock lock(mutex_);
+    if (state_ != State::kServing) {
+      return Unavailable(state_ == State::kDraining ? "the engine is draining"
+                                                    : "the engine has stopped");
+    }
+    const int64_t waiting = static_cast<int64_t>(queue_.size()) + stats_.waiting;
+    if (waiting >= options_.max_queue) {
+      return Error{ErrorCode::kResourceExhausted, "the queue is full: " + std::to_string(waiting) +
+                                                      " requests wait, at most " +
+                                                      std::to_string(options_.max_queue) + " may"};
+    }
+    ++stats_.accepted;
+    queue_.push_back(std::move(sequence));
+  }
+  work_.notify_one();
+  return ResponseReader(std::move(stream));
+}
+
+bool ThreadedEngine::Drain(std::chrono::milliseconds timeout) {
+  Lock lock(mutex_);
+  if (state_ == State::kServing) state_ = State::kDraining;
+  const auto all_finished = [this] { return stats_.accepted == stats_.finished; };
+  if (!idle_.wait_for(lock, timeout, all_finished)) {
+    thread_.request_stop();
+    idle_.wait(lock, all_finished);
+  }
+  return state_ == State::kDraining;
+}
+
+bool ThreadedEngine::ready() const {
+  const Lock lock(mutex_);
+  return state_ == State::kServing;
+}
+
+EngineStats ThreadedEngine::Stats() const {
+  const Lock lock(mutex_);
+  EngineStats stats = stats_;
+  stats.waiting += static_cast<int64_t>(queue_.size());
+  stats.tokens_per_second = token_rate_.PerSecond(Clock::now());
+  stats.finish_per_second = finish_rate_.PerSecond(Clock::now());
+  return stats;
+}
+
+void ThreadedEngine::Run(std::stop_token stop) noexcept {
+  pthread_setname_np(pthread_self(), "innerq-engine");
+  while (WaitForWork(stop)) {
+    EndCancelled();
+    DeliverFinished();
+    if (const Result<void> stepped = Step(); !stepped.ok()) return Stop(stepped.error());
+    DeliverFinished();
+  }
+  Stop(Unavailable("the engine is stopping"));
+}
+
+// Admits what was submitted, waiting for it if there is nothing else to do. False: stop.
+bool ThreadedEngine::WaitForWork(const std::stop_token& stop) {
+  Lock lock(mutex_);
+  PublishGauges(lock);
+  work_.wait(lock, stop, [this] { return !queue_.empty() || !scheduler_.empty(); });
+  for (auto& sequence : queue_) scheduler_.Admit(std::move(sequence));
+  queue_.clear();
+  PublishGauges(lock);
+  return !stop.stop_requested();
+}
+
+void ThreadedEngine::EndCancelled() {
+  for (const auto* line : {&scheduler_.running(), &scheduler_.waiting()}) {
+    for (const auto& sequence : *line) {
+      if (sequence->stream->cancelled()) sequence->End(FinishReason::kCancelled);
+    }
+  }
+}
+
+// Plans and runs one step and hands out its tokens. Sequences that end are left for
+// DeliverFinished. Errors: unavailable if the device is lost.
+Result<void> ThreadedEngine::Step() {
+  if (scheduler_.empty()) return {};
+  const ScheduledBatch batch = scheduler_.Schedule();
+  {
+    const Lock lock(mutex_);
+    PublishGauges(lock);
+  }
+  const ForwardBatch forward = BuildForwardBatch(batch, model_->layout());
+  const Result<std::span<const float>> logits = model_->Step(forward);
+  if (!logits.ok()) {
+    if (logits.error().code == ErrorCode::kUnavailable) return logits.error();
+    for (const ScheduledChunk& chunk : batch.chunks) {
+      chunk.sequence->End(FinishReason::kError, logits.error());
+    }
+    return {};
+  }
+  CHECK(logits->size() == forward.logit_rows.size() * static_cast<size_t>(vocab_size_),
+        "a step must return one row of logits per logit row");
+  int64_t prompt_tokens = 0;
+  for (const ScheduledChunk& chunk : batch.chunks) {
+    const int64_t left = chunk.sequence->prompt_length() - chunk.sequence->num_computed;
+    prompt_tokens += std::clamp<int64_t>(left, 0, chunk.num_tokens);
+  }
+  scheduler_.Commit(batch);
+  int64_t generated = 0;
+  size_t row = 0;
+  for (const ScheduledChunk& chunk : batch.chunks) {
+    if (!chunk.samples) continue;
+    const size_t width = static_cast<size_t>(vocab_size_);
+    generated += TakeToken(*chunk.sequence, logits->subspan(row++ * width, width)) ? 1 : 0;
+  }
+  const Lock lock(mutex_);
+  ++stats_.steps;
+  stats_.prompt_tokens += prompt_tokens;
+  stats_.generation_tokens += generated;
+  token_rate_.Add(generated, Clock::now());
+  return {};
+}
+
+// Samples the next token of a sequence from its logits [V] and passes it on. False: it failed.
+bool ThreadedEngine::TakeToken(Sequence& sequence, std::span<const float> logits) {
+  const Request& request = sequence.request;
+  SampleArgs args{.logits = logits,
+                  .params = &request.sampling,
+                  .seen = &sequence.seen,
+                  .index = sequence.num_generated()};
+  if (sequence.num_generated() < request.min_tokens) args.masked = request.stop_token_ids;
+  Result<TokenEvent> sampled = Sample(args, scratch_);
+  if (!sampled.ok()) {
+    sequence.End(FinishReason::kError, sampled.error());
+    return false;
+  }
+  TokenEvent event = std::move(*sampled);
+  const auto& stops = request.stop_token_ids;
+  event.is_stop = std::find(stops.begin(), stops.end(), event.token_id) != stops.end();
+  sequence.Append(event.token_id);
+  if (event.is_stop) {
+    sequence.End(FinishReason::kStop);
+  } else if (sequence.num_generated() == request.max_tokens) {
+    sequence.End(FinishReason::kLength);
+  }
+  sequence.stream->Push(std::move(event));
+  return true;
+}
+
+// Ends the streams of finished sequences. Counters and streams change together, pages are free
+// already: who sees a Finish sees statistics that include it.
+void ThreadedEngine::DeliverFinished() {
+  const std::vector<std::unique_ptr<Sequence>> finished = scheduler_.TakeFinished();
+  if (finished.empty()) return;
+  const Lock lock(mutex_);
+  PublishGauges(lock);
+  for (const auto& sequence : finished) {
+    ++stats_.finished;
+    ++stats_.finished_by_reason[sequence->finish->reason];
+    sequence->stream->Close(*sequence->finish);
+  }
+  finish_rate_.Add(static_cast<int64_t>(finished.size()), Clock::now());
+  if (stats_.accepted == stats_.finished) idle_.notify_all();
+}
+
+// Ends everything; nothing is accepted from now on.
+void ThreadedEngine::Stop(const Error& error) {
+  {
+    const Lock lock(mutex_);
+    state_ = State::kStopped;
+    for (auto& sequence : queue_) scheduler_.Admit(std::move(sequence));
+    queue_.clear();
+  }
+  for (const auto* line : {&scheduler_.running(), &scheduler_.waiting()}) {
+    for (const auto& sequence : *line) sequence->End(FinishReason::kError, error);
+  }
+  DeliverFinished();
+}
+
+void ThreadedEngine::PublishGauges(const Lock&) {
+  const PageCounts used = scheduler_.used();
+  stats_.running = static_cast<int64_t>(scheduler_.running().size());
+  stats_.waiting = static_cast<int64_t>(scheduler_.waiting().size());
+  stats_.preemptions = scheduler_.num_preemptions();
+  stats_.open_pages_used = used.open;
+  stats_.sealed_pages_used = used.sealed;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
+                                               std::unique_ptr<StepModel> model) {
+  const auto at_least = [](const char* name, int64_t value, int64_t low) -> Result<void> {
+    if (value >= low) return {};
+    return InvalidArgument(std::string(name) + " must be at least " + std::to_string(low) +
+                               ", not " + std::to_string(value),
+                           name);
+  };
+  RETURN_IF_ERROR(at_least("scheduler.max_sequences", options.max_sequences, 1));
+  RETURN_IF_ERROR(at_least("scheduler.max_batch_tokens", options.max_batch_tokens, 1));
+  RETURN_IF_ERROR(at_least("scheduler.max_queue", options.max_queue, 1));
+  RETURN_IF_ERROR(at_least("scheduler.max_context", options.max_context, 2));
+  const PageCounts pools{model->num_open_pages(), model->num_sealed_pages(),
+                         model->num_norm_slots()};
+  const PageCounts need =
+      WorstPeakPages(model->layout(), options.max_context - 1, options.exact_prefill);
+  if (!need.FitsIn(pools)) {
+    return InvalidArgument("a sequence of max_context = " + std::to_string(options.max_context) +
+                               " tokens needs " + ToString(need) + "; the cache has " +
+                               ToString(pools),
+                           "scheduler.max_context");
+  }
+  return std::unique_ptr<Engine>(
+      std::make_unique<ThreadedEngine>(options, std::move(model), pools));
+}
+
+}  // namespace innerq

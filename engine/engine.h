@@ -1,0 +1,68 @@
+// Engine: the only door between the server and everything that computes.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "engine/request.h"
+#include "engine/step_model.h"
+
+namespace innerq {
+
+// Limits of the scheduler (configuration: "scheduler", "kv_cache.prefill").
+struct EngineOptions {
+  int64_t max_sequences = 64;      // running at once
+  int64_t max_batch_tokens = 512;  // rows of one step
+  int64_t max_queue = 256;         // accepted but not yet running
+  int64_t max_context = 0;         // prompt + answer, tokens; must be positive here
+  bool exact_prefill = false;      // prompts attend to unquantized K and V
+};
+
+// Counters since start and gauges of now; a consistent-enough snapshot for metrics.
+struct EngineStats {
+  int64_t accepted = 0;  // requests taken by Submit
+  int64_t finished = 0;  // of those, ended; accepted - finished are in flight
+  std::map<FinishReason, int64_t> finished_by_reason;
+  int64_t running = 0;
+  int64_t waiting = 0;
+  int64_t preemptions = 0;
+  int64_t prompt_tokens = 0;  // computed
+  int64_t generation_tokens = 0;
+  int64_t steps = 0;
+  int64_t open_pages_used = 0;
+  int64_t open_pages = 0;
+  int64_t sealed_pages_used = 0;
+  int64_t sealed_pages = 0;
+  double tokens_per_second = 0;  // generated, over the last seconds
+  double finish_per_second = 0;  // requests, over the last minute: for Retry-After
+};
+
+// Runs requests by continuous batching on one thread of its own. All public methods may be called
+// from any thread.
+class Engine {
+ public:
+  // Starts the engine thread. Errors: invalid argument if the pools cannot hold one sequence of
+  // max_context tokens, with the numbers.
+  static Result<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                std::unique_ptr<StepModel> model);
+  // Stops at once: every request in flight ends as an error (unavailable).
+  virtual ~Engine() = default;
+
+  // Accepts a request or refuses it, atomically. Errors: invalid argument (prompt empty, ids out of
+  // range, prompt + max_tokens beyond the context), resource exhausted (queue full), unavailable
+  // (draining, device lost).
+  virtual Result<ResponseReader> Submit(Request request) = 0;
+
+  // No new requests from now on; waits until all accepted ones have finished or the time is over,
+  // then ends the rest as errors (unavailable). Returns whether all finished by themselves.
+  virtual bool Drain(std::chrono::milliseconds timeout) = 0;
+
+  virtual bool ready() const = 0;  // accepts requests
+  virtual EngineStats Stats() const = 0;
+  virtual const EngineOptions& options() const = 0;
+};
+
+}  // namespace innerq

@@ -1,0 +1,50 @@
+// ModelRunner: a loaded Llama with its cache on one backend, as the engine's StepModel.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "engine/engine.h"
+#include "engine/kv_cache.h"
+#include "engine/step_model.h"
+#include "models/checkpoint.h"
+
+namespace innerq {
+
+// Everything needed to bring a checkpoint up. `engine.max_context` 0 means: the model's longest
+// context, or what fits in the cache if that is less.
+struct ModelRunnerOptions {
+  std::optional<WeightFormat> dtype;  // nullopt: as stored
+  BackendOptions backend;
+  KvCacheOptions kv_cache;
+  EngineOptions engine;
+  std::function<void(int64_t done, int64_t total)> progress;  // while loading weights; may be empty
+};
+
+// What came up: for the start-up report and `inspect`.
+struct ModelReport {
+  std::string backend;  // "cpu/amx"
+  int64_t parameters = 0;
+  int64_t weight_bytes = 0;
+  int64_t open_page_bytes = 0;
+  int64_t sealed_page_bytes = 0;
+  KvPoolPlan pools;
+  double sealed_bits_per_element = 0;
+  double open_bytes_per_token = 0;    // all layers
+  double sealed_bytes_per_token = 0;  // all layers
+  int64_t max_context = 0;            // resolved
+};
+
+class ModelRunner : public StepModel {
+ public:
+  // Errors: whatever is wrong with checkpoint, backend, cache options or memory, explained.
+  static Result<std::unique_ptr<ModelRunner>> Create(std::shared_ptr<const Checkpoint> checkpoint,
+                                                     const ModelRunnerOptions& options);
+  virtual const ModelReport& report() const = 0;
+  // `options.engine` with max_context resolved; pass it to Engine::Create.
+  virtual const EngineOptions& engine_options() const = 0;
+};
+
+}  // namespace innerq

@@ -1,0 +1,87 @@
+#include "engine/request.h"
+
+#include <cstdio>
+
+namespace innerq {
+namespace {
+
+// Whether `value` is in [low, high], or in (low, high] if `open_low`; NaN is not.
+Result<void> CheckRange(const char* name, double value, double low, double high,
+                        bool open_low = false) {
+  if (value >= low && value <= high && !(open_low && value == low)) return {};
+  char text[128];
+  std::snprintf(text, sizeof(text), "%s must be in %c%g, %g], not %g", name, open_low ? '(' : '[',
+                low, high, value);
+  return InvalidArgument(text, name);
+}
+
+}  // namespace
+
+void ResponseStream::Push(TokenEvent event) {
+  {
+    const std::lock_guard lock(mutex_);
+    CHECK(!finish_.has_value(), "token after the end of a response");
+    CHECK(static_cast<int64_t>(events_.size()) < capacity_, "response stream over its capacity");
+    events_.push_back(std::move(event));
+  }
+  ready_.notify_one();
+}
+
+void ResponseStream::Close(Finish finish) {
+  {
+    const std::lock_guard lock(mutex_);
+    CHECK(!finish_.has_value(), "a request finished twice");
+    finish_ = std::move(finish);
+  }
+  ready_.notify_one();
+}
+
+std::optional<TokenEvent> ResponseStream::Next(std::chrono::milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  ready_.wait_for(lock, timeout, [this] { return !events_.empty() || finish_.has_value(); });
+  if (events_.empty()) return std::nullopt;
+  TokenEvent event = std::move(events_.front());
+  events_.pop_front();
+  return event;
+}
+
+std::vector<TokenEvent> ResponseStream::NextBatch(std::chrono::milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  ready_.wait_for(lock, timeout, [this] { return !events_.empty() || finish_.has_value(); });
+  std::vector<TokenEvent> events(std::make_move_iterator(events_.begin()),
+                                 std::make_move_iterator(events_.end()));
+  events_.clear();
+  return events;
+}
+
+std::optional<Finish> ResponseStream::finish() const {
+  const std::lock_guard lock(mutex_);
+  if (!events_.empty()) return std::nullopt;
+  return finish_;
+}
+
+Result<void> ValidateSamplingParams(const SamplingParams& params, int64_t vocab_size) {
+  RETURN_IF_ERROR(CheckRange("temperature", params.temperature, 0, 2));
+  RETURN_IF_ERROR(CheckRange("top_p", params.top_p, 0, 1, /*open_low=*/true));
+  if (params.top_k < 0) {
+    return InvalidArgument("top_k must be at least 0, not " + std::to_string(params.top_k),
+                           "top_k");
+  }
+  RETURN_IF_ERROR(CheckRange("min_p", params.min_p, 0, 1));
+  RETURN_IF_ERROR(
+      CheckRange("repetition_penalty", params.repetition_penalty, 0, 2, /*open_low=*/true));
+  RETURN_IF_ERROR(CheckRange("presence_penalty", params.presence_penalty, -2, 2));
+  RETURN_IF_ERROR(CheckRange("frequency_penalty", params.frequency_penalty, -2, 2));
+  for (const auto& [id, bias] : params.logit_bias) {
+    if (id < 0 || id >= vocab_size) {
+      return InvalidArgument("logit_bias names token " + std::to_string(id) +
+                                 ", outside the vocabulary [0, " + std::to_string(vocab_size) + ")",
+                             "logit_bias");
+    }
+    RETURN_IF_ERROR(CheckRange("logit_bias", bias, -100, 100));
+  }
+  RETURN_IF_ERROR(CheckRange("top_logprobs", params.num_logprobs, -1, 20));
+  return {};
+}
+
+}  // namespace innerq

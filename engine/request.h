@@ -1,0 +1,126 @@
+// Request, SamplingParams, TokenEvent, Finish, ResponseStream: what crosses between the server's
+// threads and the engine's.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/result.h"
+
+namespace innerq {
+
+// How the next token is chosen. Ranges are checked by ValidateSamplingParams.
+struct SamplingParams {
+  float temperature = 1.0f;         // [0, 2]; 0 is greedy
+  float top_p = 1.0f;               // (0, 1]
+  int32_t top_k = 0;                // 0: off; else keep the k most likely
+  float min_p = 0.0f;               // [0, 1]: keep tokens with p >= min_p * p_max
+  float repetition_penalty = 1.0f;  // (0, 2]: divides (multiplies) positive (negative) logits of
+                                    // tokens seen in prompt or answer
+  float presence_penalty = 0.0f;    // [-2, 2]: subtracted once from tokens seen in the answer
+  float frequency_penalty = 0.0f;   // [-2, 2]: subtracted per occurrence in the answer
+  std::map<int32_t, float> logit_bias;  // token id to [-100, 100], added to logits
+  uint64_t seed = 0;                    // same seed, request and configuration give the same tokens
+  int32_t num_logprobs = -1;  // -1: none; k >= 0: the chosen token's and the k best, at most 20
+};
+
+// A prompt and what to do with it. Immutable once submitted.
+struct Request {
+  std::string id;               // for logs and answers
+  std::vector<int32_t> prompt;  // at least one token
+  SamplingParams sampling;
+  int64_t max_tokens = 16;              // of the answer, >= 1
+  int64_t min_tokens = 0;               // stop tokens are not chosen before so many
+  std::vector<int32_t> stop_token_ids;  // end the answer (reason stop); the token itself is
+                                        // reported as an event with `is_stop`
+};
+
+struct TokenLogprob {
+  int32_t token_id = 0;
+  float logprob =
+      0;  // natural logarithm, of the model's distribution before temperature and filters
+};
+
+// One generated token.
+struct TokenEvent {
+  int32_t token_id = 0;
+  bool is_stop = false;           // a stop token: ends the answer and is not part of its text
+  float logprob = 0;              // valid if logprobs were asked for
+  std::vector<TokenLogprob> top;  // most likely first
+};
+
+enum class FinishReason { kStop, kLength, kCancelled, kError };
+
+struct Usage {
+  int64_t prompt_tokens = 0;
+  int64_t completion_tokens = 0;
+  int64_t cached_tokens = 0;
+};
+
+// How a request ended. Every accepted request gets exactly one.
+struct Finish {
+  FinishReason reason = FinishReason::kStop;
+  Usage usage;
+  std::optional<Error> error;  // with kError
+};
+
+// The channel of one request: the engine writes TokenEvents and exactly one Finish, the server
+// reads. Bounded by the request's max_tokens, so the writer never waits. Closing the reader's end
+// cancels the request. Thread-safe; one reader, one writer.
+class ResponseStream {
+ public:
+  explicit ResponseStream(int64_t capacity) : capacity_(capacity) {}
+
+  // Reader: the next event, or nullopt once the stream has ended (then `finish()` is set) or the
+  // timeout passed (then it is not).
+  std::optional<TokenEvent> Next(std::chrono::milliseconds timeout);
+  // Reader: takes all events at hand, waiting for at least one, the end, or the timeout.
+  std::vector<TokenEvent> NextBatch(std::chrono::milliseconds timeout);
+  // Reader: how it ended; nullopt while events remain or it goes on.
+  std::optional<Finish> finish() const;
+  // Reader: gives up; the engine will finish the request as cancelled. Idempotent.
+  void Cancel() { cancelled_.store(true, std::memory_order_release); }
+
+  // Writer. CHECK: not finished, within capacity.
+  void Push(TokenEvent event);
+  void Close(Finish finish);
+  bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
+
+ private:
+  const int64_t capacity_;
+  std::atomic<bool> cancelled_{false};
+  mutable std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<TokenEvent> events_;
+  std::optional<Finish> finish_;
+};
+
+// The reader's handle: cancels when dropped.
+class ResponseReader {
+ public:
+  explicit ResponseReader(std::shared_ptr<ResponseStream> stream) : stream_(std::move(stream)) {}
+  ResponseReader(ResponseReader&&) = default;
+  ResponseReader& operator=(ResponseReader&&) = delete;
+  ~ResponseReader() {
+    if (stream_) stream_->Cancel();
+  }
+  ResponseStream* operator->() const { return stream_.get(); }
+  ResponseStream& operator*() const { return *stream_; }
+
+ private:
+  std::shared_ptr<ResponseStream> stream_;
+};
+
+// Errors: invalid argument with the parameter's name in `param` (OpenAI's names).
+Result<void> ValidateSamplingParams(const SamplingParams& params, int64_t vocab_size);
+
+}  // namespace innerq

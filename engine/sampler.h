@@ -1,0 +1,59 @@
+// Sampler: one row of logits to one token.
+//
+// V vocabulary.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/request.h"
+#include "kernels/result.h"
+
+namespace innerq {
+
+// Which tokens a sequence has seen, and how often its answer had them.
+class SeenTokens {
+ public:
+  static SeenTokens InPrompt(std::span<const int32_t> prompt);
+  void AddToAnswer(int32_t token) { ++answer_counts_[token]; }
+  // Token to its occurrences in the answer; 0 for tokens of the prompt alone.
+  const std::unordered_map<int32_t, int32_t>& answer_counts() const { return answer_counts_; }
+
+ private:
+  std::unordered_map<int32_t, int32_t> answer_counts_;
+};
+
+// Whether `seen` matters to these parameters.
+bool UsesPenalties(const SamplingParams& params);
+
+// What a choice depends on, and nothing else: not on neighbours, threads or earlier calls.
+struct SampleArgs {
+  std::span<const float> logits;  // [V], the model's
+  const SamplingParams* params = nullptr;
+  const SeenTokens* seen = nullptr;
+  std::span<const int32_t> masked = {};  // tokens that must not be chosen
+  int64_t index = 0;  // of the generated token, from 0: selects the random number
+};
+
+// Memory that calls reuse.
+struct SamplerScratch {
+  struct Candidate {
+    float logit;
+    int32_t id;
+    float weight;
+  };
+  std::vector<float> logits;  // [V]
+  std::vector<Candidate> candidates;
+};
+
+// Chooses the next token. In this order: logit_bias; repetition, presence and frequency penalties;
+// masked tokens; temperature; top_k; top_p over what top_k left; min_p. Temperature 0 takes the
+// largest logit, the lowest id among equals. Reports log-softmax of the raw logits where
+// `params->num_logprobs` asks for it. `is_stop` is left to the caller. Linear in V: one
+// exponential per token that top_k leaves, selections instead of sorts.
+// Errors: internal if a logit is not finite or no token is left to choose.
+Result<TokenEvent> Sample(const SampleArgs& args, SamplerScratch& scratch);
+
+}  // namespace innerq

@@ -1,0 +1,93 @@
+// Scheduler: which sequences compute how many tokens in a step, and in which pages.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "engine/block_allocator.h"
+#include "engine/page_budget.h"
+#include "engine/sequence.h"
+#include "models/forward_batch.h"
+
+namespace innerq {
+
+// What a step may use.
+struct SchedulerLimits {
+  int64_t max_sequences = 64;      // running at once
+  int64_t max_batch_tokens = 512;  // rows of one step
+  PageCounts pools;                // sizes
+};
+
+// One sequence's part of a step: positions [num_computed, num_computed + num_tokens).
+struct ScheduledChunk {
+  Sequence* sequence = nullptr;  // owned by the scheduler
+  int64_t num_tokens = 0;
+  PageRange seals;             // logical pages that this step seals
+  bool computes_norm = false;  // before it seals
+  bool samples = false;        // reaches the end of the tokens: its last row yields the next one
+};
+
+// The decisions of one step. Pages are already held.
+struct ScheduledBatch {
+  std::vector<ScheduledChunk> chunks;  // oldest sequence first
+};
+
+// Decides, first come first served. No I/O, no model, no clock: equal calls give equal schedules.
+// Engine thread only.
+//
+// All sequences stand in one line by arrival: the running ones in front, the waiting ones behind.
+//   - Running sequences with one token left to compute ("decodes") get theirs first; the rest of
+//     the step's rows goes to prefill chunks, oldest first, so neither starves the other.
+//   - A chunk shrinks to what free pages allow. If not one token fits, the youngest running
+//     sequence is preempted: it gives up all pages, becomes the first of the waiting and computes
+//     its tokens again later.
+//   - A waiting sequence starts if rows are left and the pools hold the tokens known today of all
+//     running ones and its own. So only the youngest running one can be in the middle of a prefill.
+// Hence the oldest sequence computes at least one token in every step, provided that each sequence
+// would fit alone (PeakPages), and every sequence becomes the oldest.
+class Scheduler {
+ public:
+  // `layout` must outlive the scheduler.
+  Scheduler(const SchedulerLimits& limits, const KvLayout& layout);
+
+  // Puts a sequence at the end of the line. CHECK: it fits alone.
+  void Admit(std::unique_ptr<Sequence> sequence);
+  // Plans the next step and takes its pages. Not empty unless there are no sequences. Must be
+  // followed by Commit, unless all its sequences have ended.
+  ScheduledBatch Schedule();
+  // The step was computed: counts its tokens and releases the open copies of what it sealed.
+  void Commit(const ScheduledBatch& batch);
+  // Removes all sequences with a `finish`, wherever they stand; their pages are free afterwards.
+  std::vector<std::unique_ptr<Sequence>> TakeFinished();
+
+  bool empty() const { return running_.empty() && waiting_.empty(); }
+  const std::deque<std::unique_ptr<Sequence>>& running() const { return running_; }
+  const std::deque<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
+  int64_t num_preemptions() const { return num_preemptions_; }
+  PageCounts used() const;
+  // CHECKs the three allocators.
+  void CheckIntegrity() const;
+
+ private:
+  PageCounts free_pages() const { return limits_.pools - used(); }
+  // The longest chunk of up to `wanted` tokens that the free pages allow; may be 0.
+  int64_t LongestChunk(const Sequence& sequence, int64_t wanted) const;
+  ScheduledChunk TakePages(Sequence* sequence, int64_t num_tokens);
+  void PreemptYoungest();
+  // What the tokens known today of all running sequences will need.
+  PageCounts CommittedPages() const;
+
+  const SchedulerLimits limits_;
+  const KvLayout& layout_;
+  BlockAllocator open_, sealed_, norms_;           // before the sequences, which hold references
+  std::deque<std::unique_ptr<Sequence>> running_;  // by arrival
+  std::deque<std::unique_ptr<Sequence>> waiting_;  // by arrival; all younger than the running
+  int64_t num_preemptions_ = 0;
+};
+
+// Lays a step out for the model.
+ForwardBatch BuildForwardBatch(const ScheduledBatch& batch, const KvLayout& layout);
+
+}  // namespace innerq

@@ -1,0 +1,26 @@
+#include "engine/sequence.h"
+
+#include <utility>
+
+namespace innerq {
+
+Sequence::Sequence(Request from, std::shared_ptr<ResponseStream> to, bool exact_prefill)
+    : request(std::move(from)),
+      stream(std::move(to)),
+      exact_before(exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0),
+      tokens(request.prompt),
+      seen(UsesPenalties(request.sampling) ? SeenTokens::InPrompt(request.prompt) : SeenTokens()) {}
+
+void Sequence::Append(int32_t token) {
+  tokens.push_back(token);
+  if (UsesPenalties(request.sampling)) seen.AddToAnswer(token);
+}
+
+void Sequence::End(FinishReason reason, std::optional<Error> error) {
+  if (finish.has_value()) return;
+  finish =
+      Finish{reason, Usage{.prompt_tokens = prompt_length(), .completion_tokens = num_generated()},
+             std::move(error)};
+}
+
+}  // namespace innerq

@@ -1,0 +1,50 @@
+// Sequence: a request on its way through the engine.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "engine/block_allocator.h"
+#include "engine/request.h"
+#include "engine/sampler.h"
+
+namespace innerq {
+
+// The tokens of a request so far and where their K and V are. Built by the thread that submits,
+// then used by the engine thread alone. The scheduler changes `num_computed` and pages, the engine
+// the rest.
+struct Sequence {
+  // `exact_prefill`: the prompt attends to unquantized K and V.
+  Sequence(Request request, std::shared_ptr<ResponseStream> stream, bool exact_prefill);
+
+  const Request request;
+  const std::shared_ptr<ResponseStream> stream;  // written until `finish` is delivered
+  const int64_t exact_before;                    // see KvLayout::SealedPages; survives preemption
+
+  std::vector<int32_t> tokens;  // prompt, then answer
+  int64_t num_computed = 0;     // positions [0, num_computed) are in the cache
+  BlockTable pages;
+  BlockRef norm;                 // slot of the key norm, from the first sealed page on
+  SeenTokens seen;               // for penalties
+  std::optional<Finish> finish;  // set when it has ended and is to leave the scheduler
+
+  int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
+  int64_t prompt_length() const { return static_cast<int64_t>(request.prompt.size()); }
+  int64_t num_generated() const { return num_tokens() - prompt_length(); }
+  int64_t num_uncomputed() const { return num_tokens() - num_computed; }
+
+  // Takes one more token of the answer.
+  void Append(int32_t token);
+  // Records how it ended, unless it has ended already.
+  void End(FinishReason reason, std::optional<Error> error = std::nullopt);
+};
+
+// Positions that a request of these lengths computes: the last token of an answer is never fed
+// back.
+constexpr int64_t NumPositions(int64_t prompt_length, int64_t max_tokens) {
+  return prompt_length + max_tokens - 1;
+}
+
+}  // namespace innerq

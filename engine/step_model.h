@@ -1,0 +1,26 @@
+// StepModel: the seam between the engine and whatever computes a step; tests script it.
+#pragma once
+
+#include <span>
+
+#include "kernels/paged_kv.h"
+#include "kernels/result.h"
+#include "models/forward_batch.h"
+
+namespace innerq {
+
+// Computes steps over a cache that it owns. Called by the engine thread alone.
+class StepModel {
+ public:
+  virtual ~StepModel() = default;
+  virtual int64_t vocab_size() const = 0;
+  virtual const KvLayout& layout() const = 0;
+  virtual int64_t num_open_pages() const = 0;    // size of the F16 pool
+  virtual int64_t num_sealed_pages() const = 0;  // size of the quantized pool
+  virtual int64_t num_norm_slots() const = 0;    // sequences that can hold a key norm
+  // Runs the step and waits for it. Returns logits [R][V] F32, valid until the next call.
+  // Errors: internal for a failed step; unavailable if the device is lost for good.
+  virtual Result<std::span<const float>> Step(const ForwardBatch& batch) = 0;
+};
+
+}  // namespace innerq
