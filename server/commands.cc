@@ -1,0 +1,158 @@
+#include "server/commands.h"
+
+#include <fmt/format.h>
+
+#include <cstdio>
+
+#include "server/model_setup.h"
+#include "server/openai_api.h"
+#include "server/options.h"
+#include "server/text_stream.h"
+
+namespace innerq {
+namespace {
+
+constexpr int64_t kContexts[] = {512, 2048, 8192, 32768, 131072};
+
+void PrintModel(const ModelConfig& config) {
+  fmt::print(
+      "{}: {} layers, hidden {}, intermediate {}, {} query and {} key/value heads of {}, "
+      "vocabulary {}, context {}\n",
+      config.architecture, config.num_layers, config.hidden_size, config.intermediate_size,
+      config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size,
+      config.max_positions);
+  fmt::print("parameters: {}\n", config.num_parameters());
+}
+
+void PrintCache(const KvLayout& layout) {
+  for (const std::string& line : DescribeCache(layout)) fmt::print("cache {}\n", line);
+  const auto tokens = static_cast<double>(layout.page_tokens());
+  fmt::print("cache bytes per token: {:.1f} in F16 pages, {:.1f} in quantized pages\n",
+             static_cast<double>(layout.open_page_bytes()) / tokens,
+             layout.quantized() ? static_cast<double>(layout.sealed_page_bytes()) / tokens
+                                : static_cast<double>(layout.open_page_bytes()) / tokens);
+  fmt::print("cache bits per element: {:.3f} without the F16 windows; with them",
+             layout.sealed_bits_per_element());
+  const char* separator = "";
+  for (const int64_t context : kContexts) {
+    fmt::print("{} {:.3f} at {} tokens", separator, layout.effective_bits_per_element(context),
+               context);
+    separator = ",";
+  }
+  fmt::print("\n");
+}
+
+// What check-config and inspect share: the model's shape against the cache's layout.
+Result<KvLayout> ReadLayout(const Options& options, ModelConfig* config) {
+  ASSIGN_OR_RETURN(*config, ReadModelConfig(options.model.path));
+  return PlanLayout(options, *config);
+}
+
+Result<void> PrintConfig(const Options& options) {
+  ModelConfig config;
+  ASSIGN_OR_RETURN(const KvLayout layout, ReadLayout(options, &config));
+  ASSIGN_OR_RETURN(const auto tokenizer, Tokenizer::Load(options.model.path));
+  ASSIGN_OR_RETURN(const auto chat_template,
+                   ChatTemplate::Load(options.model.path, options.model.chat_template));
+  const EngineOptions& engine = options.runner.engine;
+  if (engine.max_context > config.max_positions) {
+    return InvalidArgument(
+        fmt::format("scheduler.max_context: {} is more than the model's {} positions",
+                    engine.max_context, config.max_positions),
+        "scheduler.max_context");
+  }
+  const int64_t min_context = engine.max_context > 0 ? engine.max_context : 1;
+  ASSIGN_OR_RETURN(const KvPoolPlan plan,
+                   PlanKvPools(layout, options.runner.kv_cache, engine.max_sequences,
+                               engine.max_batch_tokens, min_context));
+  fmt::print("the configuration is valid; it would serve {} as {} on {}:{}\n",
+             options.model.path.string(), options.model.alias, options.server.host,
+             options.server.port);
+  PrintModel(config);
+  fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", tokenizer->vocab_size(),
+             chat_template ? chat_template->name() : "none");
+  for (const std::string& line : DescribeCache(layout)) fmt::print("cache {}\n", line);
+  fmt::print(
+      "cache memory: {} bytes, {} F16 and {} quantized pages; one sequence could hold {} tokens\n",
+      plan.bytes, plan.open_pages, plan.sealed_pages, plan.tokens_that_fit);
+  return {};
+}
+
+Result<void> PrintInspection(const Options& options) {
+  ModelConfig config;
+  ASSIGN_OR_RETURN(const KvLayout layout, ReadLayout(options, &config));
+  PrintModel(config);
+  ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
+  int64_t bytes = 0;
+  for (const CheckpointTensor& tensor : checkpoint->tensors()) bytes += tensor.view.bytes();
+  fmt::print("weights: {} tensors, {} bytes as stored\n", checkpoint->tensors().size(), bytes);
+  PrintCache(layout);
+  return {};
+}
+
+Result<void> PrintAnswer(const Options& options, const GenerateArgs& args) {
+  ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options));
+  Request request;
+  request.id = "generate";
+  if (!args.chat) {
+    request.prompt = model.tokenizer->Encode(args.prompt, {});
+  } else if (model.chat_template) {
+    ASSIGN_OR_RETURN(request.prompt, EncodeChat({{.role = "user", .content = args.prompt}},
+                                                *model.tokenizer, *model.chat_template));
+  } else {
+    return InvalidArgument("--chat: the model has no chat template");
+  }
+  request.sampling.temperature = args.temperature;
+  request.sampling.seed = args.seed;
+  RETURN_IF_ERROR(ValidateSamplingParams(request.sampling, model.config.vocab_size));
+  request.max_tokens = args.max_tokens;
+  request.stop_token_ids = model.stop_token_ids;
+  ASSIGN_OR_RETURN(const ResponseReader reader, model.engine->Submit(std::move(request)));
+  TextStream text(model.tokenizer.get(), {});
+  while (const auto event = reader->Next(std::chrono::hours(24))) {
+    if (event->is_stop) continue;
+    std::fputs(text.Push(event->token_id).c_str(), stdout);
+    std::fflush(stdout);
+  }
+  fmt::print("{}\n", text.Flush());
+  const auto finish = reader->finish();
+  if (finish && finish->error) return *finish->error;
+  return {};
+}
+
+template <typename Print>
+int RunWithOptions(const Result<Options>& options, Print print) {
+  if (!options) return ReportError(options.error());
+  if (const Result<void> done = print(*options); !done) return ReportError(done.error());
+  return 0;
+}
+
+}  // namespace
+
+int ReportError(const Error& error) {
+  fmt::print(stderr, "innerq: {}\n", error.message);
+  const bool usage =
+      error.code == ErrorCode::kInvalidArgument || error.code == ErrorCode::kNotFound;
+  return usage ? 2 : 1;
+}
+
+int GenerateCommand(const ConfigSource& source, const GenerateArgs& args) {
+  return RunWithOptions(LoadOptions(source.file, source.overrides),
+                        [&](const Options& options) { return PrintAnswer(options, args); });
+}
+
+int CheckConfigCommand(const ConfigSource& source) {
+  return RunWithOptions(LoadOptions(source.file, source.overrides), PrintConfig);
+}
+
+int InspectCommand(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
+  if (!std::filesystem::is_directory(path)) {
+    return RunWithOptions(LoadOptions(path, overrides), PrintInspection);
+  }
+  // The default configuration on that model.
+  auto options = ParseOptions("{}", overrides);
+  if (options) options->model.path = path;
+  return RunWithOptions(options, PrintInspection);
+}
+
+}  // namespace innerq

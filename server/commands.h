@@ -1,0 +1,40 @@
+// The commands of the innerq program. Each returns the exit code: 0 done, 1 it failed, 2 the
+// configuration cannot work here; errors are one line on standard error.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "kernels/result.h"
+
+namespace innerq {
+
+// Where the configuration comes from.
+struct ConfigSource {
+  std::filesystem::path file;
+  std::vector<std::string> overrides;  // "a.b.c=value"
+};
+
+// Prints an error on standard error; returns the exit code for it.
+int ReportError(const Error& error);
+
+struct GenerateArgs {
+  std::string prompt;
+  bool chat = false;  // the prompt is a user's message
+  int64_t max_tokens = 128;
+  float temperature = 0.0f;
+  uint64_t seed = 0;
+};
+
+// Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
+int ServeCommand(const ConfigSource& source, const std::string& version);
+// Streams the answer to one prompt to standard output.
+int GenerateCommand(const ConfigSource& source, const GenerateArgs& args);
+// Validates a configuration against its model, and says what would run. Loads no weights.
+int CheckConfigCommand(const ConfigSource& source);
+// Describes a model and its cache. `path` is a configuration or a model directory.
+int InspectCommand(const std::filesystem::path& path, const std::vector<std::string>& overrides);
+
+}  // namespace innerq

@@ -1,0 +1,43 @@
+// HttpServer: HTTP/1.1 over TCP, one thread per connection; knows nothing of models.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/result.h"
+#include "server/http_messages.h"
+
+namespace innerq {
+
+struct HttpServerOptions {
+  std::string host = "127.0.0.1";
+  int port = 0;  // 0: any free one
+  int64_t max_connections = 1024;
+  int64_t max_body_bytes = int64_t{8} << 20;
+  std::chrono::milliseconds header_timeout{10'000};  // from a request's first byte to its headers
+  std::chrono::milliseconds read_timeout{30'000};    // without a byte of the body
+  std::chrono::milliseconds write_timeout{30'000};   // without a byte taken by the client
+  std::chrono::milliseconds keep_alive_timeout{75'000};  // between requests
+};
+
+// Serves routes from construction to destruction. Errors of its own (malformed requests, unknown
+// paths and methods, too large bodies, too many connections) are answered with OpenAI's error JSON.
+class HttpServer {
+ public:
+  // Binds, listens and starts to accept. Errors: unavailable if the address cannot be bound.
+  static Result<std::unique_ptr<HttpServer>> Start(const HttpServerOptions& options,
+                                                   std::vector<HttpRoute> routes);
+  // Closes all connections and waits for their threads; handlers see a client that is gone.
+  virtual ~HttpServer() = default;
+
+  virtual int port() const = 0;
+  // Requests being read or answered right now.
+  virtual int64_t active_requests() const = 0;
+  // Waits until no request is being read or answered; false if some still were after `timeout`.
+  virtual bool WaitUntilIdle(std::chrono::milliseconds timeout) = 0;
+};
+
+}  // namespace innerq

@@ -1,0 +1,138 @@
+#include "server/model_setup.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cstdio>
+
+#include "server/openai_api.h"
+
+namespace innerq {
+namespace {
+
+constexpr double kMiB = 1 << 20;
+
+// Draws "loading weights  43%" on one line of a terminal; nothing elsewhere.
+class ProgressBar {
+ public:
+  ProgressBar() : visible_(::isatty(STDERR_FILENO) != 0) {}
+  ~ProgressBar() {
+    if (drawn_) std::fputs("\r\033[K", stderr);
+  }
+  void Show(int64_t done, int64_t total) {
+    const int percent = total > 0 ? static_cast<int>(100 * done / total) : 100;
+    if (!visible_ || percent == percent_) return;
+    percent_ = percent;
+    drawn_ = true;
+    const auto filled = static_cast<size_t>(percent) * 40 / 100;
+    fmt::print(stderr, "\rloading weights [{}{}] {:3}%", std::string(filled, '#'),
+               std::string(40 - filled, '.'), percent);
+    std::fflush(stderr);
+  }
+
+ private:
+  const bool visible_;
+  bool drawn_ = false;
+  int percent_ = -1;
+};
+
+const char* Name(QuantMode mode) {
+  switch (mode) {
+    case QuantMode::kSymmetric:
+      return "symmetric";
+    case QuantMode::kAsymmetric:
+      return "asymmetric";
+    case QuantMode::kHybrid:
+      return "hybrid";
+  }
+  return "?";
+}
+
+std::string Describe(const QuantSpec& spec) {
+  if (!spec.quantized()) return "F16";
+  return fmt::format("{}-bit {} {} groups of {} ({})", spec.bits, Name(spec.mode),
+                     spec.axis == QuantAxis::kInner ? "inner" : "outer", spec.group_size,
+                     spec.codec == QuantCodec::kPaper ? "paper" : "fitted");
+}
+
+std::string Describe(const KvLayerLayout& layer) {
+  return fmt::format("keys {}{}, values {}", Describe(layer.key),
+                     layer.normalize_keys ? " normalized" : "", Describe(layer.value));
+}
+
+}  // namespace
+
+std::vector<std::string> DescribeCache(const KvLayout& layout) {
+  std::vector<std::string> lines;
+  for (int64_t begin = 0; begin < layout.num_layers();) {
+    const std::string text = Describe(layout.layer(begin));
+    int64_t end = begin + 1;
+    while (end < layout.num_layers() && Describe(layout.layer(end)) == text) ++end;
+    lines.push_back(fmt::format("layers {}-{}: {}", begin, end - 1, text));
+    begin = end;
+  }
+  return lines;
+}
+
+Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config) {
+  ASSIGN_OR_RETURN(const KvCacheSpec spec, ResolveKvCacheSpec(options.runner.kv_cache, config));
+  return KvLayout::Create(spec, CodeOrder::kRowMajor);
+}
+
+Result<LoadedModel> LoadModel(const Options& options) {
+  LoadedModel model;
+  ASSIGN_OR_RETURN(model.tokenizer, Tokenizer::Load(options.model.path));
+  ASSIGN_OR_RETURN(model.chat_template,
+                   ChatTemplate::Load(options.model.path, options.model.chat_template));
+  ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
+  model.config = checkpoint->config();
+  model.stop_token_ids =
+      ModelStopTokens(model.config.eos_token_ids, *model.tokenizer, model.chat_template.get());
+  ModelRunnerOptions runner_options = options.runner;
+  ProgressBar bar;
+  runner_options.progress = [&bar](int64_t done, int64_t total) { bar.Show(done, total); };
+  ASSIGN_OR_RETURN(auto runner, ModelRunner::Create(std::move(checkpoint), runner_options));
+  model.report = runner->report();
+  model.cache = {
+      .capacity_tokens = model.report.pools.tokens_that_fit,
+      .sealed_bits = model.report.sealed_bits_per_element,
+      .effective_bits = runner->layout().effective_bits_per_element(model.report.max_context),
+      .open_page_bytes = model.report.open_page_bytes,
+      .sealed_page_bytes = model.report.sealed_page_bytes};
+  const EngineOptions engine_options = runner->engine_options();
+  ASSIGN_OR_RETURN(model.engine, Engine::Create(engine_options, std::move(runner)));
+  return model;
+}
+
+std::vector<std::string> DescribeModel(const Options& options, const ModelConfig& config,
+                                       const ModelReport& report) {
+  std::vector<std::string> lines;
+  lines.push_back(fmt::format("model {}: {:.1f} M parameters, {:.1f} MiB of weights, from {}",
+                              options.model.alias, static_cast<double>(report.parameters) / 1e6,
+                              static_cast<double>(report.weight_bytes) / kMiB,
+                              options.model.path.string()));
+  lines.push_back(fmt::format("backend {}{}", report.backend,
+                              options.runner.backend.deterministic ? ", deterministic" : ""));
+  const KvCacheOptions& kv = options.runner.kv_cache;
+  if (const auto layout = PlanLayout(options, config)) {
+    for (const std::string& line : DescribeCache(*layout)) lines.push_back("cache " + line);
+    lines.push_back(fmt::format(
+        "cache {} sink and {} recent tokens in F16, pages of {}; {:.2f} bits per element "
+        "quantized, "
+        "{:.2f} with the windows at {} tokens",
+        kv.sink_tokens, kv.recent_tokens, kv.page_tokens, report.sealed_bits_per_element,
+        layout->effective_bits_per_element(report.max_context), report.max_context));
+  }
+  lines.push_back(fmt::format(
+      "cache {:.1f} MiB: {} F16 pages ({:.0f} bytes per token), {} quantized pages ({:.0f} bytes "
+      "per token); one sequence could hold {} tokens",
+      static_cast<double>(report.pools.bytes) / kMiB, report.pools.open_pages,
+      report.open_bytes_per_token, report.pools.sealed_pages, report.sealed_bytes_per_token,
+      report.pools.tokens_that_fit));
+  lines.push_back(fmt::format("context {} tokens, up to {} sequences at once, prefill {}",
+                              report.max_context, options.runner.engine.max_sequences,
+                              kv.exact_prefill ? "exact" : "served"));
+  return lines;
+}
+
+}  // namespace innerq

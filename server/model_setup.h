@@ -1,0 +1,41 @@
+// LoadedModel: everything that a configuration names, brought up and ready to run.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/model_runner.h"
+#include "models/chat_template.h"
+#include "models/tokenizer.h"
+#include "server/metrics.h"
+#include "server/options.h"
+
+namespace innerq {
+
+struct LoadedModel {
+  ModelConfig config;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
+  std::vector<int32_t> stop_token_ids;
+  ModelReport report;
+  CacheInfo cache;
+  std::unique_ptr<Engine> engine;
+};
+
+// Loads tokenizer, template and weights and starts the engine. Shows a progress bar on standard
+// error if that is a terminal. Errors: as of the parts; the message says which.
+Result<LoadedModel> LoadModel(const Options& options);
+
+// The start-up report, a line each: model, backend, cache per range of layers, pools, context.
+std::vector<std::string> DescribeModel(const Options& options, const ModelConfig& config,
+                                       const ModelReport& report);
+
+// The layout of a configuration's cache over a model, without loading weights.
+Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config);
+
+// The cache's layers as text, equal neighbours together: "layers 0-1: keys 8-bit symmetric ...".
+std::vector<std::string> DescribeCache(const KvLayout& layout);
+
+}  // namespace innerq

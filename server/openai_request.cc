@@ -1,0 +1,347 @@
+#include "server/openai_request.h"
+
+#include <charconv>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+namespace innerq {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr size_t kMaxStops = 16;
+constexpr size_t kMaxStopBytes = 4096;
+
+// What the endpoints share and what one of them alone has; anything else is unsupported.
+enum class Endpoint { kBoth, kCompletions, kChat };
+
+// Reads one request. The first error stays; after it every method returns false.
+class Parser {
+ public:
+  explicit Parser(bool chat) { out_.chat = chat; }
+
+  std::variant<ApiRequest, ApiError> Run(std::string_view body) {
+    const Json json = Json::parse(body, nullptr, /*allow_exceptions=*/false);
+    if (!json.is_object()) {
+      Fail("", "invalid_json", "The request body is not a JSON object.");
+      return *error_;
+    }
+    for (const auto& [name, value] : json.items()) {
+      if (!value.is_null() && !Parameter(name, value)) return *error_;
+    }
+    if (!Complete(json)) return *error_;
+    return std::move(out_);
+  }
+
+ private:
+  bool Fail(std::string param, std::string code, std::string message) {
+    error_ =
+        ApiError{.message = std::move(message), .param = std::move(param), .code = std::move(code)};
+    return false;
+  }
+  bool WrongType(const std::string& name, const char* expected) {
+    return Fail(name, "invalid_type",
+                "Invalid type for '" + name + "': expected " + expected + ".");
+  }
+  bool WrongValue(const std::string& name, const std::string& reason) {
+    return Fail(name, "invalid_value", "Invalid value for '" + name + "': " + reason + ".");
+  }
+  bool Unsupported(const std::string& name, const std::string& detail = "") {
+    return Fail(name, "unsupported_parameter",
+                "Unsupported parameter: '" + name + "'" + detail + ".");
+  }
+
+  bool Integer(const std::string& name, const Json& value, int64_t low, int64_t high,
+               int64_t* result) {
+    if (!value.is_number_integer()) return WrongType(name, "an integer");
+    const bool huge = value.is_number_unsigned() &&
+                      value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()};
+    const int64_t number = huge ? 0 : value.get<int64_t>();
+    if (huge || number < low || number > high) {
+      return WrongValue(
+          name, "expected an integer from " + std::to_string(low) + " to " + std::to_string(high));
+    }
+    *result = number;
+    return true;
+  }
+  // Ranges of numbers are ValidateSamplingParams' business.
+  bool Number(const std::string& name, const Json& value, float* result) {
+    if (!value.is_number()) return WrongType(name, "a number");
+    *result = value.get<float>();
+    return true;
+  }
+  bool Bool(const std::string& name, const Json& value, bool* result) {
+    if (!value.is_boolean()) return WrongType(name, "a boolean");
+    *result = value.get<bool>();
+    return true;
+  }
+  bool String(const std::string& name, const Json& value, std::string* result) {
+    if (!value.is_string()) return WrongType(name, "a string");
+    *result = value.get<std::string>();
+    return true;
+  }
+  bool TokenIds(const std::string& name, const Json& value, std::vector<int32_t>* result) {
+    if (!value.is_array()) return WrongType(name, "an array of token ids");
+    for (const Json& item : value) {
+      int64_t id = 0;
+      if (!Integer(name, item, 0, std::numeric_limits<int32_t>::max(), &id)) return false;
+      result->push_back(static_cast<int32_t>(id));
+    }
+    return true;
+  }
+
+  bool Parameter(const std::string& name, const Json& value) {
+    using Method = bool (Parser::*)(const std::string&, const Json&);
+    struct Entry {
+      std::string_view name;
+      Endpoint endpoint;
+      Method method;
+    };
+    static constexpr Entry kEntries[] = {
+        {"model", Endpoint::kBoth, &Parser::Model},
+        {"prompt", Endpoint::kCompletions, &Parser::Prompt},
+        {"messages", Endpoint::kChat, &Parser::Messages},
+        {"max_tokens", Endpoint::kBoth, &Parser::MaxTokens},
+        {"max_completion_tokens", Endpoint::kChat, &Parser::MaxTokens},
+        {"min_tokens", Endpoint::kBoth, &Parser::MinTokens},
+        {"temperature", Endpoint::kBoth, &Parser::Sampling},
+        {"top_p", Endpoint::kBoth, &Parser::Sampling},
+        {"min_p", Endpoint::kBoth, &Parser::Sampling},
+        {"repetition_penalty", Endpoint::kBoth, &Parser::Sampling},
+        {"presence_penalty", Endpoint::kBoth, &Parser::Sampling},
+        {"frequency_penalty", Endpoint::kBoth, &Parser::Sampling},
+        {"top_k", Endpoint::kBoth, &Parser::TopK},
+        {"seed", Endpoint::kBoth, &Parser::Seed},
+        {"logit_bias", Endpoint::kBoth, &Parser::LogitBias},
+        {"logprobs", Endpoint::kCompletions, &Parser::NumLogprobs},
+        {"logprobs", Endpoint::kChat, &Parser::Logprobs},
+        {"top_logprobs", Endpoint::kChat, &Parser::TopLogprobs},
+        {"stop", Endpoint::kBoth, &Parser::Stop},
+        {"stop_token_ids", Endpoint::kBoth, &Parser::StopTokenIds},
+        {"ignore_eos", Endpoint::kBoth, &Parser::IgnoreEos},
+        {"stream", Endpoint::kBoth, &Parser::Stream},
+        {"stream_options", Endpoint::kBoth, &Parser::StreamOptions},
+        {"user", Endpoint::kBoth, &Parser::User},
+    };
+    const Endpoint here = out_.chat ? Endpoint::kChat : Endpoint::kCompletions;
+    for (const Entry& entry : kEntries) {
+      if (entry.name == name && (entry.endpoint == Endpoint::kBoth || entry.endpoint == here)) {
+        return (this->*entry.method)(name, value);
+      }
+    }
+    return AsksForNothing(name, value) || Unsupported(name);
+  }
+
+  // Parameters that are not implemented, with the value that is their absence.
+  bool AsksForNothing(std::string_view name, const Json& value) const {
+    if (name == "n") return value == 1;
+    if (name == "store") return value == false;
+    if (out_.chat) {
+      return (name == "response_format" && value == Json{{"type", "text"}}) ||
+             (name == "modalities" && value == Json::array({"text"}));
+    }
+    return (name == "best_of" && value == 1) || (name == "echo" && value == false);
+  }
+
+  bool Model(const std::string& name, const Json& value) {
+    return String(name, value, &out_.model);
+  }
+  bool User(const std::string& name, const Json& value) {
+    std::string unused;
+    return String(name, value, &unused);
+  }
+
+  bool Prompt(const std::string& name, const Json& value) {
+    if (value.is_string()) return String(name, value, &out_.prompt);
+    if (!value.is_array() || value.empty()) return WrongType(name, "a string or token ids");
+    if (value[0].is_number()) return TokenIds(name, value, &out_.prompt_ids);
+    if (value.size() > 1) return Unsupported(name, " with several prompts; send one at a time");
+    if (value[0].is_array() && !value[0].empty()) return TokenIds(name, value[0], &out_.prompt_ids);
+    return String(name, value[0], &out_.prompt);
+  }
+
+  bool Messages(const std::string& name, const Json& value) {
+    if (!value.is_array()) return WrongType(name, "an array of messages");
+    for (size_t i = 0; i < value.size(); ++i) {
+      const std::string path = name + "[" + std::to_string(i) + "]";
+      if (!value[i].is_object()) return WrongType(path, "an object");
+      ChatMessage message;
+      for (const auto& [key, member] : value[i].items()) {
+        const std::string at = path + "." + key;
+        if (member.is_null()) continue;
+        if (key == "role") {
+          if (!String(at, member, &message.role)) return false;
+        } else if (key == "content") {
+          if (!Content(at, member, &message.content)) return false;
+        } else {
+          return Unsupported(at);
+        }
+      }
+      if (message.role.empty()) return Missing(path + ".role");
+      if (value[i].value("content", Json()).is_null()) return Missing(path + ".content");
+      if (message.role == "developer") message.role = "system";  // OpenAI's later name for it
+      out_.messages.push_back(std::move(message));
+    }
+    return true;
+  }
+
+  bool Content(const std::string& name, const Json& value, std::string* text) {
+    if (value.is_string()) return String(name, value, text);
+    if (!value.is_array()) return WrongType(name, "a string or an array of parts");
+    for (size_t i = 0; i < value.size(); ++i) {
+      const std::string path = name + "[" + std::to_string(i) + "]";
+      const Json& part = value[i];
+      if (!part.is_object()) return WrongType(path, "an object");
+      if (part.value("type", Json()) != "text") {
+        return Unsupported(path + ".type", ": only text parts are understood");
+      }
+      for (const auto& [key, member] : part.items()) {
+        if (key != "type" && key != "text") return Unsupported(path + "." + key);
+      }
+      std::string piece;
+      if (!String(path + ".text", part.value("text", Json()), &piece)) return false;
+      *text += piece;
+    }
+    return true;
+  }
+
+  bool MaxTokens(const std::string& name, const Json& value) {
+    int64_t count = 0;
+    if (!Integer(name, value, 1, std::numeric_limits<int32_t>::max(), &count)) return false;
+    if (out_.max_tokens && *out_.max_tokens != count) {
+      return WrongValue(name, "max_tokens and max_completion_tokens differ");
+    }
+    out_.max_tokens = count;
+    return true;
+  }
+  bool MinTokens(const std::string& name, const Json& value) {
+    return Integer(name, value, 0, std::numeric_limits<int32_t>::max(), &out_.min_tokens);
+  }
+
+  bool Sampling(const std::string& name, const Json& value) {
+    SamplingParams& params = out_.sampling;
+    if (name == "temperature") return Number(name, value, &params.temperature);
+    if (name == "top_p") return Number(name, value, &params.top_p);
+    if (name == "min_p") return Number(name, value, &params.min_p);
+    if (name == "repetition_penalty") return Number(name, value, &params.repetition_penalty);
+    if (name == "presence_penalty") return Number(name, value, &params.presence_penalty);
+    CHECK(name == "frequency_penalty", name);
+    return Number(name, value, &params.frequency_penalty);
+  }
+  bool TopK(const std::string& name, const Json& value) {
+    int64_t k = 0;
+    if (!Integer(name, value, -1, std::numeric_limits<int32_t>::max(), &k)) return false;
+    out_.sampling.top_k = k < 0 ? 0 : static_cast<int32_t>(k);  // -1, too, is "off"
+    return true;
+  }
+  bool Seed(const std::string& name, const Json& value) {
+    int64_t seed = 0;
+    using Limits = std::numeric_limits<int64_t>;
+    if (!Integer(name, value, Limits::min(), Limits::max(), &seed)) return false;
+    out_.sampling.seed = static_cast<uint64_t>(seed);
+    out_.has_seed = true;
+    return true;
+  }
+  bool LogitBias(const std::string& name, const Json& value) {
+    if (!value.is_object()) return WrongType(name, "an object");
+    for (const auto& [key, bias] : value.items()) {
+      int32_t id = -1;
+      const char* const end = key.data() + key.size();
+      if (const auto [stop, error] = std::from_chars(key.data(), end, id);
+          error != std::errc() || stop != end || id < 0) {
+        return WrongValue(name, "\"" + key + "\" is not a token id");
+      }
+      if (!Number(name, bias, &out_.sampling.logit_bias[id])) return false;
+    }
+    return true;
+  }
+
+  bool NumLogprobs(const std::string& name, const Json& value) {
+    int64_t count = 0;
+    if (!Integer(name, value, 0, 20, &count)) return false;
+    out_.sampling.num_logprobs = static_cast<int32_t>(count);
+    return true;
+  }
+  bool Logprobs(const std::string& name, const Json& value) {
+    return Bool(name, value, &logprobs_);
+  }
+  bool TopLogprobs(const std::string& name, const Json& value) {
+    int64_t count = 0;
+    if (!Integer(name, value, 0, 20, &count)) return false;
+    top_logprobs_ = static_cast<int32_t>(count);
+    return true;
+  }
+
+  bool Stop(const std::string& name, const Json& value) {
+    const Json list = value.is_array() ? value : Json::array({value});
+    if (list.size() > kMaxStops) {
+      return WrongValue(name, "more than " + std::to_string(kMaxStops) + " strings");
+    }
+    for (const Json& item : list) {
+      std::string text;
+      if (!String(name, item, &text)) return false;
+      if (text.empty()) return WrongValue(name, "an empty string");
+      if (text.size() > kMaxStopBytes) {
+        return WrongValue(name, "longer than " + std::to_string(kMaxStopBytes) + " bytes");
+      }
+      out_.stop.push_back(std::move(text));
+    }
+    return true;
+  }
+  bool StopTokenIds(const std::string& name, const Json& value) {
+    return TokenIds(name, value, &out_.stop_token_ids);
+  }
+  bool IgnoreEos(const std::string& name, const Json& value) {
+    return Bool(name, value, &out_.ignore_eos);
+  }
+  bool Stream(const std::string& name, const Json& value) {
+    return Bool(name, value, &out_.stream);
+  }
+  bool StreamOptions(const std::string& name, const Json& value) {
+    if (!value.is_object()) return WrongType(name, "an object");
+    for (const auto& [key, member] : value.items()) {
+      const std::string at = name + "." + key;
+      if (key != "include_usage") return Unsupported(at);
+      if (!member.is_null() && !Bool(at, member, &out_.include_usage)) return false;
+    }
+    stream_options_ = true;
+    return true;
+  }
+
+  bool Missing(const std::string& name) {
+    return Fail(name, "missing_required_parameter", "Missing required parameter: '" + name + "'.");
+  }
+
+  // What only shows once all parameters are known.
+  bool Complete(const Json& json) {
+    const char* const input = out_.chat ? "messages" : "prompt";
+    if (out_.model.empty()) return Missing("model");
+    if (json.value(input, Json()).is_null()) return Missing(input);
+    if (out_.chat && out_.messages.empty()) return WrongValue("messages", "no messages");
+    if (stream_options_ && !out_.stream) {
+      return WrongValue("stream_options", "only allowed with stream: true");
+    }
+    if (top_logprobs_ && !logprobs_) {
+      return WrongValue("top_logprobs", "only allowed with logprobs: true");
+    }
+    if (logprobs_) out_.sampling.num_logprobs = top_logprobs_.value_or(0);
+    if (out_.max_tokens && out_.min_tokens > *out_.max_tokens) {
+      return WrongValue("min_tokens", "greater than max_tokens");
+    }
+    return true;
+  }
+
+  ApiRequest out_;
+  std::optional<ApiError> error_;
+  bool logprobs_ = false;
+  std::optional<int32_t> top_logprobs_;
+  bool stream_options_ = false;
+};
+
+}  // namespace
+
+std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat) {
+  return Parser(chat).Run(body);
+}
+
+}  // namespace innerq

@@ -1,0 +1,56 @@
+// Requests of the OpenAI API: JSON to plain values, refusing whatever would not be honoured.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "engine/request.h"
+#include "models/chat_template.h"
+
+namespace innerq {
+
+// A refusal or a failure as the client sees it.
+struct ApiError {
+  int status = 400;
+  std::string message;
+  std::string type = "invalid_request_error";
+  std::string param = {};   // null in JSON if empty
+  std::string code = {};    // null in JSON if empty
+  std::string extra = {};   // further members of the error object: ", \"n_ctx\": 512"
+  int64_t retry_after = 0;  // seconds; 0: no such header
+};
+
+// A request for text, of either endpoint.
+struct ApiRequest {
+  bool chat = false;
+  std::string model;
+  std::string prompt;               // completions: text ...
+  std::vector<int32_t> prompt_ids;  // ... or, if not empty, ids
+  std::vector<ChatMessage> messages;
+  SamplingParams sampling;  // num_logprobs: as asked for; seed: see has_seed
+  bool has_seed = false;
+  std::optional<int64_t> max_tokens;
+  int64_t min_tokens = 0;
+  std::vector<std::string> stop;
+  std::vector<int32_t> stop_token_ids;
+  bool ignore_eos = false;
+  bool stream = false;
+  bool include_usage = false;
+};
+
+// Parses the body of POST /v1/completions, or of /v1/chat/completions if `chat`.
+//
+// Honoured: model, prompt | messages, max_tokens, max_completion_tokens (chat), min_tokens,
+// temperature, top_p, top_k, min_p, seed, repetition_penalty, presence_penalty, frequency_penalty,
+// logit_bias, logprobs, top_logprobs (chat), stop (up to 16), stop_token_ids, ignore_eos, stream,
+// stream_options.include_usage. `user` is accepted: by definition it does not change the answer.
+// null means "not given". Parameters of OpenAI's that are not implemented pass only with the value
+// that asks for nothing (n: 1, echo: false, response_format: {"type": "text"}, ...); every other
+// one is refused with the code "unsupported_parameter" and its name.
+std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat);
+
+}  // namespace innerq

@@ -1,0 +1,166 @@
+#include "server/openai_response.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "server/utf8.h"
+
+namespace innerq {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+// JSON has no infinities; OpenAI prints this for what cannot happen.
+double Logprob(float value) { return std::max(static_cast<double>(value), -9999.0); }
+
+Json ChatToken(const std::string& bytes, float logprob) {
+  Json list = Json::array();
+  for (const char c : bytes) list.push_back(static_cast<uint8_t>(c));
+  return {{"token", ReplaceInvalidUtf8(bytes)},
+          {"logprob", Logprob(logprob)},
+          {"bytes", std::move(list)}};
+}
+
+// Keys of the older format must differ where tokens differ: parts of characters are spelled out.
+std::string CompletionToken(const std::string& bytes) {
+  if (ReplaceInvalidUtf8(bytes) == bytes) return bytes;
+  std::string text = "bytes:";
+  for (const char c : bytes) {
+    char hex[8];
+    std::snprintf(hex, sizeof(hex), "\\x%02x", static_cast<uint8_t>(c));
+    text += hex;
+  }
+  return text;
+}
+
+Json Logprobs(const AnswerHead& head, const std::vector<TokenText>& tokens) {
+  if (!head.logprobs) return nullptr;
+  if (head.chat) {
+    Json content = Json::array();
+    for (const TokenText& token : tokens) {
+      Json entry = ChatToken(token.bytes, token.logprob);
+      entry["top_logprobs"] = Json::array();
+      for (const auto& [bytes, logprob] : token.top) {
+        entry["top_logprobs"].push_back(ChatToken(bytes, logprob));
+      }
+      content.push_back(std::move(entry));
+    }
+    return {{"content", std::move(content)}, {"refusal", nullptr}};
+  }
+  Json texts = Json::array(), values = Json::array(), tops = Json::array(), offsets = Json::array();
+  for (const TokenText& token : tokens) {
+    texts.push_back(CompletionToken(token.bytes));
+    values.push_back(Logprob(token.logprob));
+    offsets.push_back(token.offset);
+    Json top = Json::object();
+    for (const auto& [bytes, logprob] : token.top) top[CompletionToken(bytes)] = Logprob(logprob);
+    top[CompletionToken(token.bytes)] = Logprob(token.logprob);  // the chosen one always
+    tops.push_back(std::move(top));
+  }
+  return {{"tokens", std::move(texts)},
+          {"token_logprobs", std::move(values)},
+          {"top_logprobs", std::move(tops)},
+          {"text_offset", std::move(offsets)}};
+}
+
+Json UsageObject(const Usage& usage) {
+  return {{"prompt_tokens", usage.prompt_tokens},
+          {"completion_tokens", usage.completion_tokens},
+          {"total_tokens", usage.prompt_tokens + usage.completion_tokens},
+          {"prompt_tokens_details", {{"cached_tokens", usage.cached_tokens}}}};
+}
+
+Json Head(const AnswerHead& head, bool chunk) {
+  const char* const object =
+      head.chat ? (chunk ? "chat.completion.chunk" : "chat.completion") : "text_completion";
+  return {{"id", head.id}, {"object", object}, {"created", head.created}, {"model", head.model}};
+}
+
+// Texts are valid UTF-8 but for the client's own strings, which are echoed with U+FFFD.
+std::string Dump(const Json& json) {
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+std::string Chunk(const AnswerHead& head, Json choice) {
+  Json json = Head(head, true);
+  json["choices"] = Json::array({std::move(choice)});
+  if (head.include_usage) json["usage"] = nullptr;
+  return Dump(json);
+}
+
+Json Model(std::string_view id, int64_t created, int64_t max_context) {
+  return {{"id", id},
+          {"object", "model"},
+          {"created", created},
+          {"owned_by", "innerq"},
+          {"max_model_len", max_context}};
+}
+
+}  // namespace
+
+std::string AnswerJson(const AnswerHead& head, std::string_view text,
+                       const std::vector<TokenText>& tokens, std::string_view finish_reason,
+                       const Usage& usage) {
+  Json json = Head(head, false);
+  Json choice = {{"index", 0}};
+  if (head.chat) {
+    choice["message"] = {{"role", "assistant"}, {"content", text}, {"refusal", nullptr}};
+  } else {
+    choice["text"] = text;
+  }
+  choice["logprobs"] = Logprobs(head, tokens);
+  choice["finish_reason"] = finish_reason;
+  json["choices"] = Json::array({std::move(choice)});
+  json["usage"] = UsageObject(usage);
+  return Dump(json);
+}
+
+std::string RoleChunkJson(const AnswerHead& head) {
+  return Chunk(head, {{"index", 0},
+                      {"delta", {{"role", "assistant"}, {"content", ""}}},
+                      {"logprobs", nullptr},
+                      {"finish_reason", nullptr}});
+}
+
+std::string TextChunkJson(const AnswerHead& head, std::string_view text,
+                          const std::vector<TokenText>& tokens) {
+  Json choice = {{"index", 0}};
+  if (head.chat) {
+    choice["delta"] = {{"content", text}};
+  } else {
+    choice["text"] = text;
+  }
+  choice["logprobs"] = Logprobs(head, tokens);
+  choice["finish_reason"] = nullptr;
+  return Chunk(head, std::move(choice));
+}
+
+std::string EndChunkJson(const AnswerHead& head, std::string_view finish_reason) {
+  Json choice = {{"index", 0}};
+  if (head.chat) {
+    choice["delta"] = Json::object();
+  } else {
+    choice["text"] = "";
+  }
+  choice["logprobs"] = nullptr;
+  choice["finish_reason"] = finish_reason;
+  return Chunk(head, std::move(choice));
+}
+
+std::string UsageChunkJson(const AnswerHead& head, const Usage& usage) {
+  Json json = Head(head, true);
+  json["choices"] = Json::array();
+  json["usage"] = UsageObject(usage);
+  return Dump(json);
+}
+
+std::string ModelJson(std::string_view id, int64_t created, int64_t max_context) {
+  return Dump(Model(id, created, max_context));
+}
+
+std::string ModelListJson(std::string_view id, int64_t created, int64_t max_context) {
+  return Dump({{"object", "list"}, {"data", Json::array({Model(id, created, max_context)})}});
+}
+
+}  // namespace innerq

@@ -1,0 +1,197 @@
+#include "server/options.h"
+
+#include <charconv>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "server/config_schema.h"
+
+namespace innerq {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+// The schema has checked types, ranges and choices: these read what is known to be valid.
+
+QuantMode ReadMode(const Json& json) {
+  const std::string name = json.get<std::string>();
+  if (name == "symmetric") return QuantMode::kSymmetric;
+  return name == "asymmetric" ? QuantMode::kAsymmetric : QuantMode::kHybrid;
+}
+
+QuantAxis ReadAxis(const Json& json) {
+  return json.get<std::string>() == "inner" ? QuantAxis::kInner : QuantAxis::kOuter;
+}
+
+QuantCodec ReadCodec(const Json& json) {
+  return json.get<std::string>() == "paper" ? QuantCodec::kPaper : QuantCodec::kFitted;
+}
+
+QuantSpec ReadSpec(const Json& json) {
+  return {.bits = json.at("bits").get<int>(),
+          .mode = ReadMode(json.at("mode")),
+          .axis = ReadAxis(json.at("axis")),
+          .group_size = json.at("group_size").get<int>(),
+          .codec = ReadCodec(json.at("codec"))};
+}
+
+QuantOverride ReadQuantOverride(const Json& json) {
+  QuantOverride result;
+  if (json.contains("bits")) result.bits = json["bits"].get<int>();
+  if (json.contains("mode")) result.mode = ReadMode(json["mode"]);
+  if (json.contains("axis")) result.axis = ReadAxis(json["axis"]);
+  if (json.contains("group_size")) result.group_size = json["group_size"].get<int>();
+  if (json.contains("codec")) result.codec = ReadCodec(json["codec"]);
+  return result;
+}
+
+Result<KvLayerOverride> ReadLayer(const Json& json, const std::string& path) {
+  KvLayerOverride layer;
+  const std::string range = json.at("range").get<std::string>();
+  const char* const end = range.data() + range.size();
+  const auto first = std::from_chars(range.data(), end, layer.first_layer);
+  layer.last_layer = layer.first_layer;
+  if (first.ptr != end) std::from_chars(first.ptr + 1, end, layer.last_layer);
+  if (layer.last_layer < layer.first_layer) {
+    return InvalidArgument(path + ".range: " + range + " ends before it begins", path + ".range");
+  }
+  layer.key = ReadQuantOverride(json.at("key"));
+  layer.value = ReadQuantOverride(json.at("value"));
+  if (json.at("key").contains("normalize")) {
+    layer.normalize_keys = json["key"]["normalize"] == "prompt";
+  }
+  return layer;
+}
+
+Result<KvCacheOptions> ReadKvCache(const Json& json) {
+  if (json.at("prefix_cache").get<bool>()) {
+    return InvalidArgument("kv_cache.prefix_cache: true is not supported by this build",
+                           "kv_cache.prefix_cache");
+  }
+  KvCacheOptions options;
+  ASSIGN_OR_RETURN(options.memory_bytes, ParseSize(json.at("memory").get<std::string>()));
+  options.page_tokens = json.at("page_tokens").get<int64_t>();
+  options.sink_tokens = json.at("sink_tokens").get<int64_t>();
+  options.recent_tokens = json.at("recent_tokens").get<int64_t>();
+  options.exact_prefill = json.at("prefill") == "exact";
+  options.key = ReadSpec(json.at("key"));
+  options.value = ReadSpec(json.at("value"));
+  options.normalize_keys = json["key"].at("normalize") == "prompt";
+  const Json& layers = json.at("layers");
+  for (size_t i = 0; i < layers.size(); ++i) {
+    ASSIGN_OR_RETURN(KvLayerOverride layer,
+                     ReadLayer(layers[i], "kv_cache.layers." + std::to_string(i)));
+    options.layers.push_back(std::move(layer));
+  }
+  return options;
+}
+
+Result<BackendOptions> ReadBackend(const Json& json) {
+  const BackendOptions options{.device = json.at("device").get<std::string>(),
+                               .variant = json.at("variant").get<std::string>(),
+                               .threads = json.at("threads").get<int>(),
+                               .deterministic = json.at("deterministic").get<bool>()};
+  if (options.device == "reference" && options.variant != "auto") {
+    return InvalidArgument("backend.variant: the reference device has no variants, so \"" +
+                               options.variant + "\" cannot be had",
+                           "backend.variant");
+  }
+  return options;
+}
+
+Result<EngineOptions> ReadScheduler(const Json& json) {
+  const EngineOptions options{.max_sequences = json.at("max_sequences").get<int64_t>(),
+                              .max_batch_tokens = json.at("max_batch_tokens").get<int64_t>(),
+                              .max_queue = json.at("max_queue").get<int64_t>(),
+                              .max_context = json.at("max_context").get<int64_t>()};
+  if (options.max_batch_tokens < options.max_sequences) {
+    return InvalidArgument(
+        "scheduler.max_batch_tokens: " + std::to_string(options.max_batch_tokens) +
+            " is less than scheduler.max_sequences, " + std::to_string(options.max_sequences) +
+            ": every running sequence needs a token of each step",
+        "scheduler.max_batch_tokens");
+  }
+  return options;
+}
+
+std::optional<WeightFormat> ReadDtype(const std::string& name) {
+  if (name == "bf16") return WeightFormat::kBF16;
+  if (name == "f16") return WeightFormat::kF16;
+  if (name == "f32") return WeightFormat::kF32;
+  return std::nullopt;
+}
+
+constexpr int64_t kMaxBodyBytes = int64_t{1} << 30;
+
+Result<ServerOptions> ReadServer(const Json& json) {
+  ServerOptions options;
+  options.host = json.at("host").get<std::string>();
+  options.port = json.at("port").get<int>();
+  options.api_keys = json.at("api_keys").get<std::vector<std::string>>();
+  options.max_connections = json.at("max_connections").get<int64_t>();
+  ASSIGN_OR_RETURN(options.max_body_bytes, ParseSize(json.at("max_body").get<std::string>()));
+  if (options.max_body_bytes > kMaxBodyBytes) {
+    return InvalidArgument("server.max_body: more than 1GiB", "server.max_body");
+  }
+  options.drain_seconds = json.at("drain_seconds").get<int64_t>();
+  return options;
+}
+
+std::string DirectoryName(const std::filesystem::path& path) {
+  const std::filesystem::path absolute = std::filesystem::absolute(path).lexically_normal();
+  return (absolute.has_filename() ? absolute : absolute.parent_path()).filename().string();
+}
+
+}  // namespace
+
+Result<Options> ParseOptions(std::string_view text, const std::vector<std::string>& overrides) {
+  ASSIGN_OR_RETURN(const std::string checked, ApplySchema(kConfigSchema, text, overrides));
+  const Json json = Json::parse(checked);
+  Options options;
+  const Json& model = json.at("model");
+  options.model.path = model.at("path").get<std::string>();
+  options.model.alias = model.at("alias").get<std::string>();
+  if (options.model.alias.empty()) options.model.alias = DirectoryName(options.model.path);
+  options.model.chat_template = model.at("chat_template").get<std::string>();
+  options.runner.dtype = ReadDtype(model.at("dtype").get<std::string>());
+  ASSIGN_OR_RETURN(options.runner.backend, ReadBackend(json.at("backend")));
+  ASSIGN_OR_RETURN(options.runner.kv_cache, ReadKvCache(json.at("kv_cache")));
+  ASSIGN_OR_RETURN(options.runner.engine, ReadScheduler(json.at("scheduler")));
+  options.runner.engine.exact_prefill = options.runner.kv_cache.exact_prefill;
+  ASSIGN_OR_RETURN(options.server, ReadServer(json.at("server")));
+  options.log.level = json.at("log").at("level").get<std::string>();
+  options.log.json = json.at("log").at("format") == "json";
+  return options;
+}
+
+Result<Options> LoadOptions(const std::filesystem::path& file,
+                            const std::vector<std::string>& overrides) {
+  std::ifstream stream(file, std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(stream), {}};
+  if (!stream.is_open() || stream.bad()) {
+    return Error{ErrorCode::kNotFound, "cannot read configuration file " + file.string()};
+  }
+  auto parsed = ParseOptions(text, overrides);
+  if (!parsed) {
+    Error error = parsed.error();
+    error.message = file.string() + ": " + error.message;
+    return error;
+  }
+  Options options = std::move(parsed).value();
+  const std::filesystem::path written = options.model.path;
+  const std::filesystem::path directory = std::filesystem::absolute(file).parent_path();
+  std::error_code ignored;
+  for (const auto& base : {std::filesystem::path(), directory, directory.parent_path()}) {
+    if (std::filesystem::is_directory(base / written, ignored)) {
+      options.model.path = base / written;
+      return options;
+    }
+  }
+  return Error{ErrorCode::kNotFound,
+               file.string() + ": model.path: no directory " + written.string() +
+                   " in the working directory, in " + directory.string() + " or its parent",
+               "model.path"};
+}
+
+}  // namespace innerq

@@ -1,0 +1,56 @@
+// Options: the configuration as plain values.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/model_runner.h"
+#include "kernels/result.h"
+
+namespace innerq {
+
+// Configuration "model", but for its dtype, which is the runner's.
+struct ModelOptions {
+  std::filesystem::path path;
+  std::string alias;          // never empty: the directory's name unless given
+  std::string chat_template;  // auto or one of ChatTemplate::Names()
+};
+
+// Configuration "server".
+struct ServerOptions {
+  std::string host;
+  int port = 0;  // 0: any free one
+  std::vector<std::string> api_keys;
+  int64_t max_connections = 0;
+  int64_t max_body_bytes = 0;
+  int64_t drain_seconds = 0;
+};
+
+// Configuration "log".
+struct LogOptions {
+  std::string level;  // debug, info, warn, error
+  bool json = false;
+};
+
+// One configuration file, checked, with defaults and overrides applied. See configs/schema.json for
+// every key.
+struct Options {
+  ModelOptions model;
+  ModelRunnerOptions runner;  // model.dtype, backend, kv_cache, scheduler
+  ServerOptions server;
+  LogOptions log;
+};
+
+// Reads a configuration text; `overrides` are "a.b.c=value". Paths stay as written. Errors: invalid
+// argument with the key's path in `param`.
+Result<Options> ParseOptions(std::string_view text, const std::vector<std::string>& overrides);
+
+// Reads a configuration file and finds its model's directory: relative to the working directory, to
+// the file's directory, or to the parent of that. Errors: as above, and not found.
+Result<Options> LoadOptions(const std::filesystem::path& file,
+                            const std::vector<std::string>& overrides);
+
+}  // namespace innerq

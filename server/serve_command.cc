@@ -1,0 +1,146 @@
+#include <pthread.h>
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "server/commands.h"
+#include "server/log.h"
+#include "server/model_setup.h"
+#include "server/service.h"
+
+namespace innerq {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// Takes SIGTERM and SIGINT, on a thread of its own: no handler runs in the middle of other code,
+// and it works for process 1, for which the default action is to ignore them. Create it before any
+// other thread, for those must inherit the blocked signals.
+class Signals {
+ public:
+  Signals() {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    std::signal(SIGPIPE, SIG_IGN);
+    // The thread has nothing to return to: it waits for as long as the process lives.
+    std::thread([set, state = state_] { Run(set, *state); }).detach();
+  }
+
+  // Until this call the first signal ends the process; from now on it is Wait that returns, and
+  // only a second one that ends the process.
+  void Catch() {
+    const std::lock_guard lock(state_->mutex);
+    state_->catching = true;
+  }
+  void Wait() {
+    std::unique_lock lock(state_->mutex);
+    state_->arrived.wait(lock, [this] { return state_->caught; });
+  }
+
+ private:
+  struct State {
+    std::mutex mutex;
+    std::condition_variable arrived;
+    bool catching = false;
+    bool caught = false;
+  };
+
+  static void Run(const sigset_t& set, State& state) noexcept {
+    for (;;) {
+      int signal = 0;
+      if (sigwait(&set, &signal) != 0) continue;
+      const std::lock_guard lock(state.mutex);
+      if (!state.catching || state.caught) ::_exit(128 + signal);
+      state.caught = true;
+      state.arrived.notify_all();
+    }
+  }
+
+  const std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
+// Lets accepted requests finish and their answers go out, up to the limit.
+void Drain(Engine& engine, HttpServer& http, std::chrono::seconds limit) {
+  spdlog::info("draining for up to {} s; {} requests are being answered", limit.count(),
+               http.active_requests());
+  const auto deadline = steady_clock::now() + limit;
+  const bool finished = engine.Drain(limit);
+  // Ended answers still have to be written, also those that the engine just cut short.
+  const auto left = std::chrono::ceil<milliseconds>(deadline - steady_clock::now());
+  const bool idle = http.WaitUntilIdle(std::max(left, milliseconds(1000)));
+  if (finished && idle) {
+    spdlog::info("drained");
+  } else {
+    spdlog::warn("the time to drain is over: the remaining requests were cut short");
+  }
+}
+
+// Tells on standard output, for people and for scripts that wait for the line, where the server is
+// and how to talk to it.
+void PrintExample(const std::string& url, const std::string& model) {
+  std::printf(
+      "ready: %s/v1\n\n"
+      "  curl %s/v1/completions -H 'Content-Type: application/json' \\\n"
+      "    -d '{\"model\": \"%s\", \"prompt\": \"Hello\", \"max_tokens\": 32}'\n\n",
+      url.c_str(), url.c_str(), model.c_str());
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int ServeCommand(const ConfigSource& source, const std::string& version) {
+  Signals signals;
+  const auto options = LoadOptions(source.file, source.overrides);
+  if (!options) return ReportError(options.error());
+  ConfigureLog(options->log);
+
+  Service service(version);
+  const ServerOptions& server = options->server;
+  auto http = HttpServer::Start({.host = server.host,
+                                 .port = server.port,
+                                 .max_connections = server.max_connections,
+                                 .max_body_bytes = server.max_body_bytes},
+                                service.Routes());
+  if (!http) return ReportError(http.error());
+
+  auto model = LoadModel(*options);
+  if (!model) return ReportError(model.error());
+  for (const std::string& line : DescribeModel(*options, model->config, model->report)) {
+    spdlog::info("{}", line);
+  }
+  if (!model->chat_template) {
+    spdlog::warn("the model has no chat template: /v1/chat/completions will refuse requests");
+  }
+  service.Open({.model = {.id = options->model.alias,
+                          .created = std::chrono::duration_cast<std::chrono::seconds>(
+                                         std::chrono::system_clock::now().time_since_epoch())
+                                         .count(),
+                          .vocab_size = model->config.vocab_size,
+                          .tokenizer = model->tokenizer,
+                          .chat_template = model->chat_template,
+                          .stop_token_ids = model->stop_token_ids},
+                .api_keys = server.api_keys,
+                .cache = model->cache,
+                .engine = std::move(model->engine)});
+  signals.Catch();
+  spdlog::info("innerq {} ready on http://{}:{}", version, server.host, (*http)->port());
+  PrintExample("http://" + server.host + ":" + std::to_string((*http)->port()),
+               options->model.alias);
+
+  signals.Wait();
+  Drain(*service.engine(), **http, std::chrono::seconds(server.drain_seconds));
+  return 0;
+}
+
+}  // namespace innerq

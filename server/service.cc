@@ -1,0 +1,84 @@
+#include "server/service.h"
+
+#include <spdlog/spdlog.h>
+
+#include <chrono>
+
+#include "server/utf8.h"
+
+namespace innerq {
+namespace {
+
+HttpResponse Json(std::string body, int status = 200) {
+  return {.status = status, .body = std::move(body)};
+}
+
+HttpResponse Unavailable(const std::string& message) {
+  return ErrorResponse({.status = 503,
+                        .message = message,
+                        .type = "server_error",
+                        .code = "server_is_overloaded",
+                        .retry_after = 5});
+}
+
+// Logs every answer of a handler: its beginning, for streams.
+auto Logged(std::function<HttpResponse(const HttpRequest&)> handle) {
+  return [handle = std::move(handle)](const HttpRequest& request) {
+    const auto start = std::chrono::steady_clock::now();
+    HttpResponse response = handle(request);
+    const std::chrono::duration<double, std::milli> elapsed =
+        std::chrono::steady_clock::now() - start;
+    spdlog::log(response.status == 500 ? spdlog::level::warn : spdlog::level::debug,
+                "{} {} {} {:.1f} ms, request {}", request.method, request.path, response.status,
+                elapsed.count(), request.id);
+    return response;
+  };
+}
+
+}  // namespace
+
+void Service::Open(Parts parts) {
+  CHECK(!open_, "a service opened twice");
+  engine_ = std::move(parts.engine);
+  metrics_ = std::make_unique<Metrics>(parts.model.id, parts.cache);
+  api_ = std::make_unique<OpenAiApi>(std::move(parts.model), std::move(parts.api_keys),
+                                     engine_.get(), metrics_.get());
+  open_ = true;
+}
+
+HttpResponse Service::Ready() const {
+  if (!open_) return Unavailable("The model is still loading.");
+  if (!engine_->ready()) return Unavailable("The server takes no new requests.");
+  return Json("{\"status\": \"ready\"}");
+}
+
+std::vector<HttpRoute> Service::Routes() {
+  std::vector<HttpRoute> routes;
+  const auto add = [&routes](std::string method, std::string path, auto handle) {
+    routes.push_back({std::move(method), std::move(path), Logged(std::move(handle))});
+  };
+  // Handlers that need a model.
+  const auto add_open = [this, &add](std::string method, std::string path, auto handle) {
+    add(std::move(method), std::move(path), [this, handle](const HttpRequest& request) {
+      return open_ ? handle(request) : Unavailable("The model is still loading.");
+    });
+  };
+  add("GET", "/health", [](const HttpRequest&) { return Json("{\"status\": \"ok\"}"); });
+  add("GET", "/ready", [this](const HttpRequest&) { return Ready(); });
+  add("GET", "/version",
+      [this](const HttpRequest&) { return Json("{\"version\": " + QuoteJson(version_) + "}"); });
+  add_open("GET", "/metrics", [this](const HttpRequest&) {
+    return HttpResponse{.content_type = "text/plain; version=0.0.4; charset=utf-8",
+                        .body = metrics_->Render(engine_->Stats())};
+  });
+  add_open("GET", "/v1/models", [this](const HttpRequest&) { return api_->ListModels(); });
+  add_open("GET", "/v1/models/*",
+           [this](const HttpRequest& request) { return api_->GetModel(request.parameter); });
+  add_open("POST", "/v1/completions",
+           [this](const HttpRequest& request) { return api_->Complete(request, false); });
+  add_open("POST", "/v1/chat/completions",
+           [this](const HttpRequest& request) { return api_->Complete(request, true); });
+  return routes;
+}
+
+}  // namespace innerq
