@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Tests the innerq process: exit codes, one-line errors, signals, draining, process 1.
+
+Usage: test_process.py BINARY CONFIG
+Standard library only. Prints each test's name; exits 1 if one fails.
+"""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+
+from server_process import free_port, model_id, wait_until_ready
+
+BINARY, CONFIG = sys.argv[1:3]
+
+
+def run(*arguments):
+    return subprocess.run([BINARY, *arguments], capture_output=True, text=True, timeout=60,
+                          check=False)
+
+
+def expect_error(code, word, *arguments):
+    """The command fails with one line on standard error that has the word in it."""
+    done = run(*arguments)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == code, (done.returncode, done.stderr)
+    assert len(lines) == 1 and word in lines[0], done.stderr
+
+
+class Server:
+    """A running server; killed at the end if it did not end by itself."""
+
+    def __init__(self, *overrides, wrap=()):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [*wrap, BINARY, "serve", "-c", CONFIG, "--set", f"server.port={self.port}"]
+        for override in overrides:
+            command += ["--set", override]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    def __enter__(self):
+        wait_until_ready(self.process, self.url)
+        return self
+
+    def __exit__(self, *unused):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def stream(self, tokens):
+        """Begins a streamed completion; returns the reply after its first event."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = {"model": model_id(self.url), "prompt": "Once", "max_tokens": tokens,
+                "ignore_eos": True, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        reply = connection.getresponse()
+        assert reply.status == 200 and reply.readline().startswith(b"data: ")
+        return reply
+
+
+def test_wrong_usage_and_configuration_exit_2():
+    assert run("serve").returncode == 2
+    assert run("none").returncode == 2
+    assert run("--version").stdout.startswith("innerq ")
+    expect_error(2, "cannot read", "serve", "-c", "/none.json")
+    expect_error(2, "bitz", "check-config", "-c", CONFIG, "--set", "kv_cache.key.bitz=3")
+    expect_error(2, "model.path", "serve", "-c", CONFIG, "--set", "model.path=/none")
+    expect_error(2, "not supported", "serve", "-c", CONFIG, "--set", "kv_cache.prefix_cache=true")
+    expect_error(2, "layers", "serve", "-c", CONFIG, "--set", "kv_cache.layers.0.range=900")
+
+
+def test_a_port_in_use_exits_1():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        expect_error(1, "in use", "serve", "-c", CONFIG, "--set",
+                     f"server.port={taken.getsockname()[1]}")
+
+
+def test_a_signal_drains_running_streams():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with Server() as server:
+            reply = server.stream(600)
+            server.process.send_signal(number)
+            text = reply.read().decode()
+            assert text.endswith("data: [DONE]\n\n"), text[-200:]
+            assert server.process.wait(timeout=30) == 0
+
+
+def test_what_is_not_done_when_the_time_is_over_is_cut_with_an_error():
+    with Server("server.drain_seconds=0") as server:
+        reply = server.stream(3000)
+        server.process.send_signal(signal.SIGTERM)
+        last = reply.read().decode().strip().splitlines()[-1]
+        assert "error" in json.loads(last.removeprefix("data: ")), last
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    with Server() as server:
+        reply = server.stream(3900)  # kept: a dropped reply would cancel
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_it_works_as_process_1():
+    wrap = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run(
+            [*wrap, "true"], check=False, capture_output=True).returncode != 0:
+        print("skipped: no right to make a process namespace")
+        return
+    with Server(wrap=wrap) as server:
+        children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
+        with open(children, encoding="ascii") as file:
+            child = int(file.read().split()[0])
+        os.kill(child, signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
+
+
+def main():
+    failures = 0
+    for name, test in list(globals().items()):
+        if not name.startswith("test_"):
+            continue
+        try:
+            test()
+            print("ok    ", name)
+        except Exception:  # pylint: disable=broad-except
+            traceback.print_exc()
+            print("FAILED", name)
+            failures += 1
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,479 @@
+#include "engine/engine.h"
+
+#include <atomic>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <thread>
+
+#include "gtest/gtest.h"
+#include "tests/engine/engine_test_util.h"
+
+namespace innerq {
+namespace {
+
+constexpr PageCounts kPlenty{400, 400, 64};
+
+EngineOptions OptionsOf(int64_t max_batch_tokens = 512, int64_t max_queue = 256) {
+  EngineOptions options;
+  options.max_sequences = 32;
+  options.max_batch_tokens = max_batch_tokens;
+  options.max_queue = max_queue;
+  options.max_context = 600;
+  return options;
+}
+
+std::unique_ptr<Engine> EngineOf(const EngineOptions& options, PageCounts pools = kPlenty,
+                                 HashModel::Hook hook = nullptr, KvLayout layout = TestLayout()) {
+  return Engine::Create(options,
+                        std::make_unique<HashModel>(std::move(layout), pools, std::move(hook)))
+      .value();
+}
+
+// At rest nothing is held and every accepted request has finished.
+void ExpectAtRest(const Engine& engine) {
+  const EngineStats stats = engine.Stats();
+  EXPECT_EQ(stats.accepted, stats.finished);
+  int64_t by_reason = 0;
+  for (const auto& [reason, count] : stats.finished_by_reason) by_reason += count;
+  EXPECT_EQ(by_reason, stats.finished);
+  EXPECT_EQ(stats.running, 0);
+  EXPECT_EQ(stats.waiting, 0);
+  EXPECT_EQ(stats.open_pages_used, 0);
+  EXPECT_EQ(stats.sealed_pages_used, 0);
+}
+
+// A request whose answer depends on all the state there is: penalties, random numbers, windows.
+Request HardRequest(int64_t prompt_length = 230, uint64_t seed = 5) {
+  Request request = RequestOf(prompt_length, 70, seed);
+  request.sampling.temperature = 0.8f;
+  request.sampling.top_p = 0.95f;
+  request.sampling.repetition_penalty = 1.1f;
+  request.sampling.frequency_penalty = 0.3f;
+  request.sampling.num_logprobs = 3;
+  return request;
+}
+
+struct Schedule {
+  int64_t max_batch_tokens;
+  int num_neighbours;
+  bool tiny_pools;
+};
+
+class EngineExactness : public testing::TestWithParam<std::tuple<bool, bool>> {};
+
+TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
+  const auto [quantized, exact_prefill] = GetParam();
+  const KvLayout layout = TestLayout(quantized);
+  const Request request = HardRequest();
+  const std::vector<TokenEvent> expected = OracleAnswer(request, layout, exact_prefill);
+  for (const Schedule& schedule : {Schedule{512, 0, false},
+                                   {512, 16, false},
+                                   {1, 0, false},
+                                   {32, 0, false},
+                                   {33, 0, false},
+                                   {33, 16, false},
+                                   {1, 4, true},
+                                   {40, 16, true},
+                                   {512, 16, true}}) {
+    SCOPED_TRACE("batch " + std::to_string(schedule.max_batch_tokens) + ", neighbours " +
+                 std::to_string(schedule.num_neighbours) + (schedule.tiny_pools ? ", tiny" : ""));
+    EngineOptions options = OptionsOf(schedule.max_batch_tokens);
+    options.max_context = 310;
+    options.exact_prefill = exact_prefill;
+    PageCounts pools = WorstPeakPages(layout, options.max_context, exact_prefill);
+    // The request under test comes third, so that both older and younger ones disturb it.
+    if (!schedule.tiny_pools) pools = kPlenty;
+    const auto engine = EngineOf(options, pools, nullptr, layout);
+    std::vector<ResponseReader> neighbours;
+    std::optional<ResponseReader> reader;
+    for (int i = 0; i <= schedule.num_neighbours; ++i) {
+      if (i == std::min(2, schedule.num_neighbours))
+        reader.emplace(engine->Submit(request).value());
+      if (i == schedule.num_neighbours) break;
+      const auto seed = static_cast<uint64_t>(100 + i);
+      neighbours.push_back(engine->Submit(RequestOf(20 + 15 * i, 20 + 5 * (i % 5), seed)).value());
+    }
+    ExpectSameEvents(ReadAll(*reader).events, expected);
+    for (size_t i = 0; i < neighbours.size(); ++i) {
+      const auto n = static_cast<int64_t>(i);
+      const Request same = RequestOf(20 + 15 * n, 20 + 5 * (n % 5), 100 + i);
+      ExpectSameEvents(ReadAll(neighbours[i]).events, OracleAnswer(same, layout, exact_prefill));
+    }
+    ExpectAtRest(*engine);
+    if (schedule.tiny_pools && schedule.num_neighbours == 16) {
+      EXPECT_GT(engine->Stats().preemptions, 0) << "the pools were too large";
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Caches, EngineExactness,
+                         testing::Values(std::tuple(true, false), std::tuple(true, true),
+                                         std::tuple(false, false)),
+                         [](const auto& chosen) {
+                           return std::string(std::get<0>(chosen.param) ? "Quantized" : "Plain") +
+                                  (std::get<1>(chosen.param) ? "ExactPrefill" : "Served");
+                         });
+
+TEST(Engine, EndsAtMaxTokensOrAStopTokenAndCountsIt) {
+  const KvLayout layout = TestLayout();
+  const auto engine = EngineOf(OptionsOf());
+  Request request = RequestOf(10, 40);
+  const std::vector<TokenEvent> free = OracleAnswer(request, layout, false);
+  Response response = ReadAll(engine->Submit(request).value());
+  EXPECT_EQ(response.finish->reason, FinishReason::kLength);
+  EXPECT_EQ(response.finish->usage.prompt_tokens, 10);
+  EXPECT_EQ(response.finish->usage.completion_tokens, 40);
+  EXPECT_EQ(response.finish->usage.cached_tokens, 0);
+  ExpectSameEvents(response.events, free);
+
+  // Stops at the first appearance of a token that comes later in the free answer.
+  request.stop_token_ids = {free[20].token_id};
+  size_t first = 0;
+  while (free[first].token_id != free[20].token_id) ++first;
+  response = ReadAll(engine->Submit(request).value());
+  EXPECT_EQ(response.finish->reason, FinishReason::kStop);
+  ASSERT_EQ(response.events.size(), first + 1);
+  EXPECT_TRUE(response.events.back().is_stop);
+  EXPECT_FALSE(response.events.front().is_stop && first > 0);
+
+  request.min_tokens = static_cast<int64_t>(first) + 5;
+  response = ReadAll(engine->Submit(request).value());
+  EXPECT_GE(response.finish->usage.completion_tokens, request.min_tokens);
+  ExpectSameEvents(response.events, OracleAnswer(request, layout, false));
+  ExpectAtRest(*engine);
+  EXPECT_EQ(engine->Stats().generation_tokens,
+            40 + static_cast<int64_t>(first) + 1 + response.finish->usage.completion_tokens);
+  EXPECT_EQ(engine->Stats().prompt_tokens, 30);
+  EXPECT_GT(engine->Stats().tokens_per_second, 0);
+  EXPECT_GT(engine->Stats().finish_per_second, 0);
+}
+
+TEST(Engine, AcceptsARequestThatFillsTheContextAndRefusesALongerOne) {
+  const KvLayout layout = TestLayout();
+  EngineOptions options = OptionsOf();
+  options.max_context = 400;
+  const auto engine = EngineOf(options, WorstPeakPages(layout, 399, false));
+  EXPECT_EQ(ReadAll(engine->Submit(RequestOf(350, 50)).value()).events.size(), 50u);
+  const auto refused = engine->Submit(RequestOf(350, 51));
+  ASSERT_FALSE(refused.ok());
+  EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_EQ(refused.error().param, "max_tokens");
+  EXPECT_FALSE(engine->Submit(RequestOf(10, std::numeric_limits<int64_t>::max())).ok());
+  EXPECT_FALSE(engine->Submit(RequestOf(400, 1)).ok());
+  EXPECT_EQ(engine->Stats().accepted, 1) << "what is refused is not accepted";
+}
+
+TEST(Engine, RefusesRequestsThatMakeNoSense) {
+  const auto engine = EngineOf(OptionsOf());
+  const auto refused = [&](const char* param, const std::function<void(Request&)>& change) {
+    Request request = RequestOf(10, 10);
+    change(request);
+    const auto result = engine->Submit(request);
+    ASSERT_FALSE(result.ok()) << param;
+    EXPECT_EQ(result.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_EQ(result.error().param, param);
+  };
+  refused("prompt", [](Request& r) { r.prompt.clear(); });
+  refused("prompt", [](Request& r) { r.prompt[3] = -1; });
+  refused("prompt", [](Request& r) { r.prompt[3] = hash_decoder::kVocab; });
+  refused("max_tokens", [](Request& r) { r.max_tokens = 0; });
+  refused("min_tokens", [](Request& r) { r.min_tokens = 11; });
+  refused("min_tokens", [](Request& r) { r.min_tokens = -1; });
+  refused("stop_token_ids", [](Request& r) { r.stop_token_ids = {hash_decoder::kVocab}; });
+  refused("top_p", [](Request& r) { r.sampling.top_p = 0; });
+  EXPECT_EQ(engine->Stats().accepted, 0);
+}
+
+TEST(Engine, RefusesToStartWithPoolsThatCannotHoldTheContext) {
+  const KvLayout layout = TestLayout();
+  PageCounts pools = WorstPeakPages(layout, 399, false);
+  --pools.sealed;
+  EngineOptions options = OptionsOf();
+  options.max_context = 400;
+  auto result = Engine::Create(options, std::make_unique<HashModel>(layout, pools));
+  ASSERT_FALSE(result.ok());
+  EXPECT_EQ(result.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_EQ(result.error().param, "scheduler.max_context");
+  options = OptionsOf(/*max_batch_tokens=*/0);
+  result = Engine::Create(options, std::make_unique<HashModel>(layout, kPlenty));
+  ASSERT_FALSE(result.ok());
+  EXPECT_EQ(result.error().param, "scheduler.max_batch_tokens");
+}
+
+TEST(Engine, RefusesWhatDoesNotFitTheQueueExactly) {
+  Gate gate;
+  EngineOptions options = OptionsOf(512, /*max_queue=*/10);
+  options.max_sequences = 1;
+  const auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) {
+    gate.Pass();
+    return Result<void>();
+  });
+  std::vector<ResponseReader> readers;
+  readers.push_back(engine->Submit(RequestOf(5, 3)).value());
+  gate.AwaitArrivals(1);  // it runs, and no longer waits
+  // Four wait in the scheduler by the time the others come.
+  for (int i = 0; i < 4; ++i) readers.push_back(engine->Submit(RequestOf(5, 3)).value());
+  gate.LetOnePass();
+  gate.AwaitArrivals(2);
+  std::mutex mutex;
+  std::atomic<int> refused = 0;
+  {
+    std::vector<std::jthread> threads;
+    for (int i = 0; i < 64; ++i) {
+      threads.emplace_back([&, i] {
+        auto result = engine->Submit(RequestOf(5, 3, static_cast<uint64_t>(i)));
+        const std::lock_guard lock(mutex);
+        if (result.ok()) return readers.push_back(std::move(result).value());
+        EXPECT_EQ(result.error().code, ErrorCode::kResourceExhausted);
+        ++refused;
+      });
+    }
+  }
+  EXPECT_EQ(readers.size(), 11u);
+  EXPECT_EQ(refused, 58);
+  EXPECT_EQ(engine->Stats().waiting, 10);
+  EXPECT_EQ(engine->Stats().running, 1);
+  gate.Open();
+  for (const ResponseReader& reader : readers) EXPECT_EQ(ReadAll(reader).events.size(), 3u);
+  ExpectAtRest(*engine);
+  EXPECT_TRUE(engine->Submit(RequestOf(5, 3)).ok()) << "there is room again";
+}
+
+TEST(Engine, EndsCancelledRequestsWhereverTheyAre) {
+  Gate gate;
+  EngineOptions options = OptionsOf(/*max_batch_tokens=*/16);
+  options.max_sequences = 3;
+  const auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) {
+    gate.Pass();
+    return Result<void>();
+  });
+  const Request survivor = RequestOf(3, 100, 9);
+  const ResponseReader living = engine->Submit(survivor).value();
+  const ResponseReader decoding = engine->Submit(RequestOf(3, 500, 2)).value();
+  const ResponseReader prefilling = engine->Submit(RequestOf(500, 5, 3)).value();
+  const ResponseReader queued = engine->Submit(RequestOf(5, 5, 4)).value();
+  gate.AwaitArrivals(1);
+  for (const ResponseReader* reader : {&decoding, &prefilling, &queued}) (*reader)->Cancel();
+  gate.Open();
+  for (const ResponseReader* reader : {&decoding, &prefilling, &queued}) {
+    const Response response = ReadAll(*reader);
+    EXPECT_EQ(response.finish->reason, FinishReason::kCancelled);
+    EXPECT_LE(response.events.size(), 1u);
+  }
+  ExpectSameEvents(ReadAll(living).events, OracleAnswer(survivor, TestLayout(), false));
+  ExpectAtRest(*engine);
+}
+
+TEST(Engine, DroppedReadersCancelAtAnyPointAndNeighboursNeverNotice) {
+  const KvLayout layout = TestLayout();
+  EngineOptions options = OptionsOf(48);
+  options.max_sequences = 6;
+  options.max_context = 310;
+  // Readers are dropped during the steps that they are filed under: queued, prefilling, decoding.
+  std::mutex mutex;
+  int64_t step = 0;
+  std::multimap<int64_t, ResponseReader> doomed;
+  const auto engine = EngineOf(options, WorstPeakPages(layout, 309, false) + PageCounts{4, 2, 1},
+                               [&](const ForwardBatch&) {
+                                 const std::lock_guard lock(mutex);
+                                 doomed.erase(++step);
+                                 return Result<void>();
+                               });
+  std::mt19937 random(3);
+  const Request survivor = HardRequest();
+  const std::vector<TokenEvent> expected = OracleAnswer(survivor, layout, false);
+  for (int round = 0; round < 6; ++round) {
+    std::optional<ResponseReader> reader;
+    {
+      const std::lock_guard lock(mutex);  // holds the steps until all are there
+      for (uint64_t i = 0; i < 8; ++i) {
+        if (i == 4) reader.emplace(engine->Submit(survivor).value());
+        // Nobody gets as far as 80 tokens in 60 steps.
+        doomed.emplace(step + 1 + random() % 60, engine->Submit(RequestOf(100, 80, i)).value());
+      }
+    }
+    ExpectSameEvents(ReadAll(*reader).events, expected);
+  }
+  EXPECT_TRUE(engine->Drain(kLong));
+  ExpectAtRest(*engine);
+  EXPECT_EQ(engine->Stats().finished_by_reason[FinishReason::kCancelled], 6 * 8);
+}
+
+TEST(Engine, FailedStepEndsItsSequencesAndNoOthers) {
+  std::atomic<bool> fail = true;
+  const auto engine = EngineOf(OptionsOf(), kPlenty, [&](const ForwardBatch&) -> Result<void> {
+    if (!fail.exchange(false)) return {};
+    return Error{ErrorCode::kInternal, "a broken step"};
+  });
+  const Response first = ReadAll(engine->Submit(RequestOf(40, 5)).value());
+  EXPECT_EQ(first.finish->reason, FinishReason::kError);
+  EXPECT_EQ(first.finish->error->code, ErrorCode::kInternal);
+  EXPECT_EQ(first.finish->error->message, "a broken step");
+  EXPECT_TRUE(engine->ready());
+  const Request next = RequestOf(40, 5, 2);
+  ExpectSameEvents(ReadAll(engine->Submit(next).value()).events,
+                   OracleAnswer(next, TestLayout(), false));
+  ExpectAtRest(*engine);
+}
+
+TEST(Engine, LostDeviceEndsEverythingAndIsNotReady) {
+  Gate gate;
+  EngineOptions options = OptionsOf();
+  options.max_sequences = 1;
+  const auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) -> Result<void> {
+    gate.Pass();
+    return Error{ErrorCode::kUnavailable, "the device is gone"};
+  });
+  std::vector<ResponseReader> readers;
+  for (int i = 0; i < 5; ++i) readers.push_back(engine->Submit(RequestOf(10, 5)).value());
+  gate.AwaitArrivals(1);
+  readers.push_back(engine->Submit(RequestOf(10, 5)).value());
+  gate.Open();
+  for (const ResponseReader& reader : readers) {
+    const Response response = ReadAll(reader);
+    EXPECT_EQ(response.finish->reason, FinishReason::kError);
+    EXPECT_EQ(response.finish->error->code, ErrorCode::kUnavailable);
+  }
+  EXPECT_FALSE(engine->ready());
+  EXPECT_EQ(engine->Submit(RequestOf(10, 5)).error().code, ErrorCode::kUnavailable);
+  ExpectAtRest(*engine);
+  EXPECT_FALSE(engine->Drain(std::chrono::milliseconds(0))) << "they did not finish by themselves";
+}
+
+// A model that returns NaN for the rows of one token.
+class PoisonedModel : public HashModel {
+ public:
+  using HashModel::HashModel;
+  Result<std::span<const float>> Step(const ForwardBatch& batch) override {
+    ASSIGN_OR_RETURN(const std::span<const float> logits, HashModel::Step(batch));
+    logits_.assign(logits.begin(), logits.end());
+    for (size_t i = 0; i < batch.logit_rows.size(); ++i) {
+      if (batch.token_ids[static_cast<size_t>(batch.logit_rows[i])] != 13) continue;
+      logits_[i * hash_decoder::kVocab + 5] = std::numeric_limits<float>::quiet_NaN();
+    }
+    return std::span<const float>(logits_);
+  }
+
+ private:
+  std::vector<float> logits_;
+};
+
+TEST(Engine, BrokenLogitsEndTheirRequestAlone) {
+  const auto engine =
+      Engine::Create(OptionsOf(), std::make_unique<PoisonedModel>(TestLayout(), kPlenty)).value();
+  Request broken = RequestOf(10, 5);
+  broken.prompt.back() = 13;
+  Request healthy = RequestOf(10, 20, 2);
+  healthy.sampling.logit_bias = {{13, -100.0f}};
+  healthy.prompt.back() = 12;
+  const ResponseReader a = engine->Submit(healthy).value();
+  const ResponseReader b = engine->Submit(broken).value();
+  const Response response = ReadAll(b);
+  EXPECT_EQ(response.finish->reason, FinishReason::kError);
+  EXPECT_EQ(response.finish->error->code, ErrorCode::kInternal);
+  EXPECT_TRUE(response.events.empty());
+  ExpectSameEvents(ReadAll(a).events, OracleAnswer(healthy, TestLayout(), false));
+  ExpectAtRest(*engine);
+}
+
+TEST(Engine, DrainFinishesWhatItAcceptedAndTakesNoMore) {
+  Gate gate;
+  const auto engine = EngineOf(OptionsOf(), kPlenty, [&](const ForwardBatch&) {
+    gate.Pass();
+    return Result<void>();
+  });
+  const ResponseReader reader = engine->Submit(RequestOf(10, 30)).value();
+  gate.AwaitArrivals(1);
+  std::atomic<bool> drained = false;
+  std::jthread drainer([&] { drained = engine->Drain(kLong); });
+  while (engine->ready()) std::this_thread::yield();
+  EXPECT_EQ(engine->Submit(RequestOf(10, 5)).error().code, ErrorCode::kUnavailable);
+  gate.Open();
+  EXPECT_EQ(ReadAll(reader).finish->reason, FinishReason::kLength);
+  drainer.join();
+  EXPECT_TRUE(drained);
+  ExpectAtRest(*engine);
+}
+
+TEST(Engine, DrainEndsWhatTakesTooLong) {
+  std::atomic<int> steps = 0;
+  const auto engine = EngineOf(OptionsOf(/*max_batch_tokens=*/1), kPlenty,
+                               [&](const ForwardBatch&) -> Result<void> {
+                                 ++steps;
+                                 std::this_thread::sleep_for(std::chrono::milliseconds(2));
+                                 return {};
+                               });
+  const ResponseReader reader = engine->Submit(RequestOf(500, 90)).value();
+  EXPECT_FALSE(engine->Drain(std::chrono::milliseconds(20)));
+  ExpectAtRest(*engine);
+  const Response response = ReadAll(reader);
+  EXPECT_EQ(response.finish->reason, FinishReason::kError);
+  EXPECT_EQ(response.finish->error->code, ErrorCode::kUnavailable);
+  EXPECT_LT(steps, 589);
+}
+
+TEST(Engine, DestructorEndsRequestsInFlight) {
+  Gate gate;
+  EngineOptions options = OptionsOf();
+  options.max_sequences = 2;
+  auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) {
+    gate.Pass();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // 500 tokens outlast the engine
+    return Result<void>();
+  });
+  std::vector<ResponseReader> readers;
+  for (int i = 0; i < 6; ++i) readers.push_back(engine->Submit(RequestOf(10, 500)).value());
+  gate.AwaitArrivals(1);
+  std::jthread destroyer([&] { engine.reset(); });
+  gate.Open();
+  for (const ResponseReader& reader : readers) {
+    const Response response = ReadAll(reader);
+    EXPECT_EQ(response.finish->reason, FinishReason::kError);
+    EXPECT_EQ(response.finish->error->code, ErrorCode::kUnavailable);
+  }
+}
+
+TEST(Engine, ServesSixtyFourThreadsThatSubmitReadAndLeave) {
+  EngineOptions options = OptionsOf(96);
+  options.max_context = 310;
+  const KvLayout layout = TestLayout();
+  const auto engine = EngineOf(options, WorstPeakPages(layout, 309, false) + PageCounts{40, 10, 4});
+  std::atomic<int64_t> accepted = 0;
+  std::atomic<int64_t> wrong = 0;
+  {
+    std::vector<std::jthread> threads;
+    for (int thread = 0; thread < 64; ++thread) {
+      threads.emplace_back([&, thread] {
+        std::mt19937 random(static_cast<uint32_t>(thread));
+        for (int i = 0; i < 3; ++i) {
+          const auto seed = static_cast<uint64_t>(thread * 10 + i);
+          const Request request = RequestOf(1 + random() % 60, 1 + random() % 20, seed);
+          auto reader = engine->Submit(request);
+          if (!reader.ok()) continue;
+          ++accepted;
+          if (random() % 4 == 0) continue;  // leaves at once
+          const Response response = ReadAll(*reader);
+          const auto expected = OracleAnswer(request, layout, false);
+          bool same = response.events.size() == expected.size();
+          for (size_t k = 0; same && k < expected.size(); ++k) {
+            same = response.events[k].token_id == expected[k].token_id;
+          }
+          wrong += same ? 0 : 1;
+        }
+      });
+    }
+  }
+  EXPECT_EQ(wrong, 0);
+  EXPECT_TRUE(engine->Drain(kLong));
+  ExpectAtRest(*engine);
+  EXPECT_EQ(engine->Stats().accepted, accepted);
+  EXPECT_GE(accepted, 100);
+}
+
+}  // namespace
+}  // namespace innerq

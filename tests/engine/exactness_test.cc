@@ -1,0 +1,264 @@
+// The promise of the cache, end to end: on one backend a request's logits are the same to the bit,
+// whoever its neighbours are, however its prompt is cut, and whether it was preempted.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/kv_cache.h"
+#include "gtest/gtest.h"
+#include "models/llama.h"
+#include "tests/engine/engine_test_util.h"
+
+namespace innerq {
+namespace {
+
+constexpr int32_t kMark = 255;  // first token of the request under test, and of no other
+constexpr int64_t kMaxContext = 384;
+
+ModelConfig TinyLlama() {
+  ModelConfig config;
+  config.hidden_size = 256;
+  config.intermediate_size = 512;
+  config.num_layers = 2;
+  config.num_heads = 4;
+  config.num_kv_heads = 2;
+  config.head_dim = 64;
+  config.vocab_size = 256;
+  config.max_positions = 1024;
+  return config;
+}
+
+using LogitsByPosition = std::map<int64_t, std::vector<float>>;
+
+// What a model saw; read when the engine is at rest.
+struct Record {
+  LogitsByPosition logits;  // of the marked request
+  int64_t num_seals = 0;    // of all
+};
+
+// A random Llama with its cache as a StepModel; records the logits of the marked request.
+class RecordingModel : public StepModel {
+ public:
+  static std::unique_ptr<RecordingModel> Create(const std::string& variant, WeightFormat format,
+                                                const KvCacheOptions& options,
+                                                const PageCounts& pools,
+                                                std::shared_ptr<Record> record) {
+    auto made = std::make_unique<RecordingModel>();
+    made->backend_ =
+        CreateBackend({.device = "cpu", .variant = variant, .threads = 2, .deterministic = true})
+            .value();
+    Backend* backend = made->backend_.get();
+    made->model_ = LlamaModel::Random(TinyLlama(), format, /*seed=*/11, backend, 512, 32).value();
+    KvLayout layout =
+        KvLayout::Create(ResolveKvCacheSpec(options, TinyLlama()).value(), backend->code_order())
+            .value();
+    KvPoolPlan plan;
+    plan.open_pages = pools.open;
+    plan.sealed_pages = pools.sealed;
+    plan.norm_slots = pools.norms;
+    made->cache_ = KvCache::Create(backend, std::move(layout), plan).value();
+    made->record_ = std::move(record);
+    return made;
+  }
+
+  int64_t vocab_size() const override { return TinyLlama().vocab_size; }
+  const KvLayout& layout() const override { return cache_->layout(); }
+  int64_t num_open_pages() const override { return cache_->plan().open_pages; }
+  int64_t num_sealed_pages() const override { return cache_->plan().sealed_pages; }
+  int64_t num_norm_slots() const override { return cache_->plan().norm_slots; }
+
+  Result<std::span<const float>> Step(const ForwardBatch& batch) override {
+    const ConstTensorView view = model_->Forward(batch, layout(), cache_->layers());
+    RETURN_IF_ERROR(backend_->Synchronize());
+    const std::span<const float> logits(view.As<float>(),
+                                        static_cast<size_t>(view.shape.num_elements()));
+    record_->num_seals += static_cast<int64_t>(batch.seals.size());
+    for (const SequenceSlice& slice : batch.slices) {
+      // The first page stays open for a sequence's whole stay: its id names the sequence.
+      const int32_t id = slice.pages[0].open_id;
+      if (slice.first_position == 0) {
+        const bool marked = batch.token_ids[static_cast<size_t>(slice.row_begin)] == kMark;
+        if (marked) marked_page_ = id;
+        if (!marked && marked_page_ == id) marked_page_ = -1;  // preempted, its page taken over
+      }
+      if (id != marked_page_) continue;
+      for (size_t i = 0; i < batch.logit_rows.size(); ++i) {
+        const int64_t row = batch.logit_rows[i];
+        if (row < slice.row_begin || row >= slice.row_begin + slice.num_rows) continue;
+        const auto width = static_cast<size_t>(vocab_size());
+        const std::span<const float> values = logits.subspan(i * width, width);
+        record_->logits[batch.positions[static_cast<size_t>(row)]].assign(values.begin(),
+                                                                          values.end());
+      }
+    }
+    return logits;
+  }
+
+ private:
+  std::unique_ptr<Backend> backend_;  // outlives what it allocated
+  std::unique_ptr<LlamaModel> model_;
+  std::unique_ptr<KvCache> cache_;
+  std::shared_ptr<Record> record_;
+  int32_t marked_page_ = -1;
+};
+
+struct Outcome {
+  std::vector<int32_t> tokens;
+  Record record;
+  int64_t preemptions = 0;
+};
+
+struct Schedule {
+  const char* name;
+  int64_t max_batch_tokens;
+  int num_neighbours;
+  bool tiny_pools;
+};
+
+Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOptions& cache,
+              const Schedule& run) {
+  const KvLayout layout =
+      KvLayout::Create(ResolveKvCacheSpec(cache, TinyLlama()).value(), CodeOrder::kRowMajor)
+          .value();
+  PageCounts pools{300, 100, 32};
+  // One long sequence and a little: the marked request, third to come, gets in its elders' way.
+  if (run.tiny_pools) {
+    pools = WorstPeakPages(layout, kMaxContext - 1, cache.exact_prefill) + PageCounts{7, 3, 1};
+  }
+  auto record = std::make_shared<Record>();
+  EngineOptions options;
+  options.max_sequences = 32;
+  options.max_batch_tokens = run.max_batch_tokens;
+  options.max_context = kMaxContext;
+  options.exact_prefill = cache.exact_prefill;
+  const auto engine =
+      Engine::Create(options, RecordingModel::Create(variant, format, cache, pools, record))
+          .value();
+  Request request = RequestOf(290, 50, 77);
+  request.prompt[0] = kMark;
+  request.sampling.temperature = 0.9f;
+  request.sampling.frequency_penalty = 0.2f;
+  request.sampling.logit_bias = {{kMark, -100.0f}};
+  std::vector<ResponseReader> neighbours;
+  std::optional<ResponseReader> marked;
+  for (int i = 0; i <= run.num_neighbours; ++i) {
+    if (i == std::min(2, run.num_neighbours)) marked.emplace(engine->Submit(request).value());
+    if (i == run.num_neighbours) break;
+    // The eldest two grow long while the marked request runs.
+    const Request other = i < 2 ? RequestOf(30, 300, 500 + i) : RequestOf(10 + 9 * i, 30, 500 + i);
+    neighbours.push_back(engine->Submit(other).value());
+  }
+  Outcome outcome;
+  outcome.tokens = ReadAll(*marked).tokens();
+  neighbours.clear();
+  engine->Drain(kLong);
+  outcome.preemptions = engine->Stats().preemptions;
+  outcome.record = *record;
+  return outcome;
+}
+
+// Parameter: a CPU variant and a cache.
+struct Case {
+  std::string variant;
+  std::string cache_name;
+  WeightFormat format;
+  KvCacheOptions cache;
+};
+
+std::vector<Case> Cases() {
+  KvCacheOptions base;  // InnerQ base: 3-bit keys and values
+  KvCacheOptions mixed = base;
+  mixed.value.mode = QuantMode::kHybrid;
+  mixed.layers = {{.first_layer = 0, .last_layer = 0, .key = {.bits = 16}, .value = {.bits = 16}}};
+  KvCacheOptions exact = base;
+  exact.exact_prefill = true;
+  KvCacheOptions plain;
+  plain.key.bits = plain.value.bits = 16;
+  std::vector<Case> cases;
+  for (const std::string& variant : CpuVariants()) {
+    cases.push_back({variant, "base", WeightFormat::kBF16, base});
+  }
+  const std::string best = CpuVariants().front();
+  cases.push_back({best, "base_f32", WeightFormat::kF32, base});
+  cases.push_back({best, "mixed", WeightFormat::kBF16, mixed});
+  cases.push_back({best, "exact", WeightFormat::kBF16, exact});
+  cases.push_back({best, "plain", WeightFormat::kF16, plain});
+  return cases;
+}
+
+class ExactnessOfCaches : public testing::TestWithParam<Case> {};
+
+TEST_P(ExactnessOfCaches, LogitsDoNotDependOnNeighboursChunksOrPreemption) {
+  const auto& [variant, cache_name, format, cache] = GetParam();
+  const Outcome alone = Serve(variant, format, cache, {"alone", 512, 0, false});
+  ASSERT_EQ(alone.tokens.size(), 50u);
+  ASSERT_EQ(alone.record.logits.size(), 50u);
+  EXPECT_EQ(alone.record.logits.begin()->first, 289);
+  EXPECT_EQ(alone.record.num_seals, cache.key.quantized() ? 6 : 0);
+  const std::vector<float>& first = alone.record.logits.begin()->second;
+  const auto [low, high] = std::minmax_element(first.begin(), first.end());
+  ASSERT_GT(*high - *low, 0.1f) << "the logits are too flat to tell anything";
+  for (const Schedule& run : {Schedule{"16 neighbours", 512, 16, false},
+                              {"chunks of 1", 1, 0, false},
+                              {"chunks of 32", 32, 0, false},
+                              {"chunks of 33", 33, 0, false},
+                              {"16 neighbours, 33 rows", 33, 16, false},
+                              {"preempted", 512, 16, true}}) {
+    SCOPED_TRACE(run.name);
+    const Outcome other = Serve(variant, format, cache, run);
+    EXPECT_EQ(other.tokens, alone.tokens);
+    ASSERT_EQ(other.record.logits.size(), alone.record.logits.size());
+    for (const auto& [position, row] : alone.record.logits) {
+      const auto found = other.record.logits.find(position);
+      ASSERT_NE(found, other.record.logits.end());
+      ASSERT_EQ(std::memcmp(row.data(), found->second.data(), row.size() * sizeof(float)), 0)
+          << "logits of position " << position << " differ";
+    }
+    EXPECT_TRUE(!run.tiny_pools || other.preemptions > 0) << "the pools were too large";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cpu, ExactnessOfCaches, testing::ValuesIn(Cases()),
+                         [](const auto& chosen) {
+                           return chosen.param.variant + "_" + chosen.param.cache_name;
+                         });
+
+double RootMeanSquareDifference(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += std::pow(static_cast<double>(a[i]) - b[i], 2);
+  return std::sqrt(sum / static_cast<double>(a.size()));
+}
+
+// A layer that keeps 16 bits among quantized ones has its pages moved to the sealed pool as well;
+// were they lost, its error would be as large as the logits, not smaller than that of two 8-bit
+// layers together.
+TEST(Exactness, LayerThatKeepsF16AmongQuantizedOnesLosesNothing) {
+  KvCacheOptions plain;
+  plain.key.bits = plain.value.bits = 16;
+  KvCacheOptions eight;
+  eight.key.bits = eight.value.bits = 8;
+  KvCacheOptions mixed = eight;
+  mixed.layers = {{.first_layer = 0, .last_layer = 0, .key = {.bits = 16}, .value = {.bits = 16}}};
+  for (const std::string& variant : CpuVariants()) {
+    SCOPED_TRACE(variant);
+    const auto logits = [&](const KvCacheOptions& cache) {
+      const Outcome outcome = Serve(variant, WeightFormat::kF32, cache, {"alone", 512, 0, false});
+      return outcome.record.logits.at(289);  // after the prompt, which all share
+    };
+    const std::vector<float> expected = logits(plain);
+    const double both = RootMeanSquareDifference(logits(eight), expected);
+    const double one = RootMeanSquareDifference(logits(mixed), expected);
+    ASSERT_GT(both, 0);
+    const bool near = one <= 2 * both;
+    EXPECT_TRUE(near) << one << " with one quantized layer, " << both << " with two";
+  }
+}
+
+}  // namespace
+}  // namespace innerq

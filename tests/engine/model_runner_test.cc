@@ -1,0 +1,106 @@
+#include "engine/model_runner.h"
+
+#include <filesystem>
+
+#include "gtest/gtest.h"
+#include "tests/engine/engine_test_util.h"
+
+namespace innerq {
+namespace {
+
+// 2 layers, 2 key/value heads of 64, vocabulary 128, context 256.
+std::shared_ptr<const Checkpoint> TinyCheckpoint() {
+  return Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) /
+                          "tests/models/golden/tiny_llama")
+      .value();
+}
+
+ModelRunnerOptions TinyOptions() {
+  ModelRunnerOptions options;
+  options.kv_cache.memory_bytes = int64_t{8} << 20;
+  options.engine.max_sequences = 4;
+  options.engine.max_batch_tokens = 64;
+  return options;
+}
+
+TEST(ModelRunner, ReportsWhatCameUp) {
+  ModelRunnerOptions options = TinyOptions();
+  options.dtype = WeightFormat::kF32;
+  int64_t last_done = 0, total = 0;
+  options.progress = [&](int64_t done, int64_t of) {
+    EXPECT_GT(done, last_done);
+    last_done = done;
+    total = of;
+  };
+  const auto runner = ModelRunner::Create(TinyCheckpoint(), options).value();
+  EXPECT_EQ(last_done, total);
+  EXPECT_GT(total, 0);
+  const ModelReport& report = runner->report();
+  EXPECT_EQ(report.backend.substr(0, 4), "cpu/");
+  EXPECT_EQ(report.max_context, 256) << "the model's longest context fits";
+  EXPECT_EQ(runner->engine_options().max_context, 256);
+  EXPECT_EQ(report.open_page_bytes, 2 * 2 * 2 * 64 * 32 * 2);
+  EXPECT_EQ(report.open_bytes_per_token, 2 * 2 * 2 * 64 * 2);
+  EXPECT_EQ(report.sealed_bits_per_element, 3.5) << "3-bit codes, one F16 scale per 32";
+  EXPECT_EQ(report.sealed_bytes_per_token, 2 * 2 * 2 * 64 * 3.5 / 8);
+  EXPECT_GT(report.parameters, 64 * 128);
+  EXPECT_GT(report.weight_bytes, report.parameters * 4) << "all in F32";
+  EXPECT_LE(report.pools.bytes, options.kv_cache.memory_bytes);
+  EXPECT_EQ(runner->num_open_pages(), report.pools.open_pages);
+  EXPECT_EQ(runner->num_sealed_pages(), report.pools.sealed_pages);
+  EXPECT_EQ(runner->num_norm_slots(), report.pools.norm_slots);
+  EXPECT_EQ(runner->vocab_size(), 128);
+}
+
+TEST(ModelRunner, LimitsTheContextToWhatTheCacheHolds) {
+  ModelRunnerOptions options = TinyOptions();
+  options.kv_cache.key.bits = options.kv_cache.value.bits = 16;
+  options.kv_cache.memory_bytes = 5 * 32768 + 1000;
+  // Six pages are asked for at least: a context that a quantized cache would begin to seal.
+  EXPECT_EQ(ModelRunner::Create(TinyCheckpoint(), options).error().code,
+            ErrorCode::kResourceExhausted);
+  options.kv_cache.memory_bytes = 7 * 32768 + 1000;
+  const auto runner = ModelRunner::Create(TinyCheckpoint(), options).value();
+  EXPECT_EQ(runner->report().max_context, 7 * 32);
+}
+
+TEST(ModelRunner, ExplainsWhatItCannotDo) {
+  const auto refused = [](ErrorCode code, const std::string& param,
+                          const std::function<void(ModelRunnerOptions&)>& change) {
+    ModelRunnerOptions options = TinyOptions();
+    change(options);
+    const auto result = ModelRunner::Create(TinyCheckpoint(), options);
+    ASSERT_FALSE(result.ok()) << param;
+    EXPECT_EQ(result.error().code, code) << result.error().message;
+    EXPECT_EQ(result.error().param, param);
+  };
+  refused(ErrorCode::kInvalidArgument, "scheduler.max_context",
+          [](auto& o) { o.engine.max_context = 257; });
+  refused(ErrorCode::kResourceExhausted, "kv_cache.memory",
+          [](auto& o) { o.kv_cache.memory_bytes = 100; });
+  refused(ErrorCode::kInvalidArgument, "kv_cache.key",
+          [](auto& o) { o.kv_cache.key.group_size = 128; });
+  refused(ErrorCode::kInvalidArgument, "kv_cache.layers[0].range",
+          [](auto& o) { o.kv_cache.layers = {{.first_layer = 0, .last_layer = 2}}; });
+}
+
+TEST(ModelRunner, ServesRequestsThroughTheEngine) {
+  for (const bool exact : {false, true}) {
+    ModelRunnerOptions options = TinyOptions();
+    options.kv_cache.exact_prefill = exact;
+    auto runner = ModelRunner::Create(TinyCheckpoint(), options).value();
+    const EngineOptions engine_options = runner->engine_options();
+    EXPECT_EQ(engine_options.exact_prefill, exact);
+    const auto engine = Engine::Create(engine_options, std::move(runner)).value();
+    Request request = RequestOf(200, 56);  // fills the context
+    request.sampling.temperature = 0;
+    const Response first = ReadAll(engine->Submit(request).value());
+    EXPECT_EQ(first.finish->reason, FinishReason::kLength);
+    EXPECT_EQ(first.events.size(), 56u);
+    const Response second = ReadAll(engine->Submit(request).value());
+    EXPECT_EQ(second.tokens(), first.tokens());
+  }
+}
+
+}  // namespace
+}  // namespace innerq

@@ -1,0 +1,688 @@
+// One suite for all backends: every operation of every backend and variant against the reference.
+//
+// Each check makes hard inputs from a fixed seed, runs reference and candidate, and returns what is
+// wrong, or an empty string. Outputs are filled with NaN and guarded by known bytes on both sides.
+// Checks are plain functions so that the suite itself can be shown to fail on a broken backend.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+
+#include "kernels/backend.h"
+#include "kernels/float16.h"
+
+namespace innerq::testing {
+namespace {
+
+constexpr uint64_t kSeed = 20260223;
+constexpr double kU = 0x1p-24;  // unit roundoff of F32
+constexpr size_t kGuard = 256;
+constexpr std::byte kGuardByte{0xa5};
+
+std::vector<float> Normal(std::mt19937_64& random, int64_t n, float scale = 1.0f) {
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<float> x(static_cast<size_t>(n));
+  for (float& v : x) v = normal(random);
+  return x;
+}
+
+ConstTensorView View(const std::vector<float>& x, Shape shape) {
+  return {reinterpret_cast<const std::byte*>(x.data()), DType::kF32, shape};
+}
+
+// An output of F32, prefilled with NaN, with known bytes before and after it.
+class Guarded {
+ public:
+  explicit Guarded(Shape shape, const std::vector<float>* initial = nullptr)
+      : shape_(shape),
+        bytes_(static_cast<size_t>(shape.num_elements()) * 4),
+        memory_(bytes_ + 2 * kGuard, kGuardByte) {
+    for (int64_t i = 0; i < shape.num_elements(); ++i) {
+      data()[i] =
+          initial ? (*initial)[static_cast<size_t>(i)] : std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  float* data() { return reinterpret_cast<float*>(memory_.data() + kGuard); }
+  TensorView view() { return {memory_.data() + kGuard, DType::kF32, shape_}; }
+  bool intact() const {
+    for (size_t i = 0; i < kGuard; ++i) {
+      if (memory_[i] != kGuardByte || memory_[kGuard + bytes_ + i] != kGuardByte) return false;
+    }
+    return true;
+  }
+
+ private:
+  Shape shape_;
+  size_t bytes_;
+  std::vector<std::byte> memory_;
+};
+
+// Compares element by element; `bound(i)` is the largest difference allowed. NaN never passes.
+std::string Compare(Guarded& expected, Guarded& actual, int64_t n, const std::string& what,
+                    const std::function<double(int64_t)>& bound) {
+  if (!actual.intact()) return what + ": wrote outside its output";
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double want = expected.data()[i], got = actual.data()[i];
+    largest = std::max(largest, std::fabs(want));
+    const bool near = std::fabs(want - got) <= bound(i);
+    if (!near) {
+      return what + "[" + std::to_string(i) + "]: expected " + std::to_string(want) + ", got " +
+             std::to_string(got) + ", bound " + std::to_string(bound(i));
+    }
+  }
+  if (n > 0 && largest < 1e-2) return what + ": the case is trivial, its largest output is tiny";
+  return "";
+}
+
+#define RETURN_IF_WRONG(expression)                                     \
+  do {                                                                  \
+    if (std::string wrong = (expression); !wrong.empty()) return wrong; \
+  } while (false)
+
+std::string Failed(Backend& backend, const std::string& what) {
+  const Result<void> result = backend.Synchronize();
+  return result.ok() ? "" : what + ": " + result.error().message;
+}
+
+std::string CheckEmbed(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    for (const int64_t width : {8, 64, 100}) {
+      const int64_t vocab = 37;
+      std::vector<uint32_t> table(static_cast<size_t>(vocab * width));
+      const std::vector<float> values = Normal(random, vocab * width);
+      for (size_t i = 0; i < values.size(); ++i) {
+        if (dtype == DType::kF32) {
+          std::memcpy(&table[i], &values[i], 4);
+        } else {
+          reinterpret_cast<uint16_t*>(table.data())[i] =
+              dtype == DType::kF16 ? F32ToF16(values[i]) : F32ToBF16(values[i]);
+        }
+      }
+      const std::vector<int32_t> ids = {36, 0, 5, 5, 17};
+      const Shape shape{static_cast<int64_t>(ids.size()), width};
+      Guarded want(shape), got(shape);
+      EmbedArgs args{ids,
+                     {reinterpret_cast<const std::byte*>(table.data()), dtype, Shape{vocab, width}},
+                     want.view()};
+      CreateReferenceBackend()->Embed(args);
+      args.out = got.view();
+      candidate.Embed(args);
+      RETURN_IF_WRONG(Failed(candidate, "Embed"));
+      RETURN_IF_WRONG(Compare(want, got, shape.num_elements(), "Embed", [](int64_t) { return 0; }));
+    }
+  }
+  return "";
+}
+
+std::string CheckRmsNorm(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  for (const int64_t width : {8, 15, 16, 17, 64, 100, 2048}) {
+    for (const int64_t rows : {1, 2, 33}) {
+      std::vector<float> x = Normal(random, rows * width, 3.0f);
+      x[0] = 1e4f;  // an outlier
+      const std::vector<float> weight = Normal(random, width);
+      const Shape shape{rows, width};
+      Guarded want(shape), got(shape);
+      RmsNormArgs args{View(x, shape), View(weight, Shape{width}), 1e-5f, want.view()};
+      CreateReferenceBackend()->RmsNorm(args);
+      args.out = got.view();
+      candidate.RmsNorm(args);
+      RETURN_IF_WRONG(Failed(candidate, "RmsNorm"));
+      // The sum of squares has relative error width * u, its root half of that.
+      RETURN_IF_WRONG(Compare(want, got, rows * width, "RmsNorm", [&](int64_t i) {
+        return (static_cast<double>(width) / 2 + 4) * kU * std::fabs(want.data()[i]) + 1e-30;
+      }));
+      // In place.
+      Guarded same(shape, &x);
+      args.x = same.view();
+      args.out = same.view();
+      candidate.RmsNorm(args);
+      RETURN_IF_WRONG(
+          Compare(got, same, rows * width, "RmsNorm in place", [](int64_t) { return 0; }));
+    }
+  }
+  return "";
+}
+
+std::string CheckMatMul(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  struct Case {
+    int64_t m, n, k;
+  };
+  const std::vector<Case> cases = {{1, 1, 8},    {1, 17, 64},   {2, 16, 32},   {3, 100, 48},
+                                   {16, 33, 96}, {17, 15, 100}, {33, 64, 256}, {100, 48, 1000}};
+  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+  for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF16, WeightFormat::kF32}) {
+    for (const Case& c : cases) {
+      for (const bool extras : {false, true}) {  // bias and accumulate
+        const std::vector<float> x = Normal(random, c.m * c.k);
+        const std::vector<float> w = Normal(random, c.n * c.k);
+        const std::vector<float> bias = Normal(random, c.n);
+        const std::vector<float> residual = Normal(random, c.m * c.n, 10.0f);
+        // Two parts, as fused projections are packed.
+        const int64_t first = c.n / 2;
+        std::vector<ConstTensorView> parts, biases;
+        for (const auto& [begin, end] : {std::pair{int64_t{0}, first}, {first, c.n}}) {
+          if (begin == end) continue;
+          parts.push_back({reinterpret_cast<const std::byte*>(w.data() + begin * c.k), DType::kF32,
+                           Shape{end - begin, c.k}});
+          biases.push_back({reinterpret_cast<const std::byte*>(bias.data() + begin), DType::kF32,
+                            Shape{end - begin}});
+        }
+        if (!extras) biases.clear();
+        Result<Weight> exact = reference->PackWeight(parts, biases, format);
+        Result<Weight> packed = candidate.PackWeight(parts, biases, format);
+        if (!packed.ok()) return "PackWeight: " + packed.error().message;
+        const Shape shape{c.m, c.n};
+        Guarded want(shape, extras ? &residual : nullptr);
+        Guarded got(shape, extras ? &residual : nullptr);
+        MatMulArgs args{View(x, Shape{c.m, c.k}), &*exact, extras, want.view()};
+        reference->MatMul(args);
+        args.weight = &*packed;
+        args.out = got.view();
+        candidate.MatMul(args);
+        RETURN_IF_WRONG(Failed(candidate, "MatMul"));
+        RETURN_IF_WRONG(Compare(want, got, c.m * c.n, "MatMul", [&](int64_t i) {
+          const int64_t row = i / c.n, col = i % c.n;
+          double sum = extras ? std::fabs(bias[static_cast<size_t>(col)]) +
+                                    std::fabs(residual[static_cast<size_t>(i)])
+                              : 0;
+          for (int64_t k = 0; k < c.k; ++k) {
+            sum += std::fabs(static_cast<double>(x[static_cast<size_t>(row * c.k + k)]) *
+                             w[static_cast<size_t>(col * c.k + k)]);
+          }
+          return 2 * static_cast<double>(c.k + 2) * kU * sum;
+        }));
+      }
+    }
+  }
+  return "";
+}
+
+std::string CheckRopeTable(Backend& candidate) {
+  const std::vector<int64_t> positions = {31, 0, 1, 4095, 131071};
+  const std::vector<float> frequency = {1.0f, 0.75f, 0.01f, 1e-5f};
+  const Shape shape{5, 4};
+  Guarded want_cos(shape), want_sin(shape), got_cos(shape), got_sin(shape);
+  CreateReferenceBackend()->RopeTable({positions, frequency, want_cos.view(), want_sin.view()});
+  candidate.RopeTable({positions, frequency, got_cos.view(), got_sin.view()});
+  RETURN_IF_WRONG(Failed(candidate, "RopeTable"));
+  const auto bound = [](int64_t) { return 2 * kU; };
+  RETURN_IF_WRONG(Compare(want_cos, got_cos, 20, "RopeTable.cos", bound));
+  return Compare(want_sin, got_sin, 20, "RopeTable.sin", bound);
+}
+
+std::string CheckSwiGlu(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  for (const int64_t width : {8, 15, 16, 17, 100, 1000}) {
+    const int64_t rows = 3;
+    std::vector<float> gate_up = Normal(random, rows * 2 * width, 4.0f);
+    gate_up[0] = -100.0f;  // silu underflows to 0
+    gate_up[1] = 100.0f;
+    Guarded want(Shape{rows, width}), got(Shape{rows, width});
+    CreateReferenceBackend()->SwiGlu({View(gate_up, Shape{rows, 2 * width}), want.view()});
+    candidate.SwiGlu({View(gate_up, Shape{rows, 2 * width}), got.view()});
+    RETURN_IF_WRONG(Failed(candidate, "SwiGlu"));
+    // exp, one addition, one division, one product.
+    RETURN_IF_WRONG(Compare(want, got, rows * width, "SwiGlu", [&](int64_t i) {
+      return 16 * kU * std::fabs(want.data()[i]) + 1e-30;
+    }));
+  }
+  return "";
+}
+
+std::string CheckGatherRows(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  const std::vector<float> x = Normal(random, 7 * 33);
+  const std::vector<int64_t> rows = {6, 0, 3, 3};
+  Guarded want(Shape{4, 33}), got(Shape{4, 33});
+  CreateReferenceBackend()->GatherRows({View(x, Shape{7, 33}), rows, want.view()});
+  candidate.GatherRows({View(x, Shape{7, 33}), rows, got.view()});
+  RETURN_IF_WRONG(Failed(candidate, "GatherRows"));
+  return Compare(want, got, 4 * 33, "GatherRows", [](int64_t) { return 0; });
+}
+
+// One layer's cache of one sequence on one backend: page i of the sequence is open block
+// num_pages - 1 - i and sealed block i, so that ids differ from logical pages.
+struct Cache {
+  Cache(Backend& owner, const KvCacheSpec& spec, int64_t pages)
+      : layout(*KvLayout::Create(spec, owner.code_order())),
+        num_pages(pages),
+        open(*owner.Allocate(layout.open_pool_bytes(pages))),
+        sealed(*owner.Allocate(layout.sealed_pool_bytes(pages))),
+        norms(*owner.Allocate(2 * layout.key_norm_bytes())) {
+    std::memset(open.data(), 0xff, static_cast<size_t>(open.bytes()));  // NaN in every format
+    std::memset(sealed.data(), 0xff, static_cast<size_t>(sealed.bytes()));
+    for (int64_t i = 0; i < pages; ++i) {
+      table.push_back({static_cast<int32_t>(pages - 1 - i), static_cast<int32_t>(i)});
+    }
+  }
+  PagedKvView view() {
+    return {&layout.layer(0), open.data(), sealed.data(), reinterpret_cast<float*>(norms.data())};
+  }
+  uint16_t& Key(int64_t position, int64_t head, int64_t d) {
+    const int64_t t = position % layout.page_tokens();
+    return view().OpenKeys(OpenId(position), head)[layout.layer(0).OpenKeyIndex(t, d)];
+  }
+  uint16_t& Value(int64_t position, int64_t head, int64_t d) {
+    const int64_t t = position % layout.page_tokens();
+    return view().OpenValues(OpenId(position), head)[layout.layer(0).OpenValueIndex(t, d)];
+  }
+  int32_t OpenId(int64_t position) const {
+    return table[static_cast<size_t>(layout.PageOf(position))].open_id;
+  }
+  // Norm slot 1 of this sequence, then every page that a query at `position` sees as sealed.
+  void SealUpTo(Backend& backend, int64_t position) {
+    const PageRange range = layout.SealedPages(position);
+    if (range.size() == 0) return;
+    if (layout.layer(0).normalize_keys) {
+      KeyNormItem item{1, {}};
+      for (int64_t p = layout.KeyNormPages().begin; p < layout.KeyNormPages().end; ++p) {
+        item.open_ids.push_back(table[static_cast<size_t>(p)].open_id);
+      }
+      backend.ComputeKeyNorm({view(), {&item, 1}});
+    }
+    std::vector<SealItem> items;
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      const PageRef ref = table[static_cast<size_t>(p)];
+      items.push_back({ref.open_id, ref.sealed_id, 1});
+    }
+    backend.Seal({view(), items});
+  }
+
+  KvLayout layout;
+  int64_t num_pages;
+  Buffer open, sealed, norms;
+  std::vector<PageRef> table;
+};
+
+struct CacheCase {
+  std::string name;
+  KvCacheSpec spec;
+  int64_t group = 1;  // query heads per key/value head
+};
+
+std::vector<CacheCase> CacheCases() {
+  const auto spec = [](int64_t heads, int64_t dim, QuantSpec key, QuantSpec value, bool normalize,
+                       int64_t sink = 32, int64_t recent = 96) {
+    KvCacheSpec s;
+    s.kv_heads = heads;
+    s.head_dim = dim;
+    s.sink_tokens = sink;
+    s.recent_tokens = recent;
+    s.layers.push_back({key, value, normalize});
+    return s;
+  };
+  using enum QuantMode;
+  using enum QuantAxis;
+  using enum QuantCodec;
+  const QuantSpec f16{.bits = 16};
+  const QuantSpec sym3{.bits = 3};
+  const QuantSpec kivi{2, kAsymmetric, kOuter, 32, kPaper};
+  return {
+      {"fp16", spec(2, 64, f16, f16, false), 4},
+      {"innerq_base", spec(2, 128, sym3, sym3, true), 4},
+      {"innerq_hybrid", spec(1, 64, sym3, {2, kHybrid, kInner, 32, kFitted}, true), 8},
+      {"paper hybrid",
+       spec(2, 64, {3, kSymmetric, kInner, 32, kPaper}, {2, kHybrid, kInner, 32, kPaper}, true), 1},
+      {"kivi", spec(2, 64, kivi, kivi, false, 0, 128), 2},
+      {"kivi_sink, dim 48", spec(2, 48, kivi, {2, kAsymmetric, kOuter, 16, kPaper}, false), 2},
+      {"int8, dim 80",
+       spec(1, 80, {8, kSymmetric, kInner, 16, kPaper}, {8, kSymmetric, kInner, 32, kPaper}, true),
+       3},
+      {"int4 asymmetric, group 8, dim 8",
+       spec(4, 8, {4, kAsymmetric, kInner, 8, kFitted}, {4, kAsymmetric, kInner, 8, kFitted}, true),
+       2},
+      {"keys 16, values 2", spec(1, 64, f16, {2, kSymmetric, kInner, 32, kFitted}, false), 4},
+  };
+}
+
+// Fills both caches with the same keys and values for positions [0, tokens). Keys have channels of
+// very different size, as real ones do.
+void Fill(Cache& a, Cache& b, int64_t tokens) {
+  std::mt19937_64 random(kSeed);
+  std::normal_distribution<float> normal;
+  const int64_t dim = a.layout.head_dim();
+  for (int64_t p = 0; p < tokens; ++p) {
+    for (int64_t g = 0; g < a.layout.kv_heads(); ++g) {
+      for (int64_t d = 0; d < dim; ++d) {
+        const float size = d % 7 == 3 ? 8.0f : 0.5f + 0.1f * static_cast<float>(d % 5);
+        a.Key(p, g, d) = b.Key(p, g, d) = F32ToF16(normal(random) * size);
+        a.Value(p, g, d) = b.Value(p, g, d) = F32ToF16(normal(random) + 0.3f);
+      }
+    }
+  }
+}
+
+std::string CheckRopeAppend(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  for (const CacheCase& c : CacheCases()) {
+    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+    Cache want(*reference, c.spec, 4), got(candidate, c.spec, 4);
+    const int64_t dim = c.spec.head_dim, heads = c.spec.kv_heads * c.group;
+    const int64_t rows = 35, first = 30;  // crosses two page borders
+    const std::vector<float> qkv = Normal(random, rows * (heads + 2 * c.spec.kv_heads) * dim);
+    std::vector<float> cos, sin;
+    for (int64_t i = 0; i < rows * dim / 2; ++i) {
+      cos.push_back(std::cos(static_cast<float>(i)));
+      sin.push_back(std::sin(static_cast<float>(i)));
+    }
+    // Two sequences' slices share the rows; the second starts a page of its own.
+    std::vector<PageRef> other = {{want.table[3].open_id, -1}};
+    Guarded want_q(Shape{rows, heads * dim}), got_q(Shape{rows, heads * dim});
+    const auto append = [&](Backend& backend, Cache& cache, Guarded& q) {
+      const std::vector<SequenceSlice> slices = {{0, rows - 2, first, cache.table, -1, 0},
+                                                 {rows - 2, 2, 7, other, -1, 0}};
+      backend.RopeAppend({View(qkv, Shape{rows, (heads + 2 * c.spec.kv_heads) * dim}),
+                          View(cos, Shape{rows, dim / 2}), View(sin, Shape{rows, dim / 2}),
+                          cache.view(), slices, q.view()});
+    };
+    append(*reference, want, want_q);
+    append(candidate, got, got_q);
+    RETURN_IF_WRONG(Failed(candidate, "RopeAppend"));
+    // Two products and a sum of numbers below 6.
+    RETURN_IF_WRONG(Compare(want_q, got_q, rows * heads * dim, "RopeAppend.q " + c.name,
+                            [](int64_t) { return 4 * kU * 12; }));
+    for (int64_t p = 0; p < 4 * 32; ++p) {
+      const bool written =
+          (p >= first && p < first + rows - 2) || p == 3 * 32 + 7 || p == 3 * 32 + 8;
+      for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+        for (int64_t d = 0; d < dim; ++d) {
+          const float key = F16ToF32(want.Key(p, g, d)), key_got = F16ToF32(got.Key(p, g, d));
+          // A sum near a rounding border may round either way: one unit of F16.
+          const bool key_near = written
+                                    ? std::fabs(key - key_got) <= 0x1p-10 * std::fabs(key) + 0x1p-24
+                                    : want.Key(p, g, d) == got.Key(p, g, d);
+          if (!key_near || want.Value(p, g, d) != got.Value(p, g, d)) {
+            return "RopeAppend cache " + c.name + ": position " + std::to_string(p) + ", channel " +
+                   std::to_string(d) + ": key " + std::to_string(key) + " " +
+                   std::to_string(key_got);
+          }
+        }
+      }
+    }
+  }
+  return "";
+}
+
+std::string CheckComputeKeyNorm(Backend& candidate) {
+  for (const CacheCase& c : CacheCases()) {
+    if (!c.spec.layers[0].normalize_keys) continue;
+    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+    Cache want(*reference, c.spec, 6), got(candidate, c.spec, 6);
+    Fill(want, got, 6 * 32);
+    for (int64_t p = 0; p < 6 * 32; ++p) {  // a channel that is always 0 keeps norm 1
+      want.Key(p, 0, 2) = got.Key(p, 0, 2) = 0;
+    }
+    want.SealUpTo(*reference, 6 * 32 - 1);
+    got.SealUpTo(candidate, 6 * 32 - 1);
+    RETURN_IF_WRONG(Failed(candidate, "ComputeKeyNorm"));
+    for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+      for (int64_t d = 0; d < c.spec.head_dim; ++d) {
+        const float expected = want.view().KeyNorm(1, g)[d], actual = got.view().KeyNorm(1, g)[d];
+        if (!(expected == actual)) {
+          return "ComputeKeyNorm " + c.name + " channel " + std::to_string(d) + ": expected " +
+                 std::to_string(expected) + ", got " + std::to_string(actual);
+        }
+      }
+    }
+    if (want.view().KeyNorm(1, 0)[2] != 1.0f) return "ComputeKeyNorm: a zero channel needs norm 1";
+  }
+  return "";
+}
+
+std::string CheckSeal(Backend& candidate) {
+  for (const CacheCase& c : CacheCases()) {
+    if (!c.spec.layers[0].key.quantized() && !c.spec.layers[0].value.quantized()) continue;
+    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+    const int64_t pages = 8;
+    Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
+    Fill(want, got, pages * 32);
+    for (int64_t p = 40; p < 48; ++p) {  // all-zero groups and one huge outlier
+      for (int64_t d = 0; d < c.spec.head_dim; ++d) {
+        want.Value(p, 0, d) = got.Value(p, 0, d) = 0;
+        want.Key(p, 0, d) = got.Key(p, 0, d) = 0;
+      }
+    }
+    want.Value(50, 0, 1) = got.Value(50, 0, 1) = F32ToF16(10000.0f);
+    const int64_t position = pages * 32 - 1;
+    want.SealUpTo(*reference, position);
+    got.SealUpTo(candidate, position);
+    RETURN_IF_WRONG(Failed(candidate, "Seal"));
+    const PageRange sealed = want.layout.SealedPages(position);
+    const KvLayerLayout& layer = want.layout.layer(0);
+    for (int64_t page = 0; page < pages; ++page) {
+      const bool is_sealed = page >= sealed.begin && page < sealed.end;
+      for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+        if (!is_sealed) {  // not one byte of it may change
+          const std::byte* bytes = got.view().SealedHead(page, g);
+          for (int64_t i = 0; i < layer.sealed_head_bytes; ++i) {
+            if (bytes[i] != std::byte{0xff}) return "Seal " + c.name + ": wrote to another page";
+          }
+          continue;
+        }
+        for (int64_t t = 0; t < 32; ++t) {
+          for (int64_t d = 0; d < c.spec.head_dim; ++d) {
+            const float key = DecodeSealedKey(want.view(), page, g, t, d);
+            const float value = DecodeSealedValue(want.view(), page, g, t, d);
+            // Equal decodes of every element mean equal codes, scales and zeros.
+            if (!(key == DecodeSealedKey(got.view(), page, g, t, d)) ||
+                !(value == DecodeSealedValue(got.view(), page, g, t, d))) {
+              return "Seal " + c.name + ": page " + std::to_string(page) + " token " +
+                     std::to_string(t) + " channel " + std::to_string(d);
+            }
+          }
+        }
+      }
+    }
+  }
+  // Non-finite input must surface.
+  const CacheCase c = CacheCases()[1];
+  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+  Cache bad(candidate, c.spec, 8), other(*reference, c.spec, 8);
+  Fill(bad, other, 8 * 32);
+  bad.Value(40, 1, 3) = 0x7c00;  // infinity
+  bad.SealUpTo(candidate, 8 * 32 - 1);
+  const Result<void> result = candidate.Synchronize();
+  if (result.ok()) return "Seal: an infinite value went unnoticed";
+  if (!candidate.Synchronize().ok()) return "Synchronize: the error was not cleared";
+  return "";
+}
+
+// Largest |key| and |value| that attention reads, and the same of keys as stored.
+struct Extremes {
+  double key_sum = 0;  // max over tokens of sum over channels of |stored key|
+  double value = 0;
+  double norm = 1;
+};
+
+std::string CheckAttention(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  for (const CacheCase& c : CacheCases()) {
+    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+    const int64_t pages = 9, dim = c.spec.head_dim, heads = c.spec.kv_heads * c.group;
+    const int64_t tokens = pages * 32 - 5;  // the last page has an unused tail of NaN
+    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
+    Fill(want, got, tokens);
+    want.SealUpTo(*reference, tokens - 1);
+    got.SealUpTo(candidate, tokens - 1);
+    // Rows: page borders, windows not full, full, just flushed.
+    for (const auto& [first, rows] : std::vector<std::pair<int64_t, int64_t>>{{0, 1},
+                                                                              {30, 4},
+                                                                              {127, 2},
+                                                                              {155, 40},
+                                                                              {159, 1},
+                                                                              {160, 1},
+                                                                              {tokens - 33, 33},
+                                                                              {tokens - 1, 1}}) {
+      const std::vector<float> q = Normal(random, rows * heads * dim, 1.5f);
+      const Shape shape{rows, heads * dim};
+      Guarded expected(shape), actual(shape);
+      const auto attend = [&](Backend& backend, Cache& cache, Guarded& out) {
+        const std::vector<SequenceSlice> slices = {{0, rows, first, cache.table, 1, 0}};
+        backend.Attention(
+            {View(q, shape), cache.view(), &cache.layout, slices, heads, scale, out.view()});
+      };
+      attend(*reference, want, expected);
+      attend(candidate, got, actual);
+      RETURN_IF_WRONG(Failed(candidate, "Attention"));
+      Extremes most;
+      for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+        for (int64_t p = 0; p < first + rows; ++p) {
+          double sum = 0;
+          for (int64_t d = 0; d < dim; ++d) {
+            sum += std::fabs(F16ToF32(want.Key(p, g, d)));
+            most.value = std::max<double>(most.value, std::fabs(F16ToF32(want.Value(p, g, d))));
+          }
+          most.key_sum = std::max(most.key_sum, sum);
+        }
+        for (int64_t d = 0; d < dim && want.layout.layer(0).normalize_keys; ++d) {
+          most.norm = std::max<double>(most.norm, want.view().KeyNorm(1, g)[d]);
+        }
+      }
+      // A query may be held in 15 bits relative to its largest (normalized) element, probabilities
+      // likewise relative to their page's largest; a score's error acts twice (numerator, sum).
+      double q_max = 0;
+      for (const float v : q) q_max = std::max<double>(q_max, std::fabs(v));
+      const bool quantized = want.layout.quantized();
+      const double step = quantized ? 0x1p-14 : 0.0;
+      const double score_error =
+          scale * q_max * most.norm * most.key_sum * (step / 2 + 2 * static_cast<double>(dim) * kU);
+      const double bound = 2 * most.value * (score_error + 32 * step / 2 + 64 * kU);
+      RETURN_IF_WRONG(Compare(expected, actual, shape.num_elements(),
+                              "Attention " + c.name + " at " + std::to_string(first),
+                              [&](int64_t) { return bound; }));
+    }
+  }
+  return "";
+}
+
+struct ConformanceCheck {
+  std::string_view name;
+  std::string (*run)(Backend& candidate);
+};
+
+// One entry for every operation of Backend.
+const std::vector<ConformanceCheck>& ConformanceChecks() {
+  static const std::vector<ConformanceCheck> checks = {
+      {"Embed", CheckEmbed},
+      {"RmsNorm", CheckRmsNorm},
+      {"MatMul", CheckMatMul},
+      {"RopeTable", CheckRopeTable},
+      {"RopeAppend", CheckRopeAppend},
+      {"ComputeKeyNorm", CheckComputeKeyNorm},
+      {"Seal", CheckSeal},
+      {"Attention", CheckAttention},
+      {"SwiGlu", CheckSwiGlu},
+      {"GatherRows", CheckGatherRows},
+  };
+  return checks;
+}
+
+class Conformance : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(Conformance, EveryOperationMatchesTheReference) {
+  const Result<std::unique_ptr<Backend>> backend = CreateBackend({.variant = GetParam()});
+  ASSERT_TRUE(backend.ok()) << backend.error().message;
+  ASSERT_EQ((*backend)->name(), "cpu/" + GetParam()) << "the forced variant is not the one made";
+  ASSERT_TRUE((*backend)->Reserve({.max_rows = 128, .max_features = 2048}).ok());
+  for (const ConformanceCheck& check : ConformanceChecks()) {
+    SCOPED_TRACE(std::string(check.name));
+    EXPECT_EQ(check.run(**backend), "");
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cpu, Conformance, ::testing::ValuesIn(CpuVariants()),
+                         [](const auto& variant) { return variant.param; });
+
+// The ways in which BrokenBackend damages what the reference computed.
+enum class Damage { kOneElement, kOneNaN, kShiftedRow, kBeyondTheEnd };
+
+// The reference with one kind of damage in every output: it must be caught in every operation.
+class BrokenBackend final : public Backend {
+ public:
+  explicit BrokenBackend(Damage damage) : damage_(damage), inner_(CreateReferenceBackend()) {}
+  std::string_view name() const override { return "broken"; }
+  CodeOrder code_order() const override { return inner_->code_order(); }
+  bool deterministic() const override { return true; }
+  Result<Buffer> Allocate(int64_t bytes) override { return inner_->Allocate(bytes); }
+  Result<Buffer> Import(ConstTensorView host) override { return inner_->Import(host); }
+  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias, WeightFormat format) override {
+    return inner_->PackWeight(parts, bias, format);
+  }
+  Result<void> Reserve(const StepLimits& limits) override { return inner_->Reserve(limits); }
+  Result<void> Synchronize() override { return inner_->Synchronize(); }
+
+ private:
+  void Break(TensorView out) {
+    float* data = out.As<float>();
+    const int64_t n = out.shape.num_elements(), width = n / out.shape[0];
+    switch (damage_) {
+      case Damage::kOneElement:
+        data[n / 2] += 0.1f + 0.1f * std::fabs(data[n / 2]);
+        break;
+      case Damage::kOneNaN:
+        data[n - 1] = std::numeric_limits<float>::quiet_NaN();
+        break;
+      case Damage::kShiftedRow:
+        std::memmove(data, data + 1, static_cast<size_t>(width - 1) * 4);
+        data[width - 1] = 0;
+        break;
+      case Damage::kBeyondTheEnd:
+        data[n] = 1;
+        break;
+    }
+  }
+  void DoEmbed(const EmbedArgs& args) override { inner_->Embed(args), Break(args.out); }
+  void DoRmsNorm(const RmsNormArgs& args) override { inner_->RmsNorm(args), Break(args.out); }
+  void DoMatMul(const MatMulArgs& args) override { inner_->MatMul(args), Break(args.out); }
+  void DoRopeTable(const RopeTableArgs& args) override { inner_->RopeTable(args), Break(args.sin); }
+  void DoRopeAppend(const RopeAppendArgs& args) override {
+    inner_->RopeAppend(args), Break(args.q);
+  }
+  void DoComputeKeyNorm(const KeyNormArgs& args) override {
+    inner_->ComputeKeyNorm(args);
+    args.kv.KeyNorm(args.items[0].norm_id, 0)[1] *= 1.0001f;
+  }
+  void DoSeal(const SealArgs& args) override {
+    inner_->Seal(args);
+    const KvLayerLayout& layout = *args.kv.layout;
+    std::byte* page = args.kv.SealedHead(args.items[0].sealed_id, layout.kv_heads - 1);
+    page[layout.value_codes + 3] ^= std::byte{1};  // one bit of one code
+  }
+  void DoAttention(const AttentionArgs& args) override { inner_->Attention(args), Break(args.out); }
+  void DoSwiGlu(const SwiGluArgs& args) override { inner_->SwiGlu(args), Break(args.out); }
+  void DoGatherRows(const GatherRowsArgs& args) override {
+    inner_->GatherRows(args), Break(args.out);
+  }
+
+  Damage damage_;
+  std::unique_ptr<Backend> inner_;
+};
+
+TEST(ConformanceSuite, PassesOnTheReferenceItself) {
+  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+  for (const ConformanceCheck& check : ConformanceChecks()) EXPECT_EQ(check.run(*reference), "");
+}
+
+TEST(ConformanceSuite, CatchesEveryDamageInEveryOperation) {
+  for (const Damage damage :
+       {Damage::kOneElement, Damage::kOneNaN, Damage::kShiftedRow, Damage::kBeyondTheEnd}) {
+    for (const ConformanceCheck& check : ConformanceChecks()) {
+      BrokenBackend broken(damage);
+      EXPECT_NE(check.run(broken), "")
+          << check.name << " passed with damage " << static_cast<int>(damage);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace innerq::testing

@@ -1,0 +1,221 @@
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "models/checkpoint.h"
+#include "tests/models/test_files.h"
+
+namespace innerq {
+namespace {
+
+using nlohmann::json;
+
+json Llama2Config() {
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"hidden_size", 4096},
+          {"intermediate_size", 11008},
+          {"num_hidden_layers", 32},
+          {"num_attention_heads", 32},
+          {"num_key_value_heads", 32},
+          {"vocab_size", 32000},
+          {"max_position_embeddings", 4096},
+          {"rms_norm_eps", 1e-5},
+          {"hidden_act", "silu"},
+          {"rope_scaling", nullptr},
+          {"bos_token_id", 1},
+          {"eos_token_id", 2}};
+}
+
+json Llama32Config() {  // Llama-3.2-1B
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"hidden_size", 2048},
+          {"intermediate_size", 8192},
+          {"num_hidden_layers", 16},
+          {"num_attention_heads", 32},
+          {"num_key_value_heads", 8},
+          {"head_dim", 64},
+          {"vocab_size", 128256},
+          {"max_position_embeddings", 131072},
+          {"rms_norm_eps", 1e-5},
+          {"tie_word_embeddings", true},
+          {"rope_theta", 500000.0},
+          {"rope_scaling",
+           {{"rope_type", "llama3"},
+            {"factor", 32.0},
+            {"low_freq_factor", 1.0},
+            {"high_freq_factor", 4.0},
+            {"original_max_position_embeddings", 8192}}},
+          {"bos_token_id", 128000},
+          {"eos_token_id", {128001, 128008, 128009}}};
+}
+
+class ModelConfigTest : public testing::Test {
+ protected:
+  Result<ModelConfig> Read(const std::string& text) {
+    WriteAll(directory_.path() / "config.json", text);
+    return ReadModelConfig(directory_.path());
+  }
+  Result<ModelConfig> Read(const json& config) { return Read(config.dump()); }
+
+  // Expects a refusal whose message names the file and `part`.
+  void ExpectRefused(const Result<ModelConfig>& config, const std::string& part) {
+    ASSERT_FALSE(config.ok()) << part;
+    EXPECT_NE(config.error().message.find(part), std::string::npos) << config.error().message;
+    EXPECT_NE(config.error().message.find("config.json"), std::string::npos)
+        << config.error().message;
+  }
+
+  TemporaryDirectory directory_;
+};
+
+TEST_F(ModelConfigTest, ReadsLlama2WithImpliedDefaults) {
+  const auto config = Read(Llama2Config());
+  ASSERT_TRUE(config.ok()) << config.error().message;
+  EXPECT_EQ(config->head_dim, 128);
+  EXPECT_EQ(config->rope_theta, 10000.0);
+  EXPECT_EQ(config->rope_scaling.type, RopeScaling::Type::kNone);
+  EXPECT_FALSE(config->tie_word_embeddings);
+  EXPECT_EQ(config->eos_token_ids, std::vector<int32_t>{2});
+  EXPECT_EQ(config->num_parameters(), 6738415616);  // Llama-2-7B, as published
+}
+
+TEST_F(ModelConfigTest, ReadsLlama32WithScaledRotaryEmbeddings) {
+  const auto config = Read(Llama32Config());
+  ASSERT_TRUE(config.ok()) << config.error().message;
+  EXPECT_EQ(config->num_parameters(), 1235814400);  // Llama-3.2-1B, as published
+  EXPECT_EQ(config->rope_scaling.type, RopeScaling::Type::kLlama3);
+  EXPECT_EQ(config->rope_scaling.original_max_positions, 8192);
+  EXPECT_EQ(config->eos_token_ids, (std::vector<int32_t>{128001, 128008, 128009}));
+}
+
+TEST_F(ModelConfigTest, ReadsRopeParametersAsNewerTransformersWriteThem) {
+  json file = Llama32Config();
+  file["rope_parameters"] = file["rope_scaling"];
+  file["rope_parameters"]["rope_theta"] = 500000.0;
+  const auto expected = Read(file);
+  file.erase("rope_scaling");
+  file.erase("rope_theta");
+  const auto config = Read(file);
+  ASSERT_TRUE(config.ok() && expected.ok());
+  EXPECT_EQ(config->InverseFrequencies(), expected->InverseFrequencies());
+}
+
+TEST_F(ModelConfigTest, ReadsLinearScalingUnderBothOfItsNames) {
+  for (const char* key : {"type", "rope_type"}) {
+    json file = Llama2Config();
+    file["rope_scaling"] = {{key, "linear"}, {"factor", 4.0}};
+    const auto config = Read(file);
+    ASSERT_TRUE(config.ok()) << config.error().message;
+    EXPECT_EQ(config->InverseFrequencies()[0], 0.25f);
+  }
+}
+
+TEST_F(ModelConfigTest, InverseFrequenciesEqualTransformersInAllThreeBands) {
+  const auto directory =
+      std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
+  const auto config = ReadModelConfig(directory);
+  ASSERT_TRUE(config.ok()) << config.error().message;
+  const json golden = json::parse(ReadAll(directory / "logits.json"))["inverse_frequencies"];
+  const std::vector<float> actual = config->InverseFrequencies();
+  ASSERT_EQ(actual.size(), golden.size());
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const float expected = golden[i];
+    // One unit of pow, one of the division, one of the interpolation.
+    EXPECT_NEAR(actual[i], expected, 4 * 0x1p-24f * expected) << i;
+  }
+}
+
+TEST_F(ModelConfigTest, ReadsMistralWhoseWindowIsOff) {
+  json file = Llama2Config();
+  file["architectures"] = {"MistralForCausalLM"};
+  file["sliding_window"] = nullptr;
+  EXPECT_TRUE(Read(file).ok());
+  file["sliding_window"] = 4096;  // as long as the context
+  EXPECT_TRUE(Read(file).ok());
+  file["sliding_window"] = 4095;
+  ExpectRefused(Read(file), "sliding_window");
+}
+
+TEST_F(ModelConfigTest, GenerationConfigReplacesTheEndTokens) {
+  WriteAll(directory_.path() / "generation_config.json",
+           R"({"bos_token_id": 1, "eos_token_id": [2, 7]})");
+  const auto config = Read(Llama2Config());
+  ASSERT_TRUE(config.ok()) << config.error().message;
+  EXPECT_EQ(config->eos_token_ids, (std::vector<int32_t>{2, 7}));
+  WriteAll(directory_.path() / "generation_config.json", R"({"eos_token_id": 32000})");
+  const auto beyond = Read(Llama2Config());
+  ASSERT_FALSE(beyond.ok());
+  EXPECT_NE(beyond.error().message.find("generation_config.json: eos_token_id"), std::string::npos);
+}
+
+TEST_F(ModelConfigTest, RefusesWhatItCannotComputeByName) {
+  const std::vector<std::pair<std::string, json>> unsupported = {
+      {"architectures", {"Qwen2ForCausalLM"}},
+      {"architectures", json::array()},
+      {"hidden_act", "gelu"},
+      {"quantization_config", {{"quant_method", "gptq"}}},
+      {"pretraining_tp", 2},
+      {"partial_rotary_factor", 0.5},
+      {"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}},
+      {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 2.0}}},
+      {"rope_scaling", {{"rope_type", "linear"}}},
+      {"rope_scaling", {{"rope_type", "llama3"}, {"factor", 8.0}}},
+      {"rope_scaling", "linear"},
+  };
+  for (const auto& [key, value] : unsupported) {
+    json file = Llama2Config();
+    file[key] = value;
+    ExpectRefused(Read(file), key);
+  }
+}
+
+TEST_F(ModelConfigTest, RefusesNumbersOutOfRangeByName) {
+  const std::vector<std::pair<std::string, json>> bad = {
+      {"hidden_size", 0},
+      {"hidden_size", -4096},
+      {"hidden_size", 4096.5},
+      {"hidden_size", "4096"},
+      {"hidden_size", 18446744073709551615u},
+      {"hidden_size", 4097},  // 32 heads do not divide it
+      {"head_dim", 63},
+      {"head_dim", 258},
+      {"num_key_value_heads", 5},
+      {"num_key_value_heads", 0},
+      {"num_hidden_layers", 1001},
+      {"vocab_size", (1 << 24) + 1},
+      {"rms_norm_eps", 0.0},
+      {"rms_norm_eps", -1e-5},
+      {"rope_theta", 0.5},
+      {"tie_word_embeddings", "yes"},
+      {"eos_token_id", 32000},
+      {"eos_token_id", {2, -1}},
+      {"max_position_embeddings", nullptr},
+  };
+  for (const auto& [key, value] : bad) {
+    json file = Llama2Config();
+    file[key] = value;
+    ExpectRefused(Read(file), key);
+  }
+}
+
+TEST_F(ModelConfigTest, RefusesFilesThatAreNotJsonObjects) {
+  std::string infinite = Llama2Config().dump();
+  infinite.replace(infinite.find("1e-05"), 5, "1e999");
+  for (const std::string& text :
+       {std::string("{"), std::string("[]"), std::string(1, '\0'), std::string("{\"a\": NaN}"),
+        infinite, std::string(1'000'000, '[')}) {
+    ExpectRefused(Read(text), "not a JSON object");
+  }
+  json nested = Llama2Config();
+  std::string text = nested.dump();
+  const std::string deep(1'000'000, '['), back(1'000'000, ']');
+  text.replace(text.find("4096"), 4, deep + back);
+  EXPECT_FALSE(Read(text).ok());
+  std::filesystem::remove(directory_.path() / "config.json");
+  const auto absent = ReadModelConfig(directory_.path());
+  ASSERT_FALSE(absent.ok());
+  EXPECT_EQ(absent.error().code, ErrorCode::kNotFound);
+}
+
+}  // namespace
+}  // namespace innerq

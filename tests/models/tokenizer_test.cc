@@ -1,0 +1,273 @@
+#include "models/tokenizer.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <sstream>
+
+#include "tests/models/test_files.h"
+
+namespace innerq {
+namespace {
+
+using nlohmann::json;
+using Ids = std::vector<int32_t>;
+
+constexpr EncodeOptions kPlain{.add_bos = false, .parse_special = false};
+constexpr EncodeOptions kSpecial{.add_bos = false, .parse_special = true};
+
+std::filesystem::path Llama2() { return SharedPath("assets/tokenizers/llama2"); }
+
+std::shared_ptr<const Tokenizer> Load(const std::filesystem::path& directory) {
+  const auto tokenizer = Tokenizer::Load(directory);
+  EXPECT_TRUE(tokenizer.ok()) << tokenizer.error().message;
+  return tokenizer.ok() ? *tokenizer : nullptr;
+}
+
+// A directory with the Llama-2 model and a tokenizer_config.json.
+std::shared_ptr<const Tokenizer> LoadWithConfig(const json& config) {
+  TemporaryDirectory directory;
+  std::filesystem::copy(Llama2() / "tokenizer.model", directory.path());
+  WriteAll(directory.path() / "tokenizer_config.json", config.dump());
+  return Load(directory.path());
+}
+
+TEST(TokenizerTest, EncodesTheLlama2VectorsOfLlamaCpp) {
+  const auto vectors = SharedPath("assets/tokenizer_vectors/ggml-vocab-llama-spm.gguf");
+  SKIP_WITHOUT(vectors);
+  const auto tokenizer = Load(Llama2());
+  ASSERT_NE(tokenizer, nullptr);
+  std::string inputs = ReadAll(vectors.string() + ".inp");
+  std::istringstream outputs(ReadAll(vectors.string() + ".out"));
+  const std::string mark = "\n__ggml_vocab_test__\n";
+  int count = 0;
+  for (size_t at; (at = inputs.find(mark)) != inputs.npos; inputs.erase(0, at + mark.size())) {
+    const std::string text = inputs.substr(0, at);
+    std::string line;
+    ASSERT_TRUE(std::getline(outputs, line));
+    std::istringstream numbers(line);
+    const Ids expected{std::istream_iterator<int32_t>(numbers), {}};
+    EXPECT_EQ(tokenizer->Encode(text, kPlain), expected) << "case " << count << ": " << text;
+    EXPECT_EQ(tokenizer->Decode(expected, false), text) << "case " << count;
+    ++count;
+  }
+  EXPECT_EQ(count, 46);
+}
+
+TEST(TokenizerTest, EncodesAndDecodesTheLlama2VectorsOfTransformers) {
+  const auto vectors = SharedPath("assets/tokenizer_vectors");
+  SKIP_WITHOUT(vectors);
+  const auto tokenizer = Load(Llama2());
+  ASSERT_NE(tokenizer, nullptr);
+  const json all = json::parse(ReadAll(vectors / "hf_tokenizer_tests.json"));
+  const json& cases = all["coreml-projects/Llama-2-7b-chat-coreml"];
+  EXPECT_EQ(cases.size(), 18u);
+  for (const json& test : cases) {
+    const Ids ids = tokenizer->Encode(test["input"].get<std::string>(), {});
+    EXPECT_EQ(ids, test["encoded"]["input_ids"].get<Ids>()) << test["input"];
+    EXPECT_EQ(tokenizer->Decode(ids, true), test["decoded_with_special"]);
+    EXPECT_EQ(tokenizer->Decode(ids, false), test["decoded_without_special"]);
+  }
+  const json encoded = json::parse(ReadAll(vectors / "hf_llama_encoded.json"));
+  const Ids ids = tokenizer->Encode(encoded["text"].get<std::string>(), {});
+  EXPECT_EQ(ids, encoded["token_ids"].get<Ids>());
+  EXPECT_EQ(tokenizer->Decode(ids, true), encoded["decoded_text"]);
+}
+
+// Strings that a text model is not asked for every day.
+std::vector<std::string> OddTexts() {
+  std::vector<std::string> texts = {"",
+                                    " ",
+                                    "  ",
+                                    "   a  b  ",
+                                    "\n",
+                                    "\t\r\n ",
+                                    "<s>",
+                                    "</s><unk>",
+                                    "<0x41>",
+                                    "\xe2\x96\x81",
+                                    " \xe2\x96\x81 \xe2\x96\x81x",
+                                    std::string("a\0b\0", 4),
+                                    std::string(1, '\0'),
+                                    "\xf0\x9f\xa6\x99 caf\xc3\xa9 \xe6\x97\xa5\xe6\x9c\xac",
+                                    "\xef\xbf\xbd",
+                                    "\xef\xbb\xbf"
+                                    "bom",
+                                    "\xff",
+                                    "a\xc3",
+                                    "\xc3(",
+                                    "\xed\xa0\x80",
+                                    "\xf4\x90\x80\x80",
+                                    "\xc0\xaf",
+                                    "\x80\x80 x",
+                                    "e\xcc\x81",
+                                    std::string(300, ' ')};
+  std::mt19937 random(20260223);
+  constexpr std::string_view kLikely = " ae\xc3\xa9\xe2\x96\x81\xe6\x97\xa5<s>";
+  for (int i = 0; i < 200; ++i) {
+    std::string text;
+    const size_t length = random() % 24;
+    for (size_t k = 0; k < length; ++k) {
+      // Half arbitrary bytes, half text that makes multi-byte characters and merges likely.
+      text += i % 2 == 0 ? static_cast<char>(random() % 256) : kLikely[random() % kLikely.size()];
+    }
+    texts.push_back(text);
+  }
+  return texts;
+}
+
+class LosslessTest : public testing::TestWithParam<std::string> {};
+
+TEST_P(LosslessTest, DecodeUndoesEncodeForArbitraryBytes) {
+  const std::filesystem::path directory = GetParam();
+  SKIP_WITHOUT(directory / "tokenizer.model");
+  const auto tokenizer = Load(directory);
+  ASSERT_NE(tokenizer, nullptr);
+  for (const std::string& text : OddTexts()) {
+    for (const bool add_bos : {false, true}) {
+      const Ids ids = tokenizer->Encode(text, {.add_bos = add_bos, .parse_special = false});
+      EXPECT_EQ(tokenizer->Decode(ids, false), text);
+      for (size_t i = add_bos; i < ids.size(); ++i) EXPECT_FALSE(tokenizer->IsSpecial(ids[i]));
+    }
+  }
+}
+
+std::string ModelName(const testing::TestParamInfo<std::string>& model) {
+  constexpr std::array kNames = {"llama2", "stories260K", "demo"};
+  return kNames[model.index];
+}
+
+// Two models with a dummy prefix, one without.
+INSTANTIATE_TEST_SUITE_P(Models, LosslessTest,
+                         testing::Values(Llama2().string(),
+                                         SharedPath("assets/models/stories260K-hf").string(),
+                                         std::string(INNERQ_SOURCE_DIR) + "/models/demo"),
+                         ModelName);
+
+TEST(TokenizerTest, PlainTextNeverMakesSpecialTokens) {
+  SKIP_WITHOUT(Llama2());
+  const auto tokenizer = Load(Llama2());
+  EXPECT_EQ(tokenizer->Encode("<s>a</s>", kSpecial), (Ids{1, 263, 2}));
+  for (const int32_t id : tokenizer->Encode("<s>a</s>", kPlain)) EXPECT_GT(id, 258);
+  EXPECT_EQ(tokenizer->bos_id(), 1);
+  EXPECT_EQ(tokenizer->eos_id(), 2);
+  EXPECT_EQ(tokenizer->vocab_size(), 32000);
+  EXPECT_EQ(tokenizer->TokenId("</s>"), 2);
+  EXPECT_EQ(tokenizer->TokenId("no such token"), std::nullopt);
+}
+
+TEST(TokenizerTest, SegmentsEncodeAsOneTextWhoseUntrustedPartsArePlain) {
+  SKIP_WITHOUT(Llama2());
+  const auto tokenizer = Load(Llama2());
+  const std::vector<TextSegment> prompt = {{"[INST] ", true}, {"Hello", false}, {" [/INST]", true}};
+  EXPECT_EQ(tokenizer->EncodeSegments(prompt, true), tokenizer->Encode("[INST] Hello [/INST]", {}));
+  const std::vector<TextSegment> forged = {{"a", true}, {"</s>", false}, {"</s><s>b", true}};
+  Ids expected = tokenizer->Encode("a</s>", kPlain);
+  for (const int32_t id : {2, 1, 289}) expected.push_back(id);  // "b" has its own prefix (legacy)
+  EXPECT_EQ(tokenizer->EncodeSegments(forged, false), expected);
+  // The border between two segments does not complete a special token.
+  const std::vector<TextSegment> split = {{"</", true}, {"s>", false}};
+  EXPECT_EQ(tokenizer->EncodeSegments(split, false), tokenizer->Encode("</s>", kPlain));
+}
+
+TEST(TokenizerTest, LegacyDecidesWhetherRunsAfterSpecialTokensGetASpace) {
+  SKIP_WITHOUT(Llama2());
+  const int32_t a = 29874, space_a = 263;
+  EXPECT_EQ(LoadWithConfig({{"legacy", true}})->Encode("a</s>a", kSpecial),
+            (Ids{space_a, 2, space_a}));
+  EXPECT_EQ(LoadWithConfig({{"legacy", false}})->Encode("a</s>a", kSpecial), (Ids{space_a, 2, a}));
+  EXPECT_EQ(LoadWithConfig({{"legacy", false}})->Encode("</s>a", kSpecial), (Ids{2, a}));
+  const auto bare = LoadWithConfig({{"legacy", false}, {"add_prefix_space", false}});
+  EXPECT_EQ(bare->Encode("a", kSpecial), Ids{a});
+  EXPECT_EQ(bare->Encode(" a", kSpecial), Ids{space_a});
+  EXPECT_EQ(bare->Decode({space_a}, false), " a");  // no prefix was added: none is removed
+}
+
+TEST(TokenizerTest, AddedTokensExtendTheVocabulary) {
+  SKIP_WITHOUT(Llama2());
+  const auto tokenizer =
+      LoadWithConfig({{"add_bos_token", false},
+                      {"eos_token", {{"content", "<|im_end|>"}}},
+                      {"added_tokens_decoder",
+                       {{"32000", {{"content", "<|im"}, {"special", true}}},
+                        {"32001", {{"content", "<|im_end|>"}, {"special", true}}},
+                        {"32003", {{"content", "plain added"}, {"special", false}}}}}});
+  ASSERT_NE(tokenizer, nullptr);
+  EXPECT_EQ(tokenizer->vocab_size(), 32004);
+  EXPECT_EQ(tokenizer->eos_id(), 32001);
+  EXPECT_EQ(tokenizer->Encode("", {}), Ids{});
+  // The longest text wins, and 32002 has none.
+  EXPECT_EQ(tokenizer->Encode("<|im_end|><|im", kSpecial), (Ids{32001, 32000}));
+  EXPECT_EQ(tokenizer->Encode("plain added", kSpecial), Ids{32003});
+  EXPECT_EQ(tokenizer->Decode({32001, 32002, 32003}, false), "plain added");
+  EXPECT_EQ(tokenizer->Decode({32001, 32002, 32003}, true), "<|im_end|>plain added");
+  EXPECT_TRUE(tokenizer->IsSpecial(32001));
+  EXPECT_FALSE(tokenizer->IsSpecial(32003));
+  EXPECT_EQ(tokenizer->TokenBytes(40000, false, true), "");
+}
+
+TEST(TokenizerTest, BytePiecesGiveRawBytes) {
+  SKIP_WITHOUT(Llama2());
+  const auto tokenizer = Load(Llama2());
+  for (int32_t byte = 0; byte < 256; ++byte) {
+    EXPECT_EQ(tokenizer->TokenBytes(3 + byte, false, false),
+              std::string(1, static_cast<char>(byte)));
+  }
+  EXPECT_EQ(tokenizer->TokenBytes(263, true, false), "a");
+  EXPECT_EQ(tokenizer->TokenBytes(263, false, false), " a");
+}
+
+TEST(TokenizerTest, LongTextOfSpecialTokensIsReadInLinearTime) {
+  SKIP_WITHOUT(Llama2());
+  const auto tokenizer = Load(Llama2());
+  std::string text;
+  for (int i = 0; i < 200'000; ++i) text += "<s>";
+  EXPECT_EQ(tokenizer->Encode(text, kSpecial), Ids(200'000, 1));
+}
+
+TEST(TokenizerTest, NamesWhatIsMissingUnsupportedOrDamaged) {
+  const auto expect_error = [](const std::filesystem::path& directory, ErrorCode code,
+                               const std::string& part) {
+    const auto tokenizer = Tokenizer::Load(directory);
+    ASSERT_FALSE(tokenizer.ok()) << part;
+    EXPECT_EQ(tokenizer.error().code, code) << tokenizer.error().message;
+    EXPECT_NE(tokenizer.error().message.find(part), std::string::npos) << tokenizer.error().message;
+  };
+  TemporaryDirectory directory;
+  expect_error(directory.path(), ErrorCode::kNotFound, "no tokenizer.model");
+  WriteAll(directory.path() / "tokenizer.json", "{}");
+  expect_error(directory.path(), ErrorCode::kInvalidArgument, "tokenizer.json: this kind");
+  WriteAll(directory.path() / "tokenizer.model", "IQ== 0\nIg== 1\n");
+  expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.model: not a SentencePiece");
+
+  const auto stories = SharedPath("assets/models/stories260K-hf/tokenizer.model");
+  SKIP_WITHOUT(stories);
+  const std::string good = ReadAll(stories);
+  for (size_t size = 1; size < good.size(); size += good.size() / 23) {
+    WriteAll(directory.path() / "tokenizer.model", good.substr(0, size));
+    const auto cut = Tokenizer::Load(directory.path());  // may be whole pieces: must not crash
+    if (cut.ok()) (*cut)->Encode("Once upon a time", {});
+  }
+  WriteAll(directory.path() / "tokenizer.model", good);
+  const std::vector<std::string> bad_configs = {
+      "{",
+      "[]",
+      R"({"add_bos_token": "yes"})",
+      R"({"bos_token": "<begin>"})",
+      R"({"added_tokens_decoder": []})",
+      R"({"added_tokens_decoder": {"-1": {"content": "a"}}})",
+      R"({"added_tokens_decoder": {"99999999": {"content": "a"}}})",
+      R"({"added_tokens_decoder": {"1x": {"content": "a"}}})",
+      R"({"added_tokens_decoder": {"1": {"content": ""}}})",
+      R"({"added_tokens_decoder": {"1": {"content": 1}}})",
+      R"({"added_tokens_decoder": {"1": {"content": "a", "special": 1}}})"};
+  for (const std::string& config : bad_configs) {
+    WriteAll(directory.path() / "tokenizer_config.json", config);
+    expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer_config.json");
+  }
+}
+
+}  // namespace
+}  // namespace innerq

@@ -1,0 +1,472 @@
+#include "server/http_server.h"
+
+#include <arpa/inet.h>
+#include <gtest/gtest.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <thread>
+
+#include "server/service.h"
+#include "tests/server/fake_model.h"
+
+namespace innerq {
+namespace {
+
+using nlohmann::json;
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+struct Reply {
+  int status = 0;  // 0: the connection ended without an answer
+  std::map<std::string, std::string> headers;
+  std::string body;
+  bool complete = false;
+};
+
+// One TCP connection to a server on this machine, speaking bytes.
+class Client {
+ public:
+  explicit Client(int port, int receive_buffer = 0) : fd_(::socket(AF_INET, SOCK_STREAM, 0)) {
+    if (receive_buffer > 0) {
+      ::setsockopt(fd_, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer));
+    }
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(static_cast<uint16_t>(port));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    connected_ = ::connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0;
+  }
+  ~Client() { Close(); }
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+
+  bool connected() const { return connected_; }
+  void Close() {
+    if (fd_ >= 0) ::close(fd_);
+    fd_ = -1;
+  }
+  bool Send(std::string_view data) {
+    while (!data.empty()) {
+      const ssize_t n = ::send(fd_, data.data(), data.size(), MSG_NOSIGNAL);
+      if (n <= 0) return false;
+      data.remove_prefix(static_cast<size_t>(n));
+    }
+    return true;
+  }
+  // Reads until `text` has come; false at the end or after 10 s.
+  bool ReadUntil(std::string_view text) {
+    while (buffer_.find(text) == std::string::npos) {
+      if (!Fill()) return false;
+    }
+    return true;
+  }
+  // More bytes into the buffer; false at the end or after 10 s.
+  bool Fill() {
+    pollfd entry{.fd = fd_, .events = POLLIN, .revents = 0};
+    if (::poll(&entry, 1, 10'000) <= 0) return false;
+    char data[4096];
+    const ssize_t n = ::recv(fd_, data, sizeof(data), 0);
+    if (n <= 0) return false;
+    buffer_.append(data, static_cast<size_t>(n));
+    return true;
+  }
+  // Reads one answer.
+  Reply Read() {
+    Reply reply;
+    if (!ReadUntil("\r\n\r\n")) return reply;
+    const size_t end = buffer_.find("\r\n\r\n");
+    std::istringstream head(buffer_.substr(0, end + 2));
+    buffer_.erase(0, end + 4);
+    std::string line;
+    std::getline(head, line);
+    reply.status = std::stoi(line.substr(9, 3));
+    while (std::getline(head, line)) {
+      const size_t colon = line.find(": ");
+      reply.headers[line.substr(0, colon)] = line.substr(colon + 2, line.size() - colon - 3);
+    }
+    if (reply.headers.contains("Content-Length")) {
+      const size_t length = std::stoul(reply.headers["Content-Length"]);
+      while (buffer_.size() < length && Fill()) {
+      }
+      reply.complete = buffer_.size() >= length;
+      reply.body = buffer_.substr(0, length);
+      buffer_.erase(0, length);
+    } else if (reply.headers.contains("Transfer-Encoding")) {
+      for (;;) {
+        if (!ReadUntil("\r\n")) return reply;
+        const size_t size = std::stoul(buffer_, nullptr, 16);
+        const size_t begin = buffer_.find("\r\n") + 2;
+        while (buffer_.size() < begin + size + 2) {
+          if (!Fill()) return reply;
+        }
+        reply.body += buffer_.substr(begin, size);
+        buffer_.erase(0, begin + size + 2);
+        if (size == 0) break;
+      }
+      reply.complete = true;
+    } else {
+      while (Fill()) {
+      }
+      reply.complete = true;
+      reply.body = std::exchange(buffer_, "");
+    }
+    return reply;
+  }
+  // The server has closed the connection and sent nothing more.
+  bool AtEnd() { return buffer_.empty() && !Fill(); }
+
+ private:
+  int fd_;
+  bool connected_ = false;
+  std::string buffer_;
+};
+
+std::string Get(const std::string& path, const std::string& more = "") {
+  return "GET " + path + " HTTP/1.1\r\nHost: x\r\n" + more + "\r\n";
+}
+std::string Post(const std::string& path, const std::string& body, const std::string& more = "") {
+  return "POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + more +
+         "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
+}
+template <typename Condition>
+bool Eventually(Condition condition) {
+  const auto deadline = steady_clock::now() + milliseconds(8000);
+  while (steady_clock::now() < deadline) {
+    if (condition()) return true;
+    std::this_thread::sleep_for(milliseconds(5));
+  }
+  return condition();
+}
+
+class HttpServerTest : public testing::Test {
+ protected:
+  // Two routes of the test's own; small limits.
+  void StartEcho(HttpServerOptions options = {}) {
+    options.max_body_bytes = 1000;
+    Start(
+        options,
+        {{"POST", "/echo", [](const HttpRequest& r) { return HttpResponse{.body = r.body}; }},
+         {"GET", "/item/*", [](const HttpRequest& r) { return HttpResponse{.body = r.parameter}; }},
+         {"GET", "/throw", [](const HttpRequest&) -> HttpResponse { throw std::bad_alloc(); }},
+         {"GET", "/flood",
+          [this](const HttpRequest&) {
+            return HttpResponse{.stream = [this](HttpWriter& out) {
+              const std::string data(10'000, 'x');
+              while (out.Write(data)) {
+              }
+              ++floods_ended_;
+            }};
+          }},
+         {"GET", "/throw-late",
+          [](const HttpRequest&) {
+            return HttpResponse{.stream = [](HttpWriter& out) {
+              out.Write("begun");
+              throw std::runtime_error("late");
+            }};
+          }},
+         {"GET", "/wait", [this](const HttpRequest& r) {
+            ++waiting_;
+            while (!r.client_gone() && !released_) std::this_thread::sleep_for(milliseconds(2));
+            --waiting_;
+            return HttpResponse{.body = "waited"};
+          }}});
+  }
+  void Start(const HttpServerOptions& options, std::vector<HttpRoute> routes) {
+    auto server = HttpServer::Start(options, std::move(routes));
+    ASSERT_TRUE(server.ok()) << server.error().message;
+    server_ = std::move(server).value();
+  }
+  Reply Ask(const std::string& request) {
+    Client client(server_->port());
+    client.Send(request);
+    return client.Read();
+  }
+  // The reply is an error with OpenAI's four fields.
+  static void ExpectError(const Reply& reply, int status, const json& code) {
+    EXPECT_EQ(reply.status, status) << reply.body;
+    const json error = json::parse(reply.body, nullptr, false).value("error", json::object());
+    EXPECT_EQ(error.size(), 4u) << reply.body;
+    EXPECT_EQ(error.value("code", json()), code);
+    EXPECT_TRUE(error.contains("param") && error.contains("type") && error.contains("message"));
+  }
+
+  std::atomic<int> waiting_{0}, floods_ended_{0};
+  std::atomic<bool> released_{false};
+  std::unique_ptr<HttpServer> server_;
+};
+
+TEST_F(HttpServerTest, OneConnectionServesManyRequestsAlsoPipelined) {
+  StartEcho();
+  Client client(server_->port());
+  for (int i = 0; i < 20; ++i) {
+    client.Send(Post("/echo", "body" + std::to_string(i)));
+    const Reply reply = client.Read();
+    EXPECT_EQ(reply.status, 200);
+    EXPECT_EQ(reply.body, "body" + std::to_string(i));
+  }
+  client.Send(Post("/echo", "one") + Get("/item/two/three") + Post("/echo", ""));
+  EXPECT_EQ(client.Read().body, "one");
+  EXPECT_EQ(client.Read().body, "two/three");
+  EXPECT_EQ(client.Read().body, "");
+  client.Send(Get("/item/x", "Connection: close\r\n"));
+  EXPECT_EQ(client.Read().headers["Connection"], "close");
+  EXPECT_TRUE(client.AtEnd());
+}
+
+TEST_F(HttpServerTest, RequestIdsAreEchoedOrMade) {
+  StartEcho();
+  EXPECT_EQ(Ask(Get("/item/x", "X-Request-Id: abc-1\r\n")).headers["X-Request-Id"], "abc-1");
+  const std::string first = Ask(Get("/item/x")).headers["X-Request-Id"];
+  EXPECT_FALSE(first.empty());
+  EXPECT_NE(first, Ask(Get("/item/x")).headers["X-Request-Id"]);
+  EXPECT_NE(Ask(Get("/item/x", "X-Request-Id: a\"b\r\n")).headers["X-Request-Id"], "a\"b");
+  EXPECT_FALSE(Ask(Get("/none")).headers["X-Request-Id"].empty());
+}
+
+TEST_F(HttpServerTest, UnknownPathsAndMethodsAreTold) {
+  StartEcho();
+  ExpectError(Ask(Get("/none")), 404, "not_found");
+  ExpectError(Ask(Get("/item/")), 404, "not_found");
+  ExpectError(Ask(Post("/none", "x")), 404, "not_found");
+  Reply reply = Ask(Get("/echo"));
+  ExpectError(reply, 405, "method_not_allowed");
+  EXPECT_EQ(reply.headers["Allow"], "POST");
+  ExpectError(Ask("DELETE /echo HTTP/1.1\r\nHost: x\r\n\r\n"), 405, "method_not_allowed");
+  ExpectError(Ask("OPTIONS /item/x HTTP/1.1\r\nHost: x\r\n\r\n"), 405, "method_not_allowed");
+  ExpectError(Ask(Get("/" + std::string(2000, 'a'))), 414, "bad_request");
+  ExpectError(Ask(Get("/" + std::string(9000, 'a'))), 414, "bad_request");
+}
+
+TEST_F(HttpServerTest, MalformedRequestsGetAnErrorAndTheConnectionEnds) {
+  StartEcho({.header_timeout = milliseconds(300)});
+  for (const std::string request : {
+           "nonsense\r\n\r\n",
+           "GET /item/x HTTP/9.9\r\n\r\n",
+           "BREW /item/x HTTP/1.1\r\n\r\n",
+           "POST /echo HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nContent-Length: -3\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nContent-Length: 3x\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+       }) {
+    Client client(server_->port());
+    client.Send(request);
+    const Reply reply = client.Read();
+    ExpectError(reply, 400, "bad_request");
+    EXPECT_TRUE(client.AtEnd()) << request;
+  }
+  ExpectError(Ask("POST /echo HTTP/1.1\r\nHost: x\r\n\r\n"), 411, "bad_request");
+  ExpectError(Ask("POST /echo HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n"), 501, "bad_request");
+  ExpectError(Ask(Post("/echo", "x", "Content-Encoding: gzip\r\n")), 415, "bad_request");
+  // A request line that never ends is not waited for.
+  const auto start = steady_clock::now();
+  Ask("GET /item");
+  EXPECT_LT(steady_clock::now() - start, milliseconds(3000));
+}
+
+TEST_F(HttpServerTest, HeadersAreBounded) {
+  StartEcho();
+  std::string many;
+  for (int i = 0; i < 20'000; ++i) many += "X-" + std::to_string(i) + ": y\r\n";
+  ExpectError(Ask(Get("/item/x", many)), 431, "bad_request");
+}
+
+TEST_F(HttpServerTest, TooLargeBodiesAreRefusedHoweverTheyAreSent) {
+  StartEcho();
+  EXPECT_EQ(Ask(Post("/echo", std::string(1000, 'x'))).body.size(), 1000u);
+  ExpectError(Ask(Post("/echo", std::string(1001, 'x'))), 413, "request_too_large");
+  ExpectError(Ask(Post("/echo", std::string(3'000'000, 'x'))), 413, "request_too_large");
+  ExpectError(Ask("POST /echo HTTP/1.1\r\nContent-Length: 99999999999999\r\n\r\nabc"), 413,
+              "request_too_large");
+  std::string chunks;
+  for (int i = 0; i < 100; ++i) chunks += "14\r\n" + std::string(20, 'y') + "\r\n";
+  const std::string head = "POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+  ExpectError(Ask(head + chunks + "0\r\n\r\n"), 413, "request_too_large");
+  EXPECT_EQ(Ask(head + chunks.substr(0, 26 * 50) + "0\r\n\r\n").body, std::string(1000, 'y'));
+}
+
+TEST_F(HttpServerTest, WhatHandlersThrowStaysInside) {
+  StartEcho();
+  ExpectError(Ask(Get("/throw")), 500, "internal_error");
+  const Reply late = Ask(Get("/throw-late"));
+  EXPECT_EQ(late.status, 200);
+  EXPECT_EQ(late.body, "begun");
+  EXPECT_FALSE(late.complete);
+  EXPECT_EQ(Ask(Get("/item/x")).body, "x");
+}
+
+TEST_F(HttpServerTest, AHandlerSeesThatItsClientHasGone) {
+  StartEcho();
+  Client client(server_->port());
+  client.Send(Get("/wait"));
+  ASSERT_TRUE(Eventually([&] { return waiting_ == 1; }));
+  EXPECT_EQ(server_->active_requests(), 1);
+  client.Close();
+  EXPECT_TRUE(Eventually([&] { return waiting_ == 0; }));
+  EXPECT_TRUE(server_->WaitUntilIdle(milliseconds(5000)));
+}
+
+TEST_F(HttpServerTest, AClientThatLeavesOrDoesNotReadEndsItsStream) {
+  StartEcho({.write_timeout = milliseconds(200)});
+  Client leaver(server_->port());
+  leaver.Send(Get("/flood"));
+  ASSERT_TRUE(leaver.ReadUntil("xxx"));
+  leaver.Close();
+  EXPECT_TRUE(Eventually([&] { return floods_ended_ == 1; }));
+  Client sleeper(server_->port(), 4096);
+  sleeper.Send(Get("/flood"));
+  EXPECT_TRUE(Eventually([&] { return floods_ended_ == 2; }));
+}
+
+TEST_F(HttpServerTest, OldClientsGetAStreamThatEndsWithTheConnection) {
+  Start({}, {{"GET", "/s", [](const HttpRequest&) {
+                return HttpResponse{.stream = [](HttpWriter& out) { out.Write("text"); }};
+              }}});
+  const Reply reply = Ask("GET /s HTTP/1.0\r\n\r\n");
+  EXPECT_FALSE(reply.headers.contains("Transfer-Encoding"));
+  EXPECT_EQ(reply.body, "text");
+}
+
+TEST_F(HttpServerTest, ConnectionsBeyondTheLimitAreToldSo) {
+  StartEcho({.max_connections = 2});
+  Client first(server_->port()), second(server_->port());
+  first.Send(Get("/wait"));
+  second.Send(Get("/wait"));
+  ASSERT_TRUE(Eventually([&] { return waiting_ == 2; }));
+  const Reply reply = Ask(Post("/echo", "x"));
+  ExpectError(reply, 503, "server_is_overloaded");
+  EXPECT_EQ(reply.headers.at("Retry-After"), "1");
+  released_ = true;
+  EXPECT_EQ(first.Read().body, "waited");
+  EXPECT_EQ(second.Read().body, "waited");
+  first.Close();
+  EXPECT_TRUE(Eventually([&] { return Ask(Post("/echo", "x")).status == 200; }));
+}
+
+TEST_F(HttpServerTest, DestructionEndsIdleAndBusyConnections) {
+  StartEcho();
+  Client idle(server_->port()), busy(server_->port());
+  idle.Send(Get("/item/x"));
+  EXPECT_EQ(idle.Read().body, "x");
+  busy.Send(Get("/wait"));
+  ASSERT_TRUE(Eventually([&] { return waiting_ == 1; }));
+  EXPECT_FALSE(server_->WaitUntilIdle(milliseconds(10)));
+  const auto start = steady_clock::now();
+  server_.reset();
+  EXPECT_LT(steady_clock::now() - start, milliseconds(1000));
+  EXPECT_TRUE(idle.AtEnd());
+}
+
+TEST_F(HttpServerTest, APortInUseIsAnErrorThatNamesIt) {
+  StartEcho();
+  const auto second = HttpServer::Start({.port = server_->port()}, {});
+  ASSERT_FALSE(second.ok());
+  EXPECT_EQ(second.error().code, ErrorCode::kUnavailable);
+  EXPECT_NE(second.error().message.find(std::to_string(server_->port())), std::string::npos);
+  EXPECT_FALSE(HttpServer::Start({.host = "no.such.host.invalid"}, {}).ok());
+}
+
+// The whole service over a scripted model.
+class ServiceTest : public HttpServerTest {
+ protected:
+  void StartService(std::unique_ptr<Engine> engine) {
+    service_ = std::make_unique<Service>("1.2.3");
+    Start({}, service_->Routes());
+    if (engine) Open(std::move(engine));
+  }
+  void Open(std::unique_ptr<Engine> engine) {
+    service_->Open({.model = {.id = "m",
+                              .created = 1,
+                              .vocab_size = kFakeVocab,
+                              .tokenizer = std::make_shared<ByteTokenizer>(),
+                              .chat_template = std::make_shared<PlainTemplate>(),
+                              .stop_token_ids = {kFakeEos}},
+                    .api_keys = {},
+                    .cache = {},
+                    .engine = std::move(engine)});
+  }
+  void TearDown() override { server_.reset(); }
+  static std::string Completion(int max_tokens, bool stream) {
+    return Post("/v1/completions", json{{"model", "m"},
+                                        {"prompt", "a"},
+                                        {"max_tokens", max_tokens},
+                                        {"temperature", 0},
+                                        {"ignore_eos", true},
+                                        {"stream", stream}}
+                                       .dump());
+  }
+  bool Settled() {
+    return Eventually([&] {
+      const EngineStats stats = service_->engine()->Stats();
+      return stats.accepted == stats.finished && stats.running == 0 && stats.waiting == 0;
+    });
+  }
+  std::unique_ptr<Service> service_;
+};
+
+TEST_F(ServiceTest, IsAliveButNotReadyWhileLoading) {
+  StartService(nullptr);
+  EXPECT_EQ(Ask(Get("/health")).status, 200);
+  EXPECT_EQ(Ask(Get("/version")).body, R"({"version": "1.2.3"})");
+  for (const char* path : {"/ready", "/metrics", "/v1/models"}) {
+    ExpectError(Ask(Get(path)), 503, "server_is_overloaded");
+  }
+  ExpectError(Ask(Completion(1, false)), 503, "server_is_overloaded");
+  Open(ScriptedEngine());
+  EXPECT_EQ(Ask(Get("/ready")).status, 200);
+  EXPECT_EQ(json::parse(Ask(Get("/v1/models")).body)["data"][0]["id"], "m");
+  EXPECT_EQ(Ask(Get("/v1/models/m")).status, 200);
+  ExpectError(Ask(Get("/v1/models/none/x")), 404, "model_not_found");
+  EXPECT_EQ(json::parse(Ask(Completion(3, false)).body)["choices"][0]["text"], "bcd");
+}
+
+TEST_F(ServiceTest, AStreamArrivesWhole) {
+  StartService(ScriptedEngine());
+  const Reply reply = Ask(Completion(300, true));
+  EXPECT_TRUE(reply.complete);
+  EXPECT_EQ(reply.headers.at("Content-Type"), "text/event-stream");
+  EXPECT_TRUE(reply.body.ends_with("data: [DONE]\n\n"));
+}
+
+TEST_F(ServiceTest, ClientsThatLeaveCancelTheirRequestsAndNothingLeaks) {
+  StartService(ScriptedEngine(milliseconds(1)));
+  for (int round = 0; round < 8; ++round) {
+    Client streaming(server_->port()), waiting(server_->port());
+    streaming.Send(Completion(1000, true));
+    waiting.Send(Completion(1000, false));
+    ASSERT_TRUE(streaming.ReadUntil("data: "));
+  }
+  EXPECT_TRUE(Settled());
+  const EngineStats stats = service_->engine()->Stats();
+  EXPECT_GE(stats.accepted, 8);
+  EXPECT_EQ(stats.finished_by_reason.at(FinishReason::kCancelled), stats.accepted);
+  EXPECT_EQ(stats.open_pages_used, 0);
+  EXPECT_TRUE(server_->WaitUntilIdle(milliseconds(5000)));
+}
+
+TEST_F(ServiceTest, DrainingFinishesStreamsAndRefusesTheRest) {
+  StartService(ScriptedEngine(milliseconds(1)));
+  Client client(server_->port());
+  client.Send(Completion(300, true));
+  ASSERT_TRUE(client.ReadUntil("data: "));
+  std::thread drain([&] { EXPECT_TRUE(service_->engine()->Drain(milliseconds(8000))); });
+  EXPECT_TRUE(Eventually([&] { return Ask(Get("/ready")).status == 503; }));
+  EXPECT_EQ(Ask(Get("/health")).status, 200);
+  const Reply refused = Ask(Completion(1, false));
+  ExpectError(refused, 503, "server_is_overloaded");
+  EXPECT_GE(std::stoi(refused.headers.at("Retry-After")), 1);
+  const Reply reply = client.Read();
+  EXPECT_TRUE(reply.complete);
+  EXPECT_TRUE(reply.body.ends_with("data: [DONE]\n\n"));
+  drain.join();
+  EXPECT_TRUE(server_->WaitUntilIdle(milliseconds(5000)));
+}
+
+}  // namespace
+}  // namespace innerq

@@ -1,0 +1,412 @@
+#include "server/openai_api.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+
+#include "tests/server/fake_model.h"
+
+namespace innerq {
+namespace {
+
+using nlohmann::json;
+using std::chrono::milliseconds;
+
+// Collects a stream; from `leave_after` writes on, the client is gone.
+class Recorder : public HttpWriter {
+ public:
+  explicit Recorder(int leave_after = 1 << 30) : leave_after_(leave_after) {}
+  bool Write(std::string_view data) override {
+    if (client_gone()) return false;
+    text += data;
+    ++writes_;
+    return true;
+  }
+  bool client_gone() const override { return writes_ >= leave_after_; }
+  std::string text;
+
+ private:
+  const int leave_after_;
+  int writes_ = 0;
+};
+
+class ApiTest : public testing::Test {
+ protected:
+  void SetUp() override { Start(ScriptedEngine()); }
+
+  void Start(std::unique_ptr<Engine> engine, std::vector<std::string> keys = {}) {
+    engine_ = std::move(engine);
+    metrics_ = std::make_unique<Metrics>("m", CacheInfo{});
+    api_ = std::make_unique<OpenAiApi>(ApiModel{.id = "m",
+                                                .created = 1,
+                                                .vocab_size = kFakeVocab,
+                                                .tokenizer = std::make_shared<ByteTokenizer>(),
+                                                .chat_template = std::make_shared<PlainTemplate>(),
+                                                .stop_token_ids = {kFakeEos}},
+                                       std::move(keys), engine_.get(), metrics_.get());
+  }
+
+  static HttpRequest Http(const json& body) {
+    return {.method = "POST",
+            .path = "",
+            .parameter = "",
+            .body = body.dump(),
+            .id = "test",
+            .authorization = "",
+            .api_key = "",
+            .client_gone = [] { return false; }};
+  }
+  HttpResponse Post(bool chat, json body) {
+    body["model"] = "m";
+    if (!body.contains("temperature")) body["temperature"] = 0;
+    return api_->Complete(Http(body), chat);
+  }
+  json Answer(bool chat, const json& body) {
+    const HttpResponse response = Post(chat, body);
+    EXPECT_EQ(response.status, 200) << response.body;
+    return json::parse(response.body);
+  }
+  json Refusal(bool chat, const json& body, int status) {
+    const HttpResponse response = Post(chat, body);
+    EXPECT_EQ(response.status, status) << response.body;
+    const json error = json::parse(response.body).at("error");
+    for (const char* field : {"message", "type", "param", "code"}) {
+      EXPECT_TRUE(error.contains(field)) << field;
+    }
+    return error;
+  }
+  // The JSON objects of a streamed answer; checks that it ends with [DONE] if it should.
+  std::vector<json> Stream(bool chat, json body, bool done = true) {
+    body["stream"] = true;
+    const HttpResponse response = Post(chat, body);
+    EXPECT_EQ(response.status, 200) << response.body;
+    EXPECT_EQ(response.content_type, "text/event-stream");
+    if (!response.stream) return {};
+    Recorder recorder;
+    response.stream(recorder);
+    std::vector<json> events;
+    std::string rest = recorder.text;
+    bool finished = false;
+    while (!rest.empty()) {
+      const size_t end = rest.find("\n\n");
+      EXPECT_TRUE(rest.starts_with("data: ") && end != std::string::npos) << rest;
+      if (end == std::string::npos) break;
+      const std::string line = rest.substr(6, end - 6);
+      rest.erase(0, end + 2);
+      EXPECT_FALSE(finished);
+      finished = line == "[DONE]";
+      if (!finished) events.push_back(json::parse(line));
+    }
+    EXPECT_EQ(finished, done);
+    return events;
+  }
+  // Waits until the engine holds no request.
+  bool Settled() {
+    for (int i = 0; i < 500; ++i) {
+      const EngineStats stats = engine_->Stats();
+      if (stats.accepted > 0 && stats.accepted == stats.finished) return true;
+      std::this_thread::sleep_for(milliseconds(10));
+    }
+    return false;
+  }
+
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<Metrics> metrics_;
+  std::unique_ptr<OpenAiApi> api_;
+};
+
+const json kUser = json::parse(R"([{"role": "user", "content": "hi"}])");
+
+TEST_F(ApiTest, ACompletionHasTheShapeOfOpenAis) {
+  const json answer = Answer(false, {{"prompt", "a"}, {"max_tokens", 3}});
+  EXPECT_EQ(answer.at("object"), "text_completion");
+  EXPECT_TRUE(answer.at("id").get<std::string>().starts_with("cmpl-"));
+  EXPECT_TRUE(answer.at("created").is_number_integer());
+  EXPECT_EQ(answer.at("model"), "m");
+  const json choice =
+      json::parse(R"({"index": 0, "text": "bcd", "logprobs": null, "finish_reason": "length"})");
+  EXPECT_EQ(answer.at("choices"), json::array({choice}));
+  EXPECT_EQ(answer.at("usage"), json::parse(R"({"prompt_tokens": 2, "completion_tokens": 3,
+      "total_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0}})"));
+}
+
+TEST_F(ApiTest, AChatAnswerHasTheShapeOfOpenAis) {
+  const json answer = Answer(true, {{"messages", kUser}, {"max_tokens", 2}});
+  EXPECT_EQ(answer.at("object"), "chat.completion");
+  EXPECT_TRUE(answer.at("id").get<std::string>().starts_with("chatcmpl-"));
+  EXPECT_EQ(answer.at("choices"), json::parse(R"([{"index": 0, "message": {"role": "assistant",
+      "content": "ab", "refusal": null}, "logprobs": null, "finish_reason": "length"}])"));
+  // <s>user:hi|assistant: are 1 + 8 + 10 tokens.
+  EXPECT_EQ(answer.at("usage").at("prompt_tokens"), 19);
+}
+
+TEST_F(ApiTest, TheEndOfSequenceStopsUnlessIgnored) {
+  const json answer = Answer(false, {{"prompt", " "}, {"max_tokens", 5}});
+  EXPECT_EQ(answer["choices"][0]["text"], "!");
+  EXPECT_EQ(answer["choices"][0]["finish_reason"], "stop");
+  EXPECT_EQ(answer["usage"]["completion_tokens"], 2);
+  const json more = Answer(false, {{"prompt", " "}, {"max_tokens", 5}, {"ignore_eos", true}});
+  EXPECT_EQ(more["choices"][0]["text"], "!abc");
+  EXPECT_EQ(more["choices"][0]["finish_reason"], "length");
+}
+
+TEST_F(ApiTest, AStopStringEndsTheAnswerAndTheRequest) {
+  const json answer = Answer(false, {{"prompt", "a"}, {"max_tokens", 500}, {"stop", "efg"}});
+  EXPECT_EQ(answer["choices"][0]["text"], "bcd");
+  EXPECT_EQ(answer["choices"][0]["finish_reason"], "stop");
+  EXPECT_TRUE(Settled());
+}
+
+TEST_F(ApiTest, CompletionLogprobsAlignWithTheText) {
+  const json answer =
+      Answer(false, {{"prompt", "a"}, {"max_tokens", 9}, {"logprobs", 2}, {"stop", "ef"}});
+  const json& choice = answer["choices"][0];
+  EXPECT_EQ(choice["text"], "bcd");
+  const json& logprobs = choice["logprobs"];
+  EXPECT_EQ(logprobs["tokens"], json::parse(R"(["b", "c", "d"])"));
+  EXPECT_EQ(logprobs["text_offset"], json::parse("[0, 1, 2]"));
+  ASSERT_EQ(logprobs["token_logprobs"].size(), 3u);
+  ASSERT_EQ(logprobs["top_logprobs"].size(), 3u);
+  for (size_t i = 0; i < 3; ++i) {
+    const json& top = logprobs["top_logprobs"][i];
+    EXPECT_EQ(top.size(), 2u);
+    EXPECT_EQ(top.at(logprobs["tokens"][i]), logprobs["token_logprobs"][i]);
+    EXPECT_LE(logprobs["token_logprobs"][i].get<double>(), 0.0);
+    EXPECT_GT(logprobs["token_logprobs"][i].get<double>(), -1e-3);
+  }
+}
+
+TEST_F(ApiTest, ChatLogprobsCarryBytesAndAlternatives) {
+  const json answer = Answer(
+      true, {{"messages", kUser}, {"max_tokens", 2}, {"logprobs", true}, {"top_logprobs", 3}});
+  const json& content = answer["choices"][0]["logprobs"]["content"];
+  ASSERT_EQ(content.size(), 2u);
+  EXPECT_EQ(content[1]["token"], "b");
+  EXPECT_EQ(content[1]["bytes"], json::parse("[98]"));
+  ASSERT_EQ(content[1]["top_logprobs"].size(), 3u);
+  EXPECT_EQ(content[1]["top_logprobs"][0]["token"], "b");
+  EXPECT_EQ(content[1]["top_logprobs"][0]["logprob"], content[1]["logprob"]);
+}
+
+TEST_F(ApiTest, AChatStreamBeginsWithTheRoleAndEndsWithTheReason) {
+  const auto events = Stream(
+      true,
+      {{"messages", kUser}, {"max_tokens", 3}, {"stream_options", {{"include_usage", true}}}});
+  ASSERT_GE(events.size(), 4u);
+  for (const json& event : events) {
+    EXPECT_EQ(event.at("object"), "chat.completion.chunk");
+    EXPECT_EQ(event.at("id"), events[0].at("id"));
+    ASSERT_TRUE(event.contains("usage"));
+  }
+  EXPECT_EQ(events[0]["choices"][0]["delta"], json::parse(R"({"role": "assistant",
+      "content": ""})"));
+  std::string text;
+  for (size_t i = 1; i + 2 < events.size(); ++i) {
+    text += events[i]["choices"][0]["delta"]["content"].get<std::string>();
+    EXPECT_TRUE(events[i]["choices"][0]["finish_reason"].is_null());
+    EXPECT_TRUE(events[i]["usage"].is_null());
+  }
+  EXPECT_EQ(text, "abc");
+  const json& end = events[events.size() - 2];
+  EXPECT_EQ(end["choices"][0]["delta"], json::object());
+  EXPECT_EQ(end["choices"][0]["finish_reason"], "length");
+  EXPECT_EQ(events.back()["choices"], json::array());
+  EXPECT_EQ(events.back()["usage"]["completion_tokens"], 3);
+}
+
+TEST_F(ApiTest, ACompletionStreamSaysTheSameAsThePlainAnswer) {
+  const json body = {{"prompt", "a"}, {"max_tokens", 40}, {"logprobs", 1}, {"stop", {"uvw"}}};
+  const json answer = Answer(false, body);
+  std::string text;
+  json tokens = json::array(), offsets = json::array();
+  std::string reason;
+  for (const json& event : Stream(false, body)) {
+    EXPECT_FALSE(event.contains("usage"));
+    const json& choice = event["choices"][0];
+    text += choice["text"].get<std::string>();
+    if (choice["logprobs"].is_object()) {
+      for (const json& token : choice["logprobs"]["tokens"]) tokens.push_back(token);
+      for (const json& offset : choice["logprobs"]["text_offset"]) offsets.push_back(offset);
+    }
+    if (!choice["finish_reason"].is_null()) reason = choice["finish_reason"];
+  }
+  EXPECT_EQ(text, "bcdefghijklmnopqrst");
+  EXPECT_EQ(text, answer["choices"][0]["text"]);
+  EXPECT_EQ(tokens, answer["choices"][0]["logprobs"]["tokens"]);
+  EXPECT_EQ(offsets, answer["choices"][0]["logprobs"]["text_offset"]);
+  EXPECT_EQ(reason, "stop");
+}
+
+TEST_F(ApiTest, AnErrorBeforeTheFirstTokenIsAPlainAnswerWithoutInternals) {
+  for (const bool stream : {false, true}) {
+    const json error = Refusal(false, {{"prompt", "#"}, {"stream", stream}}, 500);
+    EXPECT_EQ(error["type"], "server_error");
+    EXPECT_EQ(error["message"].get<std::string>().find("secret_function"), std::string::npos);
+  }
+}
+
+TEST_F(ApiTest, AnErrorAfterTheFirstTokenEndsTheStreamWithoutDone) {
+  // '"' is followed by '#', on which the model fails.
+  const auto failed = Stream(false, {{"prompt", "\""}, {"max_tokens", 9}}, /*done=*/false);
+  ASSERT_EQ(failed.size(), 2u);
+  EXPECT_EQ(failed[0]["choices"][0]["text"], "#");
+  EXPECT_EQ(failed.back().at("error").at("type"), "server_error");
+}
+
+TEST_F(ApiTest, TooLongIsSaidInOpenAisWords) {
+  const json error = Refusal(false, {{"prompt", "abc"}, {"max_tokens", 1021}}, 400);
+  EXPECT_EQ(error["code"], "context_length_exceeded");
+  EXPECT_EQ(
+      error["message"],
+      "This model's maximum context length is 1024 tokens. However, you requested 1025 tokens "
+      "(4 in the messages, 1021 in the completion). Please reduce the length of the messages "
+      "or completion.");
+  EXPECT_EQ(error["n_prompt_tokens"], 4);
+  EXPECT_EQ(error["n_ctx"], 1024);
+  EXPECT_EQ(
+      Answer(false, {{"prompt", "abc"}, {"max_tokens", 1020}, {"stop", "d"}})["choices"][0]["text"],
+      "");
+}
+
+TEST_F(ApiTest, RangesOfSamplingAndTokenIdsAreChecked) {
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"temperature", 2.5}}, 400)["param"], "temperature");
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"temperature", 1e39}}, 400)["param"], "temperature");
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"top_p", 0}}, 400)["param"], "top_p");
+  EXPECT_EQ(Refusal(false, {{"prompt", {1, 258}}}, 400)["param"], "prompt");
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"stop_token_ids", {258}}}, 400)["param"],
+            "stop_token_ids");
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"logit_bias", {{"258", 1}}}}, 400)["param"],
+            "logit_bias");
+  EXPECT_EQ(Refusal(true, {{"messages", {{{"role", "bard"}, {"content", "x"}}}}}, 400)["param"],
+            "messages");
+}
+
+TEST_F(ApiTest, AnUnknownModelIsNotFound) {
+  const HttpResponse response = api_->Complete(Http({{"model", "x"}, {"prompt", "a"}}), false);
+  EXPECT_EQ(response.status, 404);
+  EXPECT_EQ(json::parse(response.body)["error"]["code"], "model_not_found");
+  EXPECT_EQ(api_->GetModel("x").status, 404);
+  EXPECT_EQ(json::parse(api_->GetModel("m").body)["id"], "m");
+  EXPECT_EQ(json::parse(api_->ListModels().body)["data"][0]["object"], "model");
+}
+
+TEST_F(ApiTest, KeysAreAskedForAndCompared) {
+  Start(ScriptedEngine(), {"first-key", "second"});
+  HttpRequest request = Http({{"model", "m"}, {"prompt", "a"}, {"max_tokens", 1}});
+  const auto status = [&] { return api_->Complete(request, false).status; };
+  EXPECT_EQ(status(), 401);
+  request.authorization = "Bearer first-key";
+  EXPECT_EQ(status(), 200);
+  request.authorization = "Bearer first-keY";
+  EXPECT_EQ(status(), 401);
+  request.authorization = "Bearer ";
+  EXPECT_EQ(status(), 401);
+  request.authorization = "Basic second";
+  EXPECT_EQ(status(), 401);
+  request.api_key = "second";
+  EXPECT_EQ(status(), 200);
+  request.api_key = "secondsecond";
+  EXPECT_EQ(status(), 401);
+  EXPECT_EQ(api_->ListModels().status, 200);
+}
+
+TEST_F(ApiTest, AFullQueueAndADrainingServerSayWhenToComeBack) {
+  EngineOptions options{.max_sequences = 1, .max_queue = 1, .max_context = 1024};
+  Start(ScriptedEngine(milliseconds(2), options));
+  std::atomic<int> overloaded{0}, answered{0}, other{0};
+  std::vector<std::thread> clients;
+  for (int i = 0; i < 8; ++i) {
+    clients.emplace_back([&] {
+      const HttpResponse response = Post(false, {{"prompt", "a"}, {"max_tokens", 100}});
+      const bool told = !response.headers.empty() && response.headers[0].first == "Retry-After" &&
+                        std::stoi(response.headers[0].second) >= 1;
+      (response.status == 200 ? answered : response.status == 503 && told ? overloaded : other)++;
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  EXPECT_EQ(other, 0);
+  EXPECT_GE(answered, 1);
+  EXPECT_GE(overloaded, 1);
+  EXPECT_TRUE(engine_->Drain(milliseconds(5000)));
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}}, 503)["code"], "server_is_overloaded");
+}
+
+TEST_F(ApiTest, AClientThatLeavesCancelsItsRequestAlone) {
+  Start(ScriptedEngine(milliseconds(1)));
+  HttpResponse leaving =
+      Post(false, {{"prompt", "a"}, {"max_tokens", 1000}, {"ignore_eos", true}, {"stream", true}});
+  ASSERT_TRUE(leaving.stream);
+  const json staying = {{"prompt", "a"}, {"max_tokens", 50}, {"ignore_eos", true}};
+  std::thread neighbour(
+      [&] { EXPECT_EQ(Answer(false, staying)["usage"]["completion_tokens"], 50); });
+  Recorder recorder(3);
+  leaving.stream(recorder);
+  leaving = {};
+  neighbour.join();
+
+  HttpRequest request =
+      Http({{"model", "m"}, {"prompt", "a"}, {"max_tokens", 1000}, {"ignore_eos", true}});
+  request.client_gone = [] { return true; };
+  EXPECT_EQ(api_->Complete(request, false).status, 499);
+  EXPECT_TRUE(Settled());
+  const EngineStats stats = engine_->Stats();
+  EXPECT_EQ(stats.finished_by_reason.at(FinishReason::kCancelled), 2);
+  EXPECT_LT(stats.generation_tokens, 1500);
+}
+
+TEST_F(ApiTest, AStreamThatIsNeverReadStillEnds) {
+  { const HttpResponse unread = Post(false, {{"prompt", "a"}, {"stream", true}}); }
+  EXPECT_TRUE(Settled());
+}
+
+TEST_F(ApiTest, AnswersWithoutSeedDifferAndWithSeedDoNot) {
+  const auto text = [this](json body) {
+    body.update({{"prompt", "a"}, {"max_tokens", 20}, {"temperature", 2}, {"ignore_eos", true}});
+    body["logit_bias"] = json::object();
+    for (int i = 'a'; i <= 'p'; ++i) body["logit_bias"][std::to_string(i)] = 60;
+    return Answer(false, body)["choices"][0]["text"].get<std::string>();
+  };
+  EXPECT_EQ(text({{"seed", 5}}), text({{"seed", 5}}));
+  EXPECT_NE(text({{"seed", 5}}), text({{"seed", 6}}));
+  EXPECT_NE(text({}), text({}));
+}
+
+TEST_F(ApiTest, MetricsAreValidAndCountWhatHappened) {
+  Answer(false, {{"prompt", "a"}, {"max_tokens", 3}});
+  Answer(false, {{"prompt", " "}});
+  Refusal(false, {{"prompt", "#"}}, 500);
+  ASSERT_TRUE(Settled());
+  const std::string text = metrics_->Render(engine_->Stats());
+  const auto has = [&](const std::string& line) {
+    return text.find("\n" + line + "\n") != std::string::npos;
+  };
+  EXPECT_TRUE(has(R"(vllm:num_requests_running{model_name="m"} 0)")) << text;
+  EXPECT_TRUE(has(R"(vllm:generation_tokens_total{model_name="m"} 5)")) << text;
+  EXPECT_TRUE(has(R"(vllm:request_success_total{model_name="m",finished_reason="length"} 1)"));
+  EXPECT_TRUE(has(R"(vllm:request_success_total{model_name="m",finished_reason="stop"} 1)"));
+  EXPECT_TRUE(has(R"(vllm:request_success_total{model_name="m",finished_reason="error"} 1)"));
+  EXPECT_TRUE(has(R"(vllm:time_to_first_token_seconds_count{model_name="m"} 2)"));
+  EXPECT_TRUE(has(R"(vllm:inter_token_latency_seconds_bucket{model_name="m",le="+Inf"} 3)"))
+      << text;
+  EXPECT_TRUE(has(R"(innerq:requests_accepted_total{model_name="m"} 3)"));
+  EXPECT_TRUE(has(R"(innerq:requests_finished_total{model_name="m"} 3)"));
+  // Every sample's family was announced, once.
+  std::string family;
+  std::istringstream lines(text);
+  std::set<std::string> families;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("# HELP ")) {
+      family = line.substr(7, line.find(' ', 7) - 7);
+      EXPECT_TRUE(families.insert(family).second) << family;
+    } else if (!line.starts_with("# TYPE " + family + " ")) {
+      EXPECT_TRUE(line.starts_with(family)) << line;
+      EXPECT_NE(line.find("{model_name=\"m\""), std::string::npos) << line;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace innerq

@@ -1,0 +1,194 @@
+#include "server/openai_request.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+namespace innerq {
+namespace {
+
+using nlohmann::json;
+
+json Minimal(bool chat) {
+  if (chat) return {{"model", "m"}, {"messages", {{{"role", "user"}, {"content", "hi"}}}}};
+  return {{"model", "m"}, {"prompt", "hi"}};
+}
+
+std::variant<ApiRequest, ApiError> With(bool chat, const std::string& name, const json& value) {
+  json body = Minimal(chat);
+  body[name] = value;
+  return ParseApiRequest(body.dump(), chat);
+}
+
+void ExpectRefused(const std::variant<ApiRequest, ApiError>& result, const std::string& param,
+                   const std::string& code) {
+  ASSERT_TRUE(std::holds_alternative<ApiError>(result)) << param << ": accepted";
+  const ApiError& error = std::get<ApiError>(result);
+  EXPECT_EQ(error.status, 400);
+  EXPECT_EQ(error.type, "invalid_request_error");
+  EXPECT_EQ(error.param, param);
+  EXPECT_EQ(error.code, code) << param << ": " << error.message;
+  EXPECT_NE(error.message.find(param), std::string::npos);
+}
+
+TEST(ApiRequest, EveryHonouredParameterArrives) {
+  json body = Minimal(true);
+  body.update(json::parse(R"({"max_completion_tokens": 9, "temperature": 0.5, "top_p": 0.25,
+      "top_k": 40, "min_p": 0.125, "seed": -3, "repetition_penalty": 1.5, "presence_penalty": -1,
+      "frequency_penalty": 2, "logit_bias": {"17": -100, "3": 0.5}, "logprobs": true,
+      "top_logprobs": 4, "stop": ["a", "b"], "stop_token_ids": [1, 2], "ignore_eos": true,
+      "min_tokens": 2, "stream": true, "stream_options": {"include_usage": true},
+      "user": "someone"})"));
+  const auto result = ParseApiRequest(body.dump(), true);
+  ASSERT_TRUE(std::holds_alternative<ApiRequest>(result)) << std::get<ApiError>(result).message;
+  const ApiRequest& request = std::get<ApiRequest>(result);
+  EXPECT_EQ(request.max_tokens, 9);
+  EXPECT_EQ(request.sampling.temperature, 0.5f);
+  EXPECT_EQ(request.sampling.top_p, 0.25f);
+  EXPECT_EQ(request.sampling.top_k, 40);
+  EXPECT_EQ(request.sampling.min_p, 0.125f);
+  EXPECT_TRUE(request.has_seed);
+  EXPECT_EQ(request.sampling.seed, static_cast<uint64_t>(-3));
+  EXPECT_EQ(request.sampling.repetition_penalty, 1.5f);
+  EXPECT_EQ(request.sampling.presence_penalty, -1.0f);
+  EXPECT_EQ(request.sampling.frequency_penalty, 2.0f);
+  EXPECT_EQ(request.sampling.logit_bias, (std::map<int32_t, float>{{3, 0.5f}, {17, -100.0f}}));
+  EXPECT_EQ(request.sampling.num_logprobs, 4);
+  EXPECT_EQ(request.stop, (std::vector<std::string>{"a", "b"}));
+  EXPECT_EQ(request.stop_token_ids, (std::vector<int32_t>{1, 2}));
+  EXPECT_TRUE(request.ignore_eos);
+  EXPECT_EQ(request.min_tokens, 2);
+  EXPECT_TRUE(request.stream);
+  EXPECT_TRUE(request.include_usage);
+}
+
+TEST(ApiRequest, UnknownAndUnsupportedParametersAreRefusedByName) {
+  for (const char* name : {"tools", "tool_choice", "functions", "suffix", "temprature", "audio",
+                           "metadata", "reasoning_effort", "best_off", "prompt", "echo"}) {
+    ExpectRefused(With(true, name, json::array()), name, "unsupported_parameter");
+  }
+  for (const char* name : {"messages", "top_logprobs", "max_completion_tokens", "suffix"}) {
+    ExpectRefused(With(false, name, 1), name, "unsupported_parameter");
+  }
+  ExpectRefused(With(true, "n", 2), "n", "unsupported_parameter");
+  ExpectRefused(With(false, "best_of", 2), "best_of", "unsupported_parameter");
+  ExpectRefused(With(false, "echo", true), "echo", "unsupported_parameter");
+  ExpectRefused(With(true, "store", true), "store", "unsupported_parameter");
+  ExpectRefused(With(true, "response_format", {{"type", "json_object"}}), "response_format",
+                "unsupported_parameter");
+  ExpectRefused(With(true, "stream_options", {{"continuous_usage_stats", true}}),
+                "stream_options.continuous_usage_stats", "unsupported_parameter");
+  ExpectRefused(With(false, "prompt", {"a", "b"}), "prompt", "unsupported_parameter");
+}
+
+TEST(ApiRequest, ParametersThatAskForNothingPass) {
+  const auto accepted = [](const std::variant<ApiRequest, ApiError>& result) {
+    return std::holds_alternative<ApiRequest>(result);
+  };
+  EXPECT_TRUE(accepted(With(true, "n", 1)));
+  EXPECT_TRUE(accepted(With(true, "store", false)));
+  EXPECT_TRUE(accepted(With(true, "response_format", {{"type", "text"}})));
+  EXPECT_TRUE(accepted(With(true, "tools", nullptr)));
+  EXPECT_TRUE(accepted(With(true, "temperature", nullptr)));
+  EXPECT_TRUE(accepted(With(false, "best_of", 1)));
+  EXPECT_TRUE(accepted(With(false, "echo", false)));
+  EXPECT_TRUE(accepted(With(false, "suffix", nullptr)));
+  EXPECT_TRUE(accepted(With(true, "top_k", -1)));
+}
+
+TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
+  const std::tuple<const char*, json, const char*> cases[] = {
+      {"model", 3, "invalid_type"},
+      {"temperature", "hot", "invalid_type"},
+      {"temperature", true, "invalid_type"},
+      {"top_p", json::array(), "invalid_type"},
+      {"top_k", 1.5, "invalid_type"},
+      {"top_k", -2, "invalid_value"},
+      {"max_tokens", 0, "invalid_value"},
+      {"max_tokens", -1, "invalid_value"},
+      {"max_tokens", 1e30, "invalid_type"},
+      {"max_tokens", uint64_t{18446744073709551615u}, "invalid_value"},
+      {"seed", uint64_t{18446744073709551615u}, "invalid_value"},
+      {"seed", "1", "invalid_type"},
+      {"min_tokens", -1, "invalid_value"},
+      {"logit_bias", json::array(), "invalid_type"},
+      {"logit_bias", {{"x", 1}}, "invalid_value"},
+      {"logit_bias", {{"-1", 1}}, "invalid_value"},
+      {"logit_bias", {{"1", "x"}}, "invalid_type"},
+      {"stop", 3, "invalid_type"},
+      {"stop", {"a", 3}, "invalid_type"},
+      {"stop", "", "invalid_value"},
+      {"stop", json(std::vector<std::string>(17, "a")), "invalid_value"},
+      {"stop_token_ids", {-1}, "invalid_value"},
+      {"stop_token_ids", 1, "invalid_type"},
+      {"ignore_eos", 1, "invalid_type"},
+      {"stream", "true", "invalid_type"},
+      {"stream_options", {{"include_usage", true}}, "invalid_value"},  // without stream
+      {"user", 3, "invalid_type"},
+  };
+  for (const auto& [name, value, code] : cases) {
+    for (const bool chat : {false, true}) ExpectRefused(With(chat, name, value), name, code);
+  }
+  ExpectRefused(With(true, "logprobs", 3), "logprobs", "invalid_type");
+  ExpectRefused(With(true, "top_logprobs", 3), "top_logprobs", "invalid_value");  // no logprobs
+  ExpectRefused(With(false, "logprobs", true), "logprobs", "invalid_type");
+  ExpectRefused(With(false, "logprobs", 21), "logprobs", "invalid_value");
+  ExpectRefused(With(false, "prompt", {1, "a"}), "prompt", "invalid_type");
+  ExpectRefused(With(false, "prompt", json::array()), "prompt", "invalid_type");
+}
+
+TEST(ApiRequest, MissingParametersAreNamed) {
+  ExpectRefused(ParseApiRequest(R"({"prompt": "a"})", false), "model",
+                "missing_required_parameter");
+  ExpectRefused(ParseApiRequest(R"({"model": "a"})", false), "prompt",
+                "missing_required_parameter");
+  ExpectRefused(ParseApiRequest(R"({"model": "a", "messages": null})", true), "messages",
+                "missing_required_parameter");
+  ExpectRefused(ParseApiRequest(R"({"model": "a", "messages": []})", true), "messages",
+                "invalid_value");
+}
+
+TEST(ApiRequest, WhatIsNotAnObjectOfJsonIsRefused) {
+  for (const char* body : {"", "{", "[]", "null", "3", "{\"model\": \"m\",}", "{\"a\": NaN}",
+                           "{\"temperature\": 1e999}", "{\"model\": \"\xFF\"}"}) {
+    ExpectRefused(ParseApiRequest(body, false), "", "invalid_json");
+  }
+  const std::string deep(200'000, '[');
+  ExpectRefused(ParseApiRequest(deep, false), "", "invalid_json");
+}
+
+TEST(ApiRequest, MessagesTakeTextAndListsOfTextParts) {
+  const auto parse = [](const char* messages) {
+    return ParseApiRequest(std::string(R"({"model": "m", "messages": )") + messages + "}", true);
+  };
+  const auto result = parse(R"([{"role": "developer", "content": "be nice"},
+      {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+      {"role": "assistant", "content": "c", "refusal": null, "tool_calls": null}])");
+  ASSERT_TRUE(std::holds_alternative<ApiRequest>(result));
+  const auto& messages = std::get<ApiRequest>(result).messages;
+  ASSERT_EQ(messages.size(), 3u);
+  EXPECT_EQ(messages[0].role, "system");
+  EXPECT_EQ(messages[1].content, "ab");
+
+  ExpectRefused(parse(R"([{"role": "user", "content": "a", "name": "x"}])"), "messages[0].name",
+                "unsupported_parameter");
+  ExpectRefused(parse(R"([{"role": "user", "content": [{"type": "image_url"}]}])"),
+                "messages[0].content[0].type", "unsupported_parameter");
+  ExpectRefused(parse(R"([{"role": "user", "content": [{"type": "text", "text": 1}]}])"),
+                "messages[0].content[0].text", "invalid_type");
+  ExpectRefused(parse(R"([{"role": "user"}])"), "messages[0].content",
+                "missing_required_parameter");
+  ExpectRefused(parse(R"([{"content": "a"}])"), "messages[0].role", "missing_required_parameter");
+  ExpectRefused(parse(R"(["a"])"), "messages[0]", "invalid_type");
+  ExpectRefused(parse(R"("a")"), "messages", "invalid_type");
+}
+
+TEST(ApiRequest, APromptMayBeTextIdsOrAListOfOne) {
+  const auto ids = std::vector<int32_t>{1, 2};
+  EXPECT_EQ(std::get<ApiRequest>(With(false, "prompt", {1, 2})).prompt_ids, ids);
+  EXPECT_EQ(std::get<ApiRequest>(With(false, "prompt", json::array({{1, 2}}))).prompt_ids, ids);
+  EXPECT_EQ(std::get<ApiRequest>(With(false, "prompt", json::array({"x"}))).prompt, "x");
+}
+
+}  // namespace
+}  // namespace innerq

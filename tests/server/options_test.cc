@@ -1,0 +1,204 @@
+#include "server/options.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "server/config_schema.h"
+
+namespace innerq {
+namespace {
+
+std::filesystem::path ConfigDirectory() {
+  return std::filesystem::path(INNERQ_SOURCE_DIR) / "configs";
+}
+
+// The path that a refused configuration blames, and its message.
+Error Refusal(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  const auto options = ParseOptions(text, overrides);
+  EXPECT_FALSE(options.ok()) << text;
+  return options.ok() ? Error{} : options.error();
+}
+
+Options Accepted(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  auto options = ParseOptions(text, overrides);
+  EXPECT_TRUE(options.ok()) << (options.ok() ? "" : options.error().message);
+  return options.ok() ? std::move(options).value() : Options{};
+}
+
+TEST(Options, AnEmptyConfigurationHasTheDefaultsOfTheEnginesStructs) {
+  const Options options = Accepted("{}");
+  const KvCacheOptions kv;
+  EXPECT_EQ(options.runner.kv_cache.memory_bytes, kv.memory_bytes);
+  EXPECT_EQ(options.runner.kv_cache.page_tokens, kv.page_tokens);
+  EXPECT_EQ(options.runner.kv_cache.sink_tokens, kv.sink_tokens);
+  EXPECT_EQ(options.runner.kv_cache.recent_tokens, kv.recent_tokens);
+  EXPECT_EQ(options.runner.kv_cache.key, kv.key);
+  EXPECT_EQ(options.runner.kv_cache.value, kv.value);
+  EXPECT_EQ(options.runner.kv_cache.normalize_keys, kv.normalize_keys);
+  EXPECT_TRUE(options.runner.kv_cache.layers.empty());
+  const EngineOptions engine;
+  EXPECT_EQ(options.runner.engine.max_sequences, engine.max_sequences);
+  EXPECT_EQ(options.runner.engine.max_batch_tokens, engine.max_batch_tokens);
+  EXPECT_EQ(options.runner.engine.max_queue, engine.max_queue);
+  EXPECT_EQ(options.runner.engine.max_context, engine.max_context);
+  EXPECT_FALSE(options.runner.engine.exact_prefill);
+  const BackendOptions backend;
+  EXPECT_EQ(options.runner.backend.device, backend.device);
+  EXPECT_EQ(options.runner.backend.variant, backend.variant);
+  EXPECT_EQ(options.runner.backend.deterministic, backend.deterministic);
+  EXPECT_EQ(options.runner.dtype, std::nullopt);
+  EXPECT_EQ(options.model.alias, "demo");
+  EXPECT_EQ(options.server.host, "127.0.0.1");
+  EXPECT_EQ(options.server.max_body_bytes, 8 << 20);
+}
+
+TEST(Options, EveryPresetIsValidAndSaysWhatItsNameSays) {
+  int count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(ConfigDirectory())) {
+    if (entry.path().extension() != ".json" || entry.path().filename() == "schema.json") continue;
+    ++count;
+    std::ifstream file(entry.path());
+    const std::string text{std::istreambuf_iterator<char>(file), {}};
+    EXPECT_EQ(Accepted(text).model.path, "models/demo") << entry.path();
+  }
+  EXPECT_EQ(count, 9);
+
+  const auto load = [](const std::string& name) {
+    std::ifstream file(ConfigDirectory() / (name + ".json"));
+    return Accepted({std::istreambuf_iterator<char>(file), {}}).runner.kv_cache;
+  };
+  EXPECT_FALSE(load("fp16").key.quantized() || load("fp16").value.quantized());
+  EXPECT_EQ(load("innerq_hybrid").value.mode, QuantMode::kHybrid);
+  EXPECT_EQ(load("innerq_small").value.bits, 2);
+  EXPECT_EQ(load("int4").key.bits, 4);
+  const KvCacheOptions kivi = load("kivi");
+  EXPECT_EQ(kivi.sink_tokens, 0);
+  EXPECT_EQ(kivi.recent_tokens, 128);
+  EXPECT_FALSE(kivi.normalize_keys);
+  EXPECT_EQ(kivi.key, (QuantSpec{.bits = 2,
+                                 .mode = QuantMode::kAsymmetric,
+                                 .axis = QuantAxis::kOuter,
+                                 .group_size = 32,
+                                 .codec = QuantCodec::kPaper}));
+}
+
+TEST(Options, AnUnknownKeyIsNamedWithItsPathAndTheLikelyOne) {
+  const Error error = Refusal(R"({"kv_cache": {"key": {"bitz": 3}}})");
+  EXPECT_EQ(error.message, "kv_cache.key.bitz: unknown key; did you mean bits?");
+  EXPECT_EQ(error.param, "kv_cache.key.bitz");
+  EXPECT_EQ(Refusal(R"({"serverr": {}})").message, "serverr: unknown key; did you mean server?");
+  EXPECT_EQ(Refusal(R"({"model": {"zzzzzz": 1}})").message, "model.zzzzzz: unknown key");
+}
+
+TEST(Options, WrongTypesRangesAndChoicesAreRefusedWithTheirPath) {
+  EXPECT_EQ(Refusal(R"({"server": {"port": "80"}})").param, "server.port");
+  EXPECT_EQ(Refusal(R"({"server": {"port": 80.5}})").param, "server.port");
+  EXPECT_EQ(Refusal(R"({"server": {"port": 65536}})").param, "server.port");
+  EXPECT_EQ(Refusal(R"({"server": {"port": -1}})").param, "server.port");
+  EXPECT_EQ(Refusal(R"({"server": {"port": 99999999999999999999}})").param, "server.port");
+  EXPECT_EQ(Refusal(R"({"server": {"host": ""}})").param, "server.host");
+  EXPECT_EQ(Refusal(R"({"server": {"api_keys": ["a", 3]}})").param, "server.api_keys.1");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"key": {"bits": 5}}})").param, "kv_cache.key.bits");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"key": 3}})").param, "kv_cache.key");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"memory": 1073741824}})").param, "kv_cache.memory");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"memory": "1 GiB"}})").param, "kv_cache.memory");
+  EXPECT_EQ(Refusal(R"({"backend": {"deterministic": "yes"}})").param, "backend.deterministic");
+  EXPECT_EQ(Refusal(R"({"log": {"level": "loud"}})").param, "log.level");
+  EXPECT_NE(Refusal("[]").message.find("JSON object"), std::string::npos);
+  EXPECT_NE(Refusal("{").message.find("not JSON"), std::string::npos);
+  EXPECT_NE(Refusal(R"({"log": {}, "log": {}})").message.find("twice"), std::string::npos);
+}
+
+TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
+  const Error error = Refusal(R"({"kv_cache": {"prefix_cache": true}})");
+  EXPECT_EQ(error.param, "kv_cache.prefix_cache");
+  EXPECT_NE(error.message.find("not supported by this build"), std::string::npos);
+  EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "variant": "avx2"}})").param,
+            "backend.variant");
+  EXPECT_EQ(Refusal(R"({"scheduler": {"max_sequences": 64, "max_batch_tokens": 63}})").param,
+            "scheduler.max_batch_tokens");
+  EXPECT_EQ(Refusal(R"({"server": {"max_body": "2GiB"}})").param, "server.max_body");
+}
+
+TEST(Options, LayerOverridesCarryOnlyWhatTheyName) {
+  const Options options = Accepted(R"({"kv_cache": {"layers": [
+      {"range": "0-1", "key": {"bits": 8}}, {"range": "3", "value": {"mode": "hybrid"},
+       "key": {"normalize": "off"}}]}})");
+  const auto& layers = options.runner.kv_cache.layers;
+  ASSERT_EQ(layers.size(), 2u);
+  EXPECT_EQ(layers[0].first_layer, 0);
+  EXPECT_EQ(layers[0].last_layer, 1);
+  EXPECT_EQ(layers[0].key.bits, 8);
+  EXPECT_EQ(layers[0].key.mode, std::nullopt);
+  EXPECT_EQ(layers[0].value.bits, std::nullopt);
+  EXPECT_EQ(layers[0].normalize_keys, std::nullopt);
+  EXPECT_EQ(layers[1].first_layer, 3);
+  EXPECT_EQ(layers[1].last_layer, 3);
+  EXPECT_EQ(layers[1].value.mode, QuantMode::kHybrid);
+  EXPECT_EQ(layers[1].normalize_keys, false);
+
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"layers": [{"range": "3-1"}]}})").param,
+            "kv_cache.layers.0.range");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"layers": [{"range": "a"}]}})").param,
+            "kv_cache.layers.0.range");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"layers": [{"key": {}}]}})").param, "kv_cache.layers.0.range");
+}
+
+TEST(Options, OverridesReplaceKeysAndElements) {
+  const Options options =
+      Accepted(R"({"kv_cache": {"layers": [{"range": "0"}]}})",
+               {"server.port=0", "model.alias=7", "kv_cache.layers.0.range=2-3",
+                "kv_cache.layers.1.range=4", "kv_cache.layers.1.key.bits=16",
+                "server.api_keys.0=secret=with=equals", "backend.deterministic=false"});
+  EXPECT_EQ(options.server.port, 0);
+  EXPECT_EQ(options.model.alias, "7");
+  EXPECT_EQ(options.runner.kv_cache.layers[0].last_layer, 3);
+  EXPECT_EQ(options.runner.kv_cache.layers[1].first_layer, 4);
+  EXPECT_EQ(options.runner.kv_cache.layers[1].key.bits, 16);
+  EXPECT_EQ(options.server.api_keys, std::vector<std::string>{"secret=with=equals"});
+  EXPECT_FALSE(options.runner.backend.deterministic);
+
+  EXPECT_EQ(Refusal("{}", {"kv_cache.key.bitz=3"}).param, "kv_cache.key.bitz");
+  EXPECT_EQ(Refusal("{}", {"kv_cache.layers.1.range=0"}).param, "kv_cache.layers.1");
+  EXPECT_EQ(Refusal("{}", {"server.port.x=0"}).param, "server.port.x");
+  EXPECT_EQ(Refusal("{}", {"server.port=abc"}).param, "server.port");
+  EXPECT_NE(Refusal("{}", {"server.port"}).message.find("key=value"), std::string::npos);
+}
+
+TEST(Options, SizesKnowTheirUnitsAndOverflow) {
+  EXPECT_EQ(*ParseSize("0B"), 0);
+  EXPECT_EQ(*ParseSize("3KiB"), 3072);
+  EXPECT_EQ(*ParseSize("2GB"), 2'000'000'000);
+  EXPECT_EQ(*ParseSize("8388607TiB"), int64_t{8388607} << 40);
+  for (const char* text : {"8388608TiB", "9223372036854775808B", "-1B", "1", "GiB", "1gib",
+                           "1.5GiB", "1GiB ", " 1GiB", "+1B", "0x1B", ""}) {
+    EXPECT_FALSE(ParseSize(text).ok()) << text;
+  }
+}
+
+TEST(Options, ARelativeModelPathIsFoundBesideTheConfigurationOrAboveIt) {
+  const auto root = std::filesystem::temp_directory_path() / "innerq_options_test";
+  std::filesystem::remove_all(root);
+  std::filesystem::create_directories(root / "configs");
+  std::filesystem::create_directories(root / "models" / "tiny");
+  std::ofstream(root / "configs" / "a.json") << R"({"model": {"path": "models/tiny"}})";
+  std::ofstream(root / "b.json") << R"({"model": {"path": "models/tiny/"}})";
+  std::ofstream(root / "c.json") << R"({"model": {"path": "models/none"}})";
+  for (const char* file : {"configs/a.json", "b.json"}) {
+    const auto options = LoadOptions(root / file, {});
+    ASSERT_TRUE(options.ok()) << options.error().message;
+    EXPECT_TRUE(std::filesystem::equivalent(options->model.path, root / "models" / "tiny"));
+    EXPECT_EQ(options->model.alias, "tiny");
+  }
+  const auto absent = LoadOptions(root / "c.json", {});
+  ASSERT_FALSE(absent.ok());
+  EXPECT_EQ(absent.error().code, ErrorCode::kNotFound);
+  EXPECT_NE(absent.error().message.find("models/none"), std::string::npos);
+  EXPECT_EQ(LoadOptions(root / "none.json", {}).error().code, ErrorCode::kNotFound);
+  std::filesystem::remove_all(root);
+}
+
+}  // namespace
+}  // namespace innerq
