@@ -92,8 +92,8 @@ void TileAttention::Attend(int64_t begin, int64_t end, const AttentionState& sta
   }
 }
 
-// Asks for the page's bytes of this head while the one before it is worked on, a part at a time: the
-// processor holds up work while more lines are on their way than it can track.
+// Asks for the page's bytes of this head while the one before it is worked on, a part at a time:
+// the processor holds up work while more lines are on their way than it can track.
 void TileAttention::StartPrefetch(int64_t page) {
   const PageRef ref = tile_.slice->pages[static_cast<size_t>(page)];
   const bool sealed = IsSealed(page);
