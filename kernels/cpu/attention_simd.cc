@@ -8,6 +8,7 @@
 // After foreach_target.h.
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/attention_ops.h"
@@ -183,21 +184,120 @@ void HalfValues(const HalfValuesArgs& args) {
 HWY_INLINE float SumOf(Vector v) { return hn::GetLane(hn::SumOfLanes(kF32, v)); }
 HWY_INLINE float MaxOf(Vector v) { return hn::GetLane(hn::MaxOfLanes(kF32, v)); }
 
-// Rounds |x| <= kMaxRowInteger to the nearest integer, ties to even; NaN becomes the largest.
-HWY_INLINE hn::Vec<I32> RoundToInt(Vector x) {
-  const Vector magic = hn::Set(kF32, 12582912.0f);  // 1.5 * 2^23: the unit of sums near it is 1
-  const Vector finite = hn::Min(x, hn::Set(kF32, kMaxRowInteger));
-  return hn::Sub(hn::BitCast(kI32, hn::Add(finite, magic)), hn::BitCast(kI32, magic));
+// Zeroes rows of x [R][kLanes] up to the next multiple of four.
+template <typename T>
+HWY_INLINE void ClearTail(T* x, int64_t num_rows) {
+  std::fill(x + num_rows * kLanes, x + RoundUp(num_rows, 4) * kLanes, T{0});
 }
 
-// Splits integers of 15 bits into bytes.
-HWY_INLINE void StoreBytes(hn::Vec<I32> x, int8_t* high, int8_t* low) {
-  const hn::Rebind<int8_t, I32> d8;
-  const auto h = hn::ShiftRight<7>(hn::Add(x, hn::Set(kI32, 64)));
-  const auto l = hn::Sub(x, hn::ShiftLeft<7>(h));
-  hn::StoreU(hn::DemoteTo(d8, h), d8, high);
-  hn::StoreU(hn::DemoteTo(d8, l), d8, low);
+#if HWY_TARGET == HWY_SCALAR
+
+template <class D, class T, class Op>
+void ReduceRows(D, const T* x, int64_t num_rows, Op, T* out) {
+  std::copy(x, x + num_rows, out);
 }
+
+#else
+
+// out[r] = op over the lanes of x[r], x [R][kLanes]; x is readable up to the next multiple of four
+// rows, out writable up to the next multiple of kLanes. Reduces kLanes rows together, transposing
+// as it goes: a third of the work of one row at a time.
+template <class D, class T, class Op>
+HWY_INLINE void ReduceRows(D d, const T* HWY_RESTRICT x, int64_t num_rows, Op op,
+                           T* HWY_RESTRICT out) {
+  const hn::Repartition<double, D> pairs;
+  constexpr int kBlocks = kLanes / 4;  // of 128 bits
+  for (int64_t row = 0; row < num_rows; row += kLanes) {
+    hn::Vec<D> blocks[kBlocks];  // [i]: rows 4 i to 4 i + 3 in each block, its partial results
+    HWY_UNROLL(4)
+    for (int i = 0; i < kBlocks; ++i) {
+      if (row + 4 * i >= num_rows) {
+        blocks[i] = hn::Zero(d);
+        continue;
+      }
+      hn::Vec<D> halves[2];
+      HWY_UNROLL(2)
+      for (int j = 0; j < 2; ++j) {
+        const auto a = hn::Load(d, x + (row + 4 * i + 2 * j) * kLanes);
+        const auto b = hn::Load(d, x + (row + 4 * i + 2 * j + 1) * kLanes);
+        halves[j] = op(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+      }
+      const auto a = hn::BitCast(pairs, halves[0]);
+      const auto b = hn::BitCast(pairs, halves[1]);
+      blocks[i] = op(hn::BitCast(d, hn::InterleaveLower(pairs, a, b)),
+                     hn::BitCast(d, hn::InterleaveUpper(pairs, a, b)));
+    }
+    if constexpr (kBlocks == 2) {
+      hn::Store(op(hn::ConcatLowerLower(d, blocks[1], blocks[0]),
+                   hn::ConcatUpperUpper(d, blocks[1], blocks[0])),
+                d, out + row);
+    } else {
+      const auto even = op(hn::ConcatLowerLower(d, blocks[2], blocks[0]),
+                           hn::ConcatUpperUpper(d, blocks[2], blocks[0]));
+      const auto odd = op(hn::ConcatLowerLower(d, blocks[3], blocks[1]),
+                          hn::ConcatUpperUpper(d, blocks[3], blocks[1]));
+      hn::Store(op(hn::OddEvenBlocks(hn::SwapAdjacentBlocks(odd), even),
+                   hn::OddEvenBlocks(odd, hn::SwapAdjacentBlocks(even))),
+                d, out + row);
+    }
+  }
+}
+
+#endif  // HWY_TARGET == HWY_SCALAR
+
+// Rounds |x| < 2^22 to the nearest integer, ties to even.
+HWY_INLINE hn::Vec<I32> RoundToInt(Vector x) {
+  const Vector magic = hn::Set(kF32, 12582912.0f);  // 1.5 * 2^23: the unit of sums near it is 1
+  return hn::Sub(hn::BitCast(kI32, hn::Add(x, magic)), hn::BitCast(kI32, magic));
+}
+
+#if HWY_TARGET == HWY_SCALAR
+
+void SplitBytes(const int32_t* x, int64_t n, int8_t* high, int8_t* low) {
+  for (int64_t i = 0; i < n; ++i) {
+    high[i] = static_cast<int8_t>((x[i] + 64) >> 7);
+    low[i] = static_cast<int8_t>(((x[i] + 64) & 127) - 64);
+  }
+}
+
+#else
+
+// Both to bytes, in each 128-bit block first those of a, then those of b.
+using I16 = hn::Repartition<int16_t, I32>;
+HWY_INLINE hn::Vec<hn::Repartition<int8_t, I32>> PackBytes(hn::Vec<I16> a, hn::Vec<I16> b) {
+#if HWY_TARGET == HWY_AVX2
+  return hn::Vec<hn::Repartition<int8_t, I32>>{_mm256_packs_epi16(a.raw, b.raw)};
+#else
+  return hn::Vec<hn::Repartition<int8_t, I32>>{_mm512_packs_epi16(a.raw, b.raw)};
+#endif
+}
+
+// Splits integers of 15 bits into IntegerRows' bytes. Reads x and writes bytes up to the next
+// multiple of 2 * kLanes.
+HWY_INLINE void SplitBytes(const int32_t* x, int64_t n, int8_t* high, int8_t* low) {
+  constexpr int kBlocks = kLanes / 4;
+  alignas(64) int32_t places[kLanes];  // of quads: high bytes of both vectors, then low ones
+  for (int i = 0; i < kLanes; ++i) {
+    places[i] = i % kBlocks * 4 + i / (kLanes / 2) * 2 + i % (kLanes / 2) / kBlocks;
+  }
+  const auto place = hn::SetTableIndices(kI32, places);
+  const hn::Half<hn::Repartition<int8_t, I32>> half;
+  const I16 d16;
+  const auto bias = hn::Set(d16, 64);
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    const auto both =
+        hn::ReorderDemote2To(d16, hn::LoadU(kI32, x + i), hn::LoadU(kI32, x + i + kLanes));
+    const auto biased = hn::Add(both, bias);
+    const auto h = hn::ShiftRight<7>(biased);
+    const auto l = hn::Sub(hn::And(biased, hn::Set(d16, 127)), bias);
+    const auto bytes = hn::BitCast(hn::Repartition<int8_t, I32>(),
+                                   hn::TableLookupLanes(hn::BitCast(kI32, PackBytes(h, l)), place));
+    hn::StoreU(hn::LowerHalf(half, bytes), half, high + i);
+    hn::StoreU(hn::UpperHalf(half, bytes), half, low + i);
+  }
+}
+
+#endif  // HWY_TARGET == HWY_SCALAR
 
 // Sums of groups of `group_size` integers; n is a multiple of it, `x` readable to whole vectors.
 HWY_INLINE void SumGroups(const int32_t* x, int64_t n, int64_t group_size, int32_t* sums) {
@@ -218,7 +318,7 @@ HWY_INLINE void SumGroups(const int32_t* x, int64_t n, int64_t group_size, int32
 
 void Quantize(const QuantizeArgs& args) {
   alignas(64) float scaled[kMaxInner];
-  alignas(64) int32_t integers[kMaxInner];
+  alignas(64) int32_t integers[kMaxInner + kPanelWidth] = {};
   const int64_t extent = RoundUp(args.n, kPanelWidth);
   for (int64_t r = 0; r < args.num_rows; ++r) {
     const float* x = args.x + r * args.stride;
@@ -235,10 +335,11 @@ void Quantize(const QuantizeArgs& args) {
     constexpr float kTiny = 1e-30f;  // its reciprocal times kMaxRowInteger is finite
     const float inverse = max < kTiny ? 0.0f : kMaxRowInteger / max;
     for (int64_t i = 0; i < extent; i += kLanes) {
-      const auto x_int = RoundToInt(hn::Mul(hn::Load(kF32, scaled + i), hn::Set(kF32, inverse)));
-      hn::Store(x_int, kI32, integers + i);
-      StoreBytes(x_int, args.rows.High(r) + i, args.rows.Low(r) + i);
+      const Vector y = hn::Mul(hn::Load(kF32, scaled + i), hn::Set(kF32, inverse));
+      const Vector finite = hn::Min(y, hn::Set(kF32, kMaxRowInteger));  // NaN becomes the largest
+      hn::Store(RoundToInt(finite), kI32, integers + i);
     }
+    SplitBytes(integers, extent, args.rows.High(r), args.rows.Low(r));
     args.scales[r] = max < kTiny ? 0.0f : max / kMaxRowInteger;
     if (args.zeros != nullptr) args.constants[r] = SumOf(constant);
     SumGroups(integers, args.n, args.group_size, args.sums + r * (args.n / args.group_size));
@@ -318,7 +419,6 @@ void Dot(const DotArgs& args) {
 
 #else
 
-using I16 = hn::Repartition<int16_t, I32>;
 using U8 = hn::Repartition<uint8_t, I32>;
 
 // Pairwise sums of u8 * s8 in saturating int16: exact while u8 <= 15.
@@ -399,10 +499,10 @@ void Dot(const DotArgs& args) { args.wide ? DotAll<true>(args) : DotAll<false>(a
 
 #endif  // HWY_TARGET == HWY_SCALAR
 
-// One vector of outer elements for all rows. kGroups: the number of groups if it is small, so that
+// kVectors of outer elements for all rows. kGroups: the number of groups if it is small, so that
 // their scales stay in registers, or 0.
-template <int kGroups, bool kZeros>
-HWY_INLINE void ScaleInnerColumn(const InnerScaleArgs& args, int64_t o) {
+template <int kVectors, int kGroups, bool kZeros>
+HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
   const int64_t groups = kGroups > 0 ? kGroups : args.groups;
   const int64_t outer = args.outer, num_rows = args.num_rows;
   const float* keep = args.keep;
@@ -414,42 +514,58 @@ HWY_INLINE void ScaleInnerColumn(const InnerScaleArgs& args, int64_t o) {
   const float* zeros = args.zeros + (kZeros ? o : 0);
   float* out = args.out + o;
   for (int64_t r = 0; r < num_rows; ++r) {
-    Vector total = hn::Zero(kF32);
-    HWY_UNROLL(4)
-    for (int64_t g = 0; g < groups; ++g) {
-      const auto dot = hn::Sub(hn::LoadU(kI32, dots), hn::Set(kI32, *offsets++));
-      const Vector scale = hn::LoadU(kF32, scales + g * outer);
-      total = hn::MulAdd(hn::ConvertTo(kF32, dot), scale, total);
+    Vector total[kVectors];
+    HWY_UNROLL(4) for (Vector& t : total) t = hn::Zero(kF32);
+    HWY_UNROLL(4) for (int64_t g = 0; g < groups; ++g) {
+      const auto offset = hn::Set(kI32, *offsets++);
+      HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
+        const auto dot = hn::Sub(hn::LoadU(kI32, dots + v * kLanes), offset);
+        const Vector scale = hn::LoadU(kF32, scales + g * outer + v * kLanes);
+        total[v] = hn::MulAdd(hn::ConvertTo(kF32, dot), scale, total[v]);
+      }
       if constexpr (kZeros) {
-        const Vector zero = hn::LoadU(kF32, zeros + g * outer);
-        total = hn::MulAdd(hn::Set(kF32, static_cast<float>(*sums++)), zero, total);
+        const Vector sum = hn::Set(kF32, static_cast<float>(*sums++));
+        HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
+          const Vector zero = hn::LoadU(kF32, zeros + g * outer + v * kLanes);
+          total[v] = hn::MulAdd(sum, zero, total[v]);
+        }
       }
       dots += outer;
     }
     const Vector factor = hn::Set(kF32, add[r]);
     if (keep == nullptr) {
-      hn::StoreU(hn::Mul(factor, total), kF32, out);
+      HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
+        hn::StoreU(hn::Mul(factor, total[v]), kF32, out + v * kLanes);
+      }
     } else {
-      const Vector kept = hn::Mul(hn::Set(kF32, keep[r]), hn::LoadU(kF32, out));
-      hn::StoreU(hn::MulAdd(factor, total, kept), kF32, out);
+      const Vector of_old = hn::Set(kF32, keep[r]);
+      HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
+        const Vector kept = hn::Mul(of_old, hn::LoadU(kF32, out + v * kLanes));
+        hn::StoreU(hn::MulAdd(factor, total[v], kept), kF32, out + v * kLanes);
+      }
     }
     out += outer;
   }
 }
 
+template <int kVectors, bool kZeros>
+HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
+  if (args.groups == 1) {
+    ScaleInnerColumns<kVectors, 1, kZeros>(args, o);
+  } else if (args.groups == 2) {
+    ScaleInnerColumns<kVectors, 2, kZeros>(args, o);
+  } else if (args.groups == 4) {
+    ScaleInnerColumns<kVectors, 4, kZeros>(args, o);
+  } else {
+    ScaleInnerColumns<kVectors, 0, kZeros>(args, o);
+  }
+}
+
 template <bool kZeros>
 HWY_INLINE void ScaleInnerAll(const InnerScaleArgs& args) {
-  for (int64_t o = 0; o < args.outer; o += kLanes) {
-    if (args.groups == 1) {
-      ScaleInnerColumn<1, kZeros>(args, o);
-    } else if (args.groups == 2) {
-      ScaleInnerColumn<2, kZeros>(args, o);
-    } else if (args.groups == 4) {
-      ScaleInnerColumn<4, kZeros>(args, o);
-    } else {
-      ScaleInnerColumn<0, kZeros>(args, o);
-    }
-  }
+  int64_t o = 0;
+  for (; o + 2 * kLanes <= args.outer; o += 2 * kLanes) ScaleInnerColumns<2, kZeros>(args, o);
+  for (; o < args.outer; o += kLanes) ScaleInnerColumns<1, kZeros>(args, o);
 }
 
 void ScaleInner(const InnerScaleArgs& args) {
@@ -476,23 +592,37 @@ void ScaleOuter(const OuterScaleArgs& args) {
   }
 }
 
-// 2^x for x <= 0, 0 below 2^-126, NaN for NaN; relative error below 2e-7: a polynomial of degree 5
-// through the Chebyshev nodes of [-1/2, 1/2] (1.02e-7) and its rounding.
-HWY_INLINE Vector Exp2(Vector x) {
+// x = 2^x for x in [-127, 127], 0 for -127; relative error below 2e-7: a polynomial of degree 5
+// through the Chebyshev nodes of [-1/2, 1/2] (1.02e-7) and its rounding. Step by step for N vectors
+// together, for each alone is one long chain.
+template <int N>
+HWY_INLINE void Exp2InRange(Vector (&x)[N]) {
+  constexpr float kCoefficients[] = {0.009676031918324862f, 0.05550357114219182f,
+                                     0.24022107485308267f, 0.6931471880262287f,
+                                     1.0000000754548972f};
   // x + magic has the unit 1 and, in its lowest bits, round(x) + 127: the exponent of 2^round(x).
   const Vector magic = hn::Set(kF32, 12582912.0f + 127.0f);
-  const Vector clamped =
-      hn::IfThenElse(hn::Lt(x, hn::Set(kF32, -127.0f)), hn::Set(kF32, -127.0f), x);
-  const Vector shifted = hn::Add(clamped, magic);
-  const Vector f = hn::Sub(clamped, hn::Sub(shifted, magic));
-  Vector y = hn::Set(kF32, 0.0013390863364620869f);
-  y = hn::MulAdd(y, f, hn::Set(kF32, 0.009676031918324862f));
-  y = hn::MulAdd(y, f, hn::Set(kF32, 0.05550357114219182f));
-  y = hn::MulAdd(y, f, hn::Set(kF32, 0.24022107485308267f));
-  y = hn::MulAdd(y, f, hn::Set(kF32, 0.6931471880262287f));
-  y = hn::MulAdd(y, f, hn::Set(kF32, 1.0000000754548972f));
-  const Vector power = hn::BitCast(kF32, hn::ShiftLeft<23>(hn::BitCast(kI32, shifted)));
-  return hn::Mul(y, power);
+  Vector shifted[N], y[N];
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) shifted[i] = hn::Add(x[i], magic);
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) x[i] = hn::Sub(x[i], hn::Sub(shifted[i], magic));
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) y[i] = hn::Set(kF32, 0.0013390863364620869f);
+  HWY_UNROLL(5) for (const float coefficient : kCoefficients) {
+    HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
+      y[i] = hn::MulAdd(y[i], x[i], hn::Set(kF32, coefficient));
+    }
+  }
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
+    const auto power = hn::ShiftLeft<23>(hn::BitCast(kI32, shifted[i]));
+    x[i] = hn::Mul(y[i], hn::BitCast(kF32, power));
+  }
+}
+
+// 2^x for x <= 0, 0 below 2^-126, NaN for NaN.
+HWY_INLINE Vector Exp2(Vector x) {
+  const Vector least = hn::Set(kF32, -127.0f);
+  Vector y[1] = {hn::IfThenElse(hn::Lt(x, least), least, x)};
+  Exp2InRange(y);
+  return y[0];
 }
 
 // Scores [t, t + lanes) of a row, -infinity beyond `visible`.
@@ -522,16 +652,22 @@ HWY_INLINE void RaiseMax(const float* page_max, int64_t num_rows, const Attentio
   }
 }
 
+// kAll: every row sees all tokens.
+template <bool kAll>
 HWY_INLINE void PageMax(const SoftmaxArgs& args, float* page_max) {
+  alignas(64) float lanes[kTileRows * kLanes];
+  ClearTail(lanes, args.num_rows);
   for (int64_t r = 0; r < args.num_rows; ++r) {
     const float* scores = args.scores + r * args.num_tokens;
-    const int64_t visible = VisibleTokens(args, r);
+    const int64_t visible = kAll ? args.num_tokens : VisibleTokens(args, r);
     Vector max = VisibleScores(scores, 0, visible);
     for (int64_t t = kLanes; t < args.num_tokens; t += kLanes) {
-      max = hn::Max(max, VisibleScores(scores, t, visible));
+      max = hn::Max(max, kAll ? hn::LoadU(kF32, scores + t) : VisibleScores(scores, t, visible));
     }
-    page_max[r] = MaxOf(max);
+    hn::Store(max, kF32, lanes + r * kLanes);
   }
+  const auto max = [](Vector a, Vector b) HWY_ATTR { return hn::Max(a, b); };
+  ReduceRows(kF32, lanes, args.num_rows, max, page_max);
 }
 
 // add *= unit; the state's sum += add * sums; lanes are rows.
@@ -546,7 +682,7 @@ HWY_INLINE void AddSums(const float* sums, float unit, const SoftmaxArgs& args) 
 
 void SoftmaxToFloat(const SoftmaxArgs& args) {
   alignas(64) float page_max[kTileRows] = {}, sums[kTileRows] = {};
-  PageMax(args, page_max);
+  PageMax<false>(args, page_max);
   RaiseMax(page_max, args.num_rows, args.state, args.keep, args.add);
   for (int64_t r = 0; r < args.num_rows; ++r) {
     float* scores = args.scores + r * args.num_tokens;
@@ -564,27 +700,60 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
 }
 
 void SoftmaxToIntegers(const SoftmaxArgs& args) {
+  constexpr int kBatch = 4;  // vectors; a multiple of those of a page's tokens, or they of it
+  constexpr float kLog2MaxRowInteger = 13.988684686772166f;
   alignas(64) float page_max[kTileRows] = {}, sums[kTileRows] = {};
-  alignas(64) int32_t integers[kMaxPageTokens];
-  PageMax(args, page_max);
+  alignas(64) int32_t integers[(kTileRows + kBatch) * kMaxPageTokens];  // [R][T]
+  alignas(64) int32_t lanes[kTileRows * kMaxPageTokens];  // [R][T/span][kLanes] sums of a span
+  PageMax<true>(args, page_max);
   RaiseMax(page_max, args.num_rows, args.state, args.keep, args.add);
-  const int64_t num_tokens = args.num_tokens, group_size = args.group_size;
-  int32_t* group_sums = args.sums;
-  for (int64_t r = 0; r < args.num_rows; ++r) {
-    const float* scores = args.scores + r * num_tokens;
-    int8_t* high = args.rows.High(r);
-    int8_t* low = args.rows.Low(r);
-    const Vector max = hn::Set(kF32, page_max[r]);
-    for (int64_t t = 0; t < num_tokens; t += kLanes) {
-      const Vector p = Exp2(hn::Sub(hn::LoadU(kF32, scores + t), max));
-      const auto p_int = RoundToInt(hn::Mul(p, hn::Set(kF32, kMaxRowInteger)));
-      hn::Store(p_int, kI32, integers + t);
-      StoreBytes(p_int, high + t, low + t);
+  const int64_t num_tokens = args.num_tokens;
+  const int64_t row_vectors = num_tokens / kLanes, num_vectors = args.num_rows * row_vectors;
+  const int shift = hwy::Num0BitsBelowLS1Bit_Nonzero64(static_cast<uint64_t>(row_vectors));
+  for (int64_t v = 0; v < num_vectors; v += kBatch) {
+    Vector p[kBatch];
+    HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
+      // 2^(score - max) * kMaxRowInteger
+      const Vector max = hn::Set(kF32, page_max[(v + i) >> shift] - kLog2MaxRowInteger);
+      const Vector x = hn::Sub(hn::LoadU(kF32, args.scores + (v + i) * kLanes), max);
+      p[i] = hn::Max(x, hn::Set(kF32, -127.0f));
     }
-    SumGroups(integers, num_tokens, group_size, group_sums);
-    int32_t sum = 0;
-    for (int64_t t = 0; t < num_tokens; t += group_size) sum += *group_sums++;
-    sums[r] = static_cast<float>(sum);
+    Exp2InRange(p);
+    HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
+      hn::Store(RoundToInt(p[i]), kI32, integers + (v + i) * kLanes);
+    }
+  }
+  const int64_t span = std::max<int64_t>(args.group_size, kLanes);
+  int32_t* of_span = lanes;
+  for (int64_t r = 0; r < args.num_rows; ++r) {
+    const int32_t* of_row = integers + r * num_tokens;
+    SplitBytes(of_row, num_tokens, args.rows.High(r), args.rows.Low(r));
+    for (int64_t begin = 0; begin < num_tokens; begin += span, of_span += kLanes) {
+      auto total = hn::Zero(kI32);
+      for (int64_t t = begin; t < begin + span; t += kLanes) {
+        total = hn::Add(total, hn::Load(kI32, of_row + t));
+      }
+      hn::Store(total, kI32, of_span);
+    }
+  }
+  if (args.group_size >= kLanes) {
+    const int64_t num_spans = args.num_rows * (num_tokens / span);
+    ClearTail(lanes, num_spans);
+    const auto add = [](hn::Vec<I32> a, hn::Vec<I32> b) HWY_ATTR { return hn::Add(a, b); };
+    ReduceRows(kI32, lanes, num_spans, add, args.sums);
+  } else {
+    SumGroups(lanes, args.num_rows * num_tokens, args.group_size, args.sums);
+  }
+  const int64_t groups = num_tokens / args.group_size;
+  if (groups == 1) {
+    for (int64_t r = 0; r < args.num_rows; r += kLanes) {
+      hn::Store(hn::ConvertTo(kF32, hn::LoadU(kI32, args.sums + r)), kF32, sums + r);
+    }
+  } else {
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      const int32_t* of_row = args.sums + r * groups;
+      sums[r] = static_cast<float>(std::accumulate(of_row, of_row + groups, int32_t{0}));
+    }
   }
   AddSums(sums, 1.0f / kMaxRowInteger, args);
 }

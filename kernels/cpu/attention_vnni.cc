@@ -46,7 +46,8 @@ INNERQ_TARGET inline void AddDot(__m512i& sum, __m512i codes, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
 }
 
-template <int kRows, int kPanels>
+// kGroup: the group size if it is common, so that the loop is unrolled, or 0.
+template <int kRows, int kPanels, int kGroup>
 INNERQ_TARGET void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
   const int64_t panel_bytes = args.inner * kPanelWidth;
   const int64_t stride = args.rows.stride;
@@ -55,7 +56,8 @@ INNERQ_TARGET void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
   const int8_t* high_rows = args.rows.High(row);
   const int8_t* low_rows = args.rows.Low(row);
   int32_t* dots = args.Dots(row, 0, panel);
-  const int64_t inner = args.inner, group_size = args.group_size, outer = args.outer;
+  const int64_t inner = args.inner, outer = args.outer;
+  const int64_t group_size = kGroup > 0 ? kGroup : args.group_size;
   for (int64_t begin = 0; begin < inner; begin += group_size, dots += outer) {
     __m512i high[kRows][kPanels], low[kRows][kPanels];
 #pragma GCC unroll 8
@@ -63,6 +65,7 @@ INNERQ_TARGET void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) high[r][p] = low[r][p] = _mm512_setzero_si512();
     }
+#pragma GCC unroll 8
     for (int64_t i = begin; i < begin + group_size; i += 4) {
       __m512i code[kPanels];
 #pragma GCC unroll 4
@@ -91,11 +94,18 @@ INNERQ_TARGET void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
   }
 }
 
-template <int kPanels>
+template <int kPanels, int kGroup>
 INNERQ_TARGET void DotPanels(const DotArgs& args, int64_t panel) {
   int64_t row = args.row_begin;
-  for (; row + 4 <= args.row_end; row += 4) DotBlock<4, kPanels>(args, row, panel);
-  for (; row < args.row_end; ++row) DotBlock<1, kPanels>(args, row, panel);
+  for (; row + 4 <= args.row_end; row += 4) DotBlock<4, kPanels, kGroup>(args, row, panel);
+  for (; row < args.row_end; ++row) DotBlock<1, kPanels, kGroup>(args, row, panel);
+}
+
+template <int kGroup>
+INNERQ_TARGET void DotAll(const DotArgs& args) {
+  int64_t panel = args.panel_begin;
+  for (; panel + 2 <= args.panel_end; panel += 2) DotPanels<2, kGroup>(args, panel);
+  for (; panel < args.panel_end; ++panel) DotPanels<1, kGroup>(args, panel);
 }
 
 }  // namespace
@@ -107,11 +117,7 @@ void UnpackVnni(const uint8_t* packed, int bits, int64_t num_codes, uint8_t* cod
   std::memcpy(codes, packed, static_cast<size_t>(num_codes));
 }
 
-void DotVnni(const DotArgs& args) {
-  int64_t panel = args.panel_begin;
-  for (; panel + 2 <= args.panel_end; panel += 2) DotPanels<2>(args, panel);
-  for (; panel < args.panel_end; ++panel) DotPanels<1>(args, panel);
-}
+void DotVnni(const DotArgs& args) { args.group_size == 32 ? DotAll<32>(args) : DotAll<0>(args); }
 
 }  // namespace innerq
 
