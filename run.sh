@@ -2,13 +2,14 @@
 # Installs what is missing, builds the server and starts it with the demo model.
 #   ./run.sh [CONFIG] [innerq serve options]     default: configs/demo.json
 set -euo pipefail
-cd "$(dirname "$0")"
+root=$(cd "$(dirname "$0")" && pwd)
 
-config=configs/demo.json
+config=$root/configs/demo.json
 if [[ $# -gt 0 && $1 != -* ]]; then
-  config=$1
+  config=$(realpath "$1")
   shift
 fi
+cd "$root"
 
 docker/install-deps.sh build
 [[ -f build/release/build.ninja ]] || cmake --preset release >/dev/null

@@ -13,6 +13,6 @@ if ! cmp -s tests/client/requirements.txt build/client-venv/requirements.txt; th
     -r tests/client/requirements.txt
   cp tests/client/requirements.txt build/client-venv/requirements.txt
 fi
-[[ -f build/dev/build.ninja ]] || cmake --preset dev >/dev/null
+cmake --preset dev >/dev/null
 cmake --build --preset dev
 ctest --preset dev "$@"

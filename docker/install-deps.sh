@@ -18,8 +18,8 @@ build=(
   libdnnl-dev         # oneDNN, dense products
 )
 test=(
-  libgtest-dev libgmock-dev libbenchmark-dev
-  clang-format-14
+  libgtest-dev libgmock-dev libbenchmark-dev  # GoogleTest's CMake files look for GoogleMock
+  clang-format-14 git  # checks
   curl python3 python3-venv  # client tests
 )
 

@@ -8,6 +8,7 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -20,6 +21,7 @@
 
 #include "kernels/cpu/cpu_attention.h"
 #include "kernels/cpu/host_memory.h"
+#include "tests/bench/floors.h"
 
 namespace innerq {
 namespace {
@@ -101,8 +103,6 @@ class Cache {
     if (layout_.quantized()) FillSealed(state);
     norms_.assign(static_cast<size_t>(layer().kv_heads * layer().head_dim), 1.5f);
     // Pages lie scattered, as after a while of serving.
-    std::vector<int32_t> ids(static_cast<size_t>(num_pages_));
-    std::iota(ids.begin(), ids.end(), 0);
     const PageRange range = layout_.SealedPages(tokens - 1);
     std::vector<int32_t> sealed_ids(static_cast<size_t>(range.size()));
     std::iota(sealed_ids.begin(), sealed_ids.end(), 0);
@@ -165,30 +165,68 @@ double LayerBytes(const KvLayout& layout, int64_t tokens) {
                              (pages - sealed) * layout.open_page_bytes());
 }
 
-// One new token over `tokens` cached ones.
+// One new token over `tokens` cached ones, layer after layer.
+class DecodeSteps {
+ public:
+  DecodeSteps(CpuIsa isa, int threads, const Model& model, const Format& format, int64_t tokens)
+      : heads_(model.heads),
+        cache_(model, format, tokens),
+        attention_(CpuAttention::Create(isa, threads)),
+        q_(RandomFloats(model.heads * model.head_dim, 2)),
+        out_(q_.size()),
+        slice_{0, 1, tokens - 1, cache_.pages(), 0, 0} {
+    attention_->Reserve({});
+  }
+
+  const KvLayout& layout() const { return cache_.layout(); }
+  void Step() {
+    attention_->Attention({View(q_, 1),
+                           cache_.View(layer_++),
+                           &cache_.layout(),
+                           {&slice_, 1},
+                           heads_,
+                           0.1f,
+                           View(out_, 1)});
+  }
+  double StepSeconds() {
+    const auto begin = std::chrono::steady_clock::now();
+    Step();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  }
+
+ private:
+  const int64_t heads_;
+  Cache cache_;
+  std::unique_ptr<CpuAttention> attention_;
+  std::vector<float> q_, out_;
+  const SequenceSlice slice_;
+  int64_t layer_ = 0;
+};
+
 void Decode(benchmark::State& state, CpuIsa isa, int threads, Model model, Format format,
             int64_t tokens) {
-  Cache cache(model, format, tokens);
-  auto attention = CpuAttention::Create(isa, threads);
-  attention->Reserve({});
-  std::vector<float> q = RandomFloats(model.heads * model.head_dim, 2), out(q.size());
-  const SequenceSlice slice{0, 1, tokens - 1, cache.pages(), 0, 0};
-  int64_t layer = 0;
-  for (auto _ : state) {
-    attention->Attention({View(q, 1),
-                          cache.View(layer++),
-                          &cache.layout(),
-                          {&slice, 1},
-                          model.heads,
-                          0.1f,
-                          View(out, 1)});
-  }
+  DecodeSteps steps(isa, threads, model, format, tokens);
+  for (auto _ : state) steps.Step();
   state.counters["ns_per_token_layer"] = benchmark::Counter(
       static_cast<double>(tokens) * 1e-9,
       benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
   state.counters["bytes_per_second"] = benchmark::Counter(
-      LayerBytes(cache.layout(), tokens), benchmark::Counter::kIsIterationInvariantRate,
+      LayerBytes(steps.layout(), tokens), benchmark::Counter::kIsIterationInvariantRate,
       benchmark::Counter::kIs1024);
+}
+
+// Decode of the format and of FP16 in turn, so that a drift of the machine meets both.
+void Versus(benchmark::State& state, CpuIsa isa, int threads, Model model, Format format,
+            int64_t tokens) {
+  DecodeSteps steps(isa, threads, model, format, tokens);
+  DecodeSteps fp16(isa, threads, model, Formats()[0], tokens);
+  std::vector<double> seconds, fp16_seconds;
+  for (auto _ : state) {
+    seconds.push_back(steps.StepSeconds());
+    fp16_seconds.push_back(fp16.StepSeconds());
+    state.SetIterationTime(seconds.back());
+  }
+  state.counters["x_fp16"] = Median(fp16_seconds) / Median(seconds);
 }
 
 // 512 new tokens behind `depth` cached ones; the counter is the time of a new token in a layer.
@@ -239,15 +277,21 @@ void Seal(benchmark::State& state, CpuIsa isa, int threads, Model model, Format 
 }
 
 void Register(int threads) {
+  const std::vector<Format> formats = Formats();
   for (const CpuIsa isa : SupportedCpuIsas()) {
     for (const Model& model : kModels) {
-      for (const Format& format : Formats()) {
+      for (const Format& format : formats) {
         const std::string name =
             std::string(CpuIsaName(isa)) + "/" + model.name + "/" + format.name;
         for (const int64_t tokens : {4096, 16384}) {
           benchmark::RegisterBenchmark(("Decode/" + name + "/" + std::to_string(tokens)).c_str(),
                                        Decode, isa, threads, model, format, tokens)
               ->UseRealTime()
+              ->Unit(benchmark::kMicrosecond);
+          if (&format == &formats[0]) continue;
+          benchmark::RegisterBenchmark(("Versus/" + name + "/" + std::to_string(tokens)).c_str(),
+                                       Versus, isa, threads, model, format, tokens)
+              ->UseManualTime()
               ->Unit(benchmark::kMicrosecond);
         }
         for (const int64_t depth : {0, 4096}) {

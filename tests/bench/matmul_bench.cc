@@ -17,7 +17,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/float16.h"
-#include "tests/bench/dnnl_peer.h"
+#include "tests/bench/floors.h"
 
 namespace innerq {
 namespace {
@@ -25,38 +25,6 @@ namespace {
 constexpr int64_t kRotatedBytes = int64_t{1} << 30;
 
 int Threads() { return static_cast<int>(std::thread::hardware_concurrency()); }
-
-double Median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
-double Fastest(const std::vector<double>& values) {
-  return *std::min_element(values.begin(), values.end());
-}
-
-// Bytes per second of a loop that only reads, on all cores, from the memory that weights live in.
-double ReadBandwidth(Backend& backend) {
-  Buffer memory = backend.Allocate(kRotatedBytes).value();
-  uint64_t* words = reinterpret_cast<uint64_t*>(memory.data());
-  const int64_t n = kRotatedBytes / static_cast<int64_t>(sizeof(uint64_t));
-  for (int64_t i = 0; i < n; ++i) words[i] = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u;
-  constexpr int64_t kSlices = 32;  // timed one by one, about as long as one product
-  std::vector<double> seconds;
-  for (int64_t run = 0; run < 2 * kSlices; ++run) {
-    const uint64_t* slice = words + run % kSlices * (n / kSlices);
-    const auto begin = std::chrono::steady_clock::now();
-    uint64_t any = 0;
-#pragma omp parallel for reduction(| : any)
-    for (int64_t i = 0; i < n / kSlices; i += 32) {  // one word of each cache line
-      any |= slice[i] | slice[i + 8] | slice[i + 16] | slice[i + 24];
-    }
-    benchmark::DoNotOptimize(any);
-    seconds.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-  }
-  return static_cast<double>(kRotatedBytes / kSlices) / Fastest(seconds);
-}
 
 // One product on rotating weights. Arguments: M, K, N, rank of the CPU variant from the best.
 void MatMul(benchmark::State& state) {
@@ -89,7 +57,7 @@ void MatMul(benchmark::State& state) {
   const TensorView inputs = x.View(DType::kF32, Shape{m, k});
   for (int64_t i = 0; i < m * k; ++i) inputs.As<float>()[i] = static_cast<float>(i % 113) - 56.0f;
 
-  static const double read_bandwidth = ReadBandwidth(backend);
+  static const double read_bandwidth = ReadBandwidth(Threads());
   const double dnnl_seconds = m < 64 ? 0 : DnnlBf16Seconds(m, n, k, Threads());
   std::vector<double> seconds;
   size_t next = 0;

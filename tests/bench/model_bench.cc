@@ -1,9 +1,9 @@
 // Speed of a whole decoder with random weights, beside its floors, all in one run:
-//   - read bandwidth of a plain streaming loop, and the share of it that decode reaches
+//   - bandwidth of a plain reading loop, and the share of it that decode reaches
 //   - oneDNN alone on the prefill's matrix shapes, and the share of its rate that prefill reaches
 //   - prefill at depth 4096 against prefill at depth 0
 //
-//   model_bench [--threads N] [--config FILE-LESS OPTIONS, see --help]
+//   model_bench [--help]
 //
 // The default shape is a 1B Llama: 16 layers, 2048, 8192, 32/8 heads of 64, vocabulary 32000, BF16.
 #include <omp.h>
@@ -19,7 +19,7 @@
 
 #include "engine/kv_cache.h"
 #include "models/llama.h"
-#include "tests/bench/dnnl_peer.h"
+#include "tests/bench/floors.h"
 
 namespace innerq {
 namespace {
@@ -30,30 +30,10 @@ double Seconds(const std::function<void()>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-double Median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
 double MedianSeconds(int runs, const std::function<void()>& work) {
   std::vector<double> seconds;
   for (int i = 0; i < runs; ++i) seconds.push_back(Seconds(work));
   return Median(seconds);
-}
-
-// Bytes per second of summing 2 GiB of written memory on `threads` threads.
-double StreamBandwidth(int threads) {
-  std::vector<uint64_t> words(size_t{1} << 28);
-  std::iota(words.begin(), words.end(), uint64_t{1});
-  uint64_t total = 0;
-  const double seconds = MedianSeconds(5, [&] {
-    uint64_t sum = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static)
-    for (size_t i = 0; i < words.size(); ++i) sum += words[i];
-    total += sum;
-  });
-  CHECK(total != 0, "the sum must not be optimized away");
-  return static_cast<double>(words.size() * 8) / seconds;
 }
 
 // One sequence that owns block ids of its own and grows step by step.
@@ -134,19 +114,28 @@ struct Options {
   int decode_steps = 15;
 };
 
+// Weight matrices of one layer: N, K.
+std::vector<std::pair<int64_t, int64_t>> LayerShapes(const ModelConfig& m) {
+  return {{(m.num_heads + 2 * m.num_kv_heads) * m.head_dim, m.hidden_size},
+          {m.hidden_size, m.num_heads * m.head_dim},
+          {2 * m.intermediate_size, m.hidden_size},
+          {m.hidden_size, m.intermediate_size}};
+}
+
+// Bytes of BF16 weights that a decode step reads: all but the table of embeddings.
+double StreamedBytes(const ModelConfig& m) {
+  int64_t elements = m.vocab_size * m.hidden_size;
+  for (const auto& [n, k] : LayerShapes(m)) elements += m.num_layers * n * k;
+  return 2.0 * static_cast<double>(elements);
+}
+
 // Seconds that oneDNN alone takes for the matrix products of `rows` prefilled tokens.
 double DnnlPrefillSeconds(const Options& options, int threads) {
-  const ModelConfig& m = options.model;
-  const int64_t qkv = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim;
-  const std::vector<std::pair<int64_t, int64_t>> shapes = {
-      // N, K of one layer
-      {qkv, m.hidden_size},
-      {m.hidden_size, m.num_heads * m.head_dim},
-      {2 * m.intermediate_size, m.hidden_size},
-      {m.hidden_size, m.intermediate_size}};
   double seconds = 0;
-  for (const auto& [n, k] : shapes) seconds += DnnlBf16Seconds(options.rows, n, k, threads);
-  return seconds * static_cast<double>(m.num_layers);
+  for (const auto& [n, k] : LayerShapes(options.model)) {
+    seconds += DnnlBf16Seconds(options.rows, n, k, threads);
+  }
+  return seconds * static_cast<double>(options.model.num_layers);
 }
 
 int Run(Options options) {
@@ -157,8 +146,8 @@ int Run(Options options) {
   }
   const int threads = options.backend.threads > 0 ? options.backend.threads : omp_get_max_threads();
   std::printf("backend %s, %d threads\n", std::string((*backend)->name()).c_str(), threads);
-  const double bandwidth = StreamBandwidth(threads);
-  std::printf("streaming loop            %8.2f GB/s\n", bandwidth / 1e9);
+  const double bandwidth = ReadBandwidth(threads);
+  std::printf("reading loop              %8.2f GB/s\n", bandwidth / 1e9);
 
   const KvCacheSpec spec = *ResolveKvCacheSpec(options.cache, options.model);
   const KvLayout layout = *KvLayout::Create(spec, (*backend)->code_order());
@@ -181,10 +170,10 @@ int Run(Options options) {
     BenchSequence sequence = fresh();
     sequence.Step(64);
     const double seconds = MedianSeconds(options.decode_steps, [&] { sequence.Step(1); });
-    const double bytes = static_cast<double>((*model)->weight_bytes());
+    const double bytes = StreamedBytes(options.model);
     std::printf(
         "decode, depth 64          %8.2f tokens/s, %.2f GB of weights a token, %.1f %% of the "
-        "streaming loop\n",
+        "reading loop\n",
         1 / seconds, bytes / 1e9, 100 * bytes / seconds / bandwidth);
   }
   // Prefill and its peer in turn, so that a drift of the machine meets both.

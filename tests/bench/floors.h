@@ -1,0 +1,22 @@
+// What benchmarks are measured against, in the same run: the memory's bandwidth, and oneDNN.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace innerq {
+
+double Median(std::vector<double> values);
+double Fastest(const std::vector<double>& values);
+
+// Bytes per second of a plain loop on `threads` threads that touches every cache line of 1 GiB of
+// written memory: slices of it are timed one by one, about as long as a matrix product, and the
+// fastest counts.
+double ReadBandwidth(int threads);
+
+// Median seconds of out [M, N] F32 = x [M, K] BF16 times a packed BF16 weight [N, K], in oneDNN's
+// own choice of layouts (AMX where it finds it). Weights rotate through several written copies, so
+// that they come from memory as a model's do.
+double DnnlBf16Seconds(int64_t m, int64_t n, int64_t k, int threads);
+
+}  // namespace innerq
