@@ -34,14 +34,32 @@ void CheckSlices(const char* op, std::span<const SequenceSlice> slices, int64_t 
   CHECK(next == rows, std::string(op) + ": slices must cover all rows");
 }
 
+// Every page that a row of the slice reads must be there in the form it is read in.
+void CheckPages(const AttentionArgs& args, const SequenceSlice& slice) {
+  const PagedKvView& kv = args.kv;
+  const int64_t last = slice.first_position + slice.num_rows - 1;
+  // The sealed range only grows with the position: the last row sees the most pages sealed, the
+  // first the fewest. A page between is read in both forms.
+  const PageRange sealed = args.layout->SealedPages(last, slice.exact_before);
+  const PageRange always = args.layout->SealedPages(slice.first_position, slice.exact_before);
+  for (int64_t page = 0; page <= args.layout->PageOf(last); ++page) {
+    const PageRef ref = slice.pages[static_cast<size_t>(page)];
+    CHECK(page < sealed.begin || page >= sealed.end || ref.sealed_id >= 0,
+          "Attention: page " + std::to_string(page) + " is to be read as sealed but has no block");
+    CHECK((page >= always.begin && page < always.end) || ref.open_id >= 0,
+          "Attention: page " + std::to_string(page) + " is to be read as open but has no block");
+  }
+  CHECK(sealed.size() == 0 || kv.sealed_pages != nullptr, "Attention: no pool of sealed pages");
+  CHECK(sealed.size() == 0 || !kv.layout->normalize_keys ||
+            (slice.norm_id >= 0 && kv.key_norms != nullptr),
+        "Attention: no key norm");
+}
+
 }  // namespace
 
 void Backend::Embed(const EmbedArgs& args) {
   const int64_t rows = static_cast<int64_t>(args.token_ids.size());
-  CHECK(args.table.shape.rank() == 2 &&
-            (args.table.dtype == DType::kF32 || args.table.dtype == DType::kF16 ||
-             args.table.dtype == DType::kBF16),
-        "Embed.table: expected a floating-point matrix");
+  CHECK(args.table.shape.rank() == 2, "Embed.table: expected a matrix");
   CheckF32("Embed", "out", args.out, Shape{rows, Cols(args.table)});
   for (const int32_t id : args.token_ids) {
     CHECK(id >= 0 && id < Rows(args.table), "Embed: token id outside the vocabulary");
@@ -116,6 +134,7 @@ void Backend::Attention(const AttentionArgs& args) {
   CheckF32("Attention", "q", args.q, Shape{rows, args.num_heads * layer.head_dim});
   CheckF32("Attention", "out", args.out, args.q.shape);
   CheckSlices("Attention", args.slices, rows, layer.page_tokens);
+  for (const SequenceSlice& slice : args.slices) CheckPages(args, slice);
   if (rows > 0) DoAttention(args);
 }
 

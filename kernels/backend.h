@@ -111,7 +111,8 @@ struct RopeAppendArgs {
   TensorView q;                           // [T, H * D]
 };
 
-// norm[g][d] = sqrt(max over the pages' tokens of |K[t][g][d]|), 1 where that is 0.
+// norm[g][d] = sqrt(max over the pages' tokens of |K[t][g][d]|), 1 where that is 0, NaN where a key
+// is NaN: then Seal reports it.
 struct KeyNormArgs {
   PagedKvView kv;
   std::span<const KeyNormItem> items;

@@ -12,25 +12,22 @@ bool IsPowerOfTwo(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
 // `reduced` and `kept` are the extents of a page along the inner and the outer axis.
 Result<void> CheckSpec(const QuantSpec& spec, const std::string& name, int64_t inner,
                        int64_t outer) {
-  if (!spec.quantized()) {
-    if (spec.bits != 16) return InvalidArgument(name + ".bits must be 2, 3, 4, 8 or 16", name);
-    return {};
-  }
+  if (spec.bits == 16) return {};
   if (spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) {
-    return InvalidArgument(
-        name + ".bits must be 2, 3, 4, 8 or 16, not " + std::to_string(spec.bits), name);
+    return InvalidArgument("bits must be 2, 3, 4, 8 or 16, not " + std::to_string(spec.bits),
+                           name + ".bits");
   }
   if (spec.group_size < 8 || spec.group_size > 128 || !IsPowerOfTwo(spec.group_size)) {
     return InvalidArgument(
-        name + ".group_size must be 8, 16, 32, 64 or 128, not " + std::to_string(spec.group_size),
-        name);
+        "group_size must be 8, 16, 32, 64 or 128, not " + std::to_string(spec.group_size),
+        name + ".group_size");
   }
   const int64_t extent = spec.axis == QuantAxis::kInner ? inner : outer;
   if (extent % spec.group_size != 0) {
-    return InvalidArgument(name + ".group_size " + std::to_string(spec.group_size) +
-                               " does not divide " + std::to_string(extent) +
+    return InvalidArgument("group_size " + std::to_string(spec.group_size) + " does not divide " +
+                               std::to_string(extent) +
                                ", the extent of a page along the grouped axis",
-                           name);
+                           name + ".group_size");
   }
   return {};
 }

@@ -6,14 +6,16 @@
 // as F16, so a scale is floored at 2^-14 (below it F16 loses precision) and saturates; a group of
 // zeros has scale 0.
 //
-// Paper codec (InnerQ, arXiv 2602.23200, the authors' Python quantizer):
-//   symmetric   scale = max|x| / (2^(bits-1) - 1), u = round(x / scale) + 2^(bits-1): one code
-//   unused asymmetric  zero = min, scale = (max - min) / (2^bits - 1) hybrid      symmetric at
-//   `bits` against asymmetric at `bits - 1`, smaller sum|x - x'|, ties
-//               asymmetric
+// Paper codec (InnerQ, arXiv 2602.23200, the authors' Python quantizer). Symmetric groups have
+// scale = max|x| / (2^(bits-1) - 1) and u = round(x / scale) + 2^(bits-1), which leaves one code
+// unused. Asymmetric ones have zero = min and scale = (max - min) / (2^bits - 1). Hybrid takes
+// symmetric at `bits` or asymmetric at `bits - 1`, whichever has the smaller sum |x - x'|, ties
+// asymmetric.
+//
 // Fitted codec (ours): every code point is used and scale (and zero) minimize sum (x - x')^2 over a
 // fixed list of candidates followed by a least-squares step. A symmetric scale carries a sign, so
 // the spare code point serves the longer tail. Hybrid compares both at `bits`, ties symmetric.
+//
 // Rounding is to nearest, ties to even, everywhere. All arithmetic is in F32 without contraction,
 // in index order, so host, SIMD lanes and device give equal bits.
 //
@@ -177,6 +179,12 @@ INNERQ_INLINE void FitSymmetric(const float* x, int n, int bits, float* best_sca
       KeepBetter<L>(sums, scale, zero, best_error, best_scale, ignored);
     }
   }
+  // The paper's step as well: no group may fare worse than there.
+  for (int l = 0; l < L; ++l) {
+    scale[l] = RoundToF16(LimitScale(base[l] * half / (half - 1), bits));
+  }
+  Fit<L>(x, n, scale, zero, -half, half - 1, sums);
+  KeepBetter<L>(sums, scale, zero, best_error, best_scale, ignored);
   Fit<L>(x, n, best_scale, zero, -half, half - 1, sums);
   for (int l = 0; l < L; ++l) {
     const float exact = sums.qq[l] > 0 ? sums.xq[l] / sums.qq[l] : best_scale[l];

@@ -1,12 +1,13 @@
 // The reference backend: plain loops in the order of the formulas, sums in double. It is the
 // specification that every other backend is tested against; it is not meant to be quick.
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <utility>
 
 #include "kernels/backend.h"
+#include "kernels/cpu/host_memory.h"
 #include "kernels/float16.h"
 
 namespace innerq {
@@ -20,11 +21,7 @@ float ReadElement(const ConstTensorView& view, int64_t i) {
       return F16ToF32(view.As<uint16_t>()[i]);
     case DType::kBF16:
       return BF16ToF32(view.As<uint16_t>()[i]);
-    case DType::kI32:
-    case DType::kU8:
-      break;
   }
-  CHECK(false, "not a floating-point tensor");
   return 0;
 }
 
@@ -47,17 +44,7 @@ class ReferenceBackend final : public Backend {
   CodeOrder code_order() const override { return CodeOrder::kRowMajor; }
   bool deterministic() const override { return true; }
 
-  Result<Buffer> Allocate(int64_t bytes) override {
-    constexpr size_t kAlignment = 64;
-    const auto padded = static_cast<size_t>(RoundUp(std::max<int64_t>(bytes, 1), kAlignment));
-    void* memory = std::aligned_alloc(kAlignment, padded);
-    if (memory == nullptr) {
-      return Error{ErrorCode::kResourceExhausted,
-                   "cannot allocate " + std::to_string(bytes) + " bytes"};
-    }
-    std::memset(memory, 0, padded);
-    return Buffer(static_cast<std::byte*>(memory), bytes, [](std::byte* data) { std::free(data); });
-  }
+  Result<Buffer> Allocate(int64_t bytes) override { return AllocateHost(bytes); }
 
   Result<Buffer> Import(ConstTensorView host) override {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
@@ -202,10 +189,10 @@ class ReferenceBackend final : public Backend {
           for (const int32_t open_id : item.open_ids) {
             for (int64_t t = 0; t < layout.page_tokens; ++t) {
               const float k = F16ToF32(args.kv.OpenKeys(open_id, g)[layout.OpenKeyIndex(t, d)]);
-              largest = std::max(largest, std::fabs(k));
+              if (std::isnan(k) || std::fabs(k) > largest) largest = std::fabs(k);  // NaN stays
             }
           }
-          args.kv.KeyNorm(item.norm_id, g)[d] = largest > 0 ? std::sqrt(largest) : 1.0f;
+          args.kv.KeyNorm(item.norm_id, g)[d] = largest == 0 ? 1.0f : std::sqrt(largest);
         }
       }
     }
@@ -230,10 +217,13 @@ class ReferenceBackend final : public Backend {
     float x[kMaxGroup];
     uint8_t group_codes[kMaxGroup];
     for (int64_t j = 0; j < num_groups; ++j) {
+      bool finite = true;
       for (int i = 0; i < spec.group_size; ++i) {
         x[i] = element(i, j);
-        failed_ |= !std::isfinite(x[i]);
+        finite &= std::isfinite(x[i]);
       }
+      failed_ |= !finite;
+      if (!finite) continue;  // EncodeGroups takes finite values only
       GroupParams params;
       EncodeGroups<1>(spec, x, spec.group_size, group_codes, &params);
       const StoredParams stored = StoreParams(params, spec.bits);
@@ -245,6 +235,10 @@ class ReferenceBackend final : public Backend {
     }
   }
 
+  void CheckFinite(const uint16_t* halves, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) failed_ |= !std::isfinite(F16ToF32(halves[i]));
+  }
+
   void SealKeys(const PagedKvView& kv, const SealItem& item, int64_t g) {
     const KvLayerLayout& layout = *kv.layout;
     const QuantSpec& spec = layout.key;
@@ -252,6 +246,7 @@ class ReferenceBackend final : public Backend {
     std::byte* to = kv.SealedHead(item.sealed_id, g);
     const int64_t tokens = layout.page_tokens, dim = layout.head_dim;
     if (!spec.quantized()) {
+      CheckFinite(from, tokens * dim);
       std::memcpy(to + layout.key_codes, from, static_cast<size_t>(tokens * dim * 2));
       return;
     }
@@ -288,6 +283,7 @@ class ReferenceBackend final : public Backend {
     std::byte* to = kv.SealedHead(item.sealed_id, g);
     const int64_t tokens = layout.page_tokens, dim = layout.head_dim;
     if (!spec.quantized()) {
+      for (int64_t t = 0; t < tokens; ++t) CheckFinite(from + layout.OpenValueIndex(t, 0), dim);
       std::memcpy(to + layout.value_codes, from,
                   static_cast<size_t>(tokens * layout.padded_dim() * 2));
       return;

@@ -9,15 +9,16 @@
 
 namespace innerq {
 
-// What the caller should do about a failure; the server maps each to one HTTP status.
+// What the caller should do about a failure. To HTTP clients the first is a 400, resource exhausted
+// and unavailable are a 503, the others a 500.
 enum class ErrorCode {
-  kInvalidArgument,    // the input is wrong and will stay wrong: 400
-  kNotFound,           // what was named does not exist: 404
-  kResourceExhausted,  // a limit was reached; later may work: 429
-  kCancelled,          // the asker went away: 499
-  kUnavailable,        // not now (loading, draining, device lost): 503
-  kDataLoss,           // stored data is damaged: 500
-  kInternal,           // a defect of ours: 500
+  kInvalidArgument,    // the input is wrong and will stay wrong
+  kNotFound,           // what was named does not exist
+  kResourceExhausted,  // a limit was reached; later may work
+  kCancelled,          // the asker went away
+  kUnavailable,        // not now (loading, draining, device lost)
+  kDataLoss,           // stored data is damaged
+  kInternal,           // a defect of ours
 };
 
 // A failure: its code, a message that says what was expected and what was found, and, where one
@@ -47,15 +48,6 @@ namespace internal {
       ::innerq::internal::CheckFailed(__FILE__, __LINE__, #condition, (message)); \
     }                                                                             \
   } while (false)
-
-// CHECK for hot loops: off when NDEBUG is defined.
-#ifdef NDEBUG
-#define DCHECK(condition, message) \
-  do {                             \
-  } while (false)
-#else
-#define DCHECK(condition, message) CHECK(condition, message)
-#endif
 
 // A value or an Error, never both. Reading the absent one is a CHECK.
 template <typename T>

@@ -14,18 +14,15 @@
 
 namespace innerq {
 
-enum class DType { kF32, kF16, kBF16, kI32, kU8 };
+enum class DType { kF32, kF16, kBF16 };
 
 constexpr int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
     case DType::kF32:
-    case DType::kI32:
       return 4;
     case DType::kF16:
     case DType::kBF16:
       return 2;
-    case DType::kU8:
-      return 1;
   }
   return 0;
 }
@@ -38,10 +35,6 @@ constexpr const char* DTypeName(DType dtype) {
       return "F16";
     case DType::kBF16:
       return "BF16";
-    case DType::kI32:
-      return "I32";
-    case DType::kU8:
-      return "U8";
   }
   return "?";
 }
@@ -108,12 +101,6 @@ struct TensorView {
     return reinterpret_cast<T*>(data);
   }
   operator ConstTensorView() const { return {data, dtype, shape}; }  // NOLINT: borrow weaker
-
-  // The first `rows` of the outermost extent.
-  TensorView FirstRows(int64_t rows) const {
-    CHECK(shape.rank() == 2 && rows <= shape[0], "FirstRows needs a matrix with enough rows");
-    return {data, dtype, Shape{rows, shape[1]}};
-  }
 };
 
 // Owns a piece of one backend's memory; move-only; freed by the deleter the backend gave it.

@@ -3,6 +3,7 @@
 // A panel of codes [inner/4][16 outer][4 inner] is a B tile as it lies; a block of IntegerRows,
 // eight rows of high and eight of low bytes, is an A tile. A step multiplies two blocks by two
 // panels.
+#include "kernels/cpu/amx_tiles.h"
 #include "kernels/cpu/attention_ops.h"
 
 #if defined(__x86_64__)
@@ -24,15 +25,6 @@ constexpr int64_t kTileSize = 16 * kTileRowBytes;
 constexpr int64_t kMinDepth = 32;
 constexpr int64_t kMinRows = 16;
 
-// The memory image of LDTILECFG: Intel SDM volume 1, table 18-1.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles 0 to 3: sums of two blocks by two panels; 4 and 5: rows; 6 and 7: codes. Entry i is for a
 // depth of 4 * i inner elements.
 constexpr std::array<TileConfig, 17> MakeTileConfigs() {
@@ -46,7 +38,6 @@ constexpr std::array<TileConfig, 17> MakeTileConfigs() {
   }
   return configs;
 }
-// Static: g++ 12 drops the stores to a local configuration.
 constexpr std::array<TileConfig, 17> kTileConfigs = MakeTileConfigs();
 
 // The largest number of inner elements that tiles can take at a time.

@@ -69,10 +69,11 @@ struct QuantizeArgs {
   const float* factors = nullptr;  // [n], readable (and finite) up to stride; null: all one
   const float* zeros = nullptr;    // likewise; null: no constants
   int64_t group_size = 0;          // N
-  IntegerRows rows;                // [R][n]; bytes from n to stride become zero
-  float* scales = nullptr;         // [R]
-  int32_t* sums = nullptr;         // [R][n/N] sums of the integers of a group
-  float* constants = nullptr;      // [R] sum of x[r] * zeros; written if zeros is set
+  // [R][n]; bytes from n to the next multiple of 16 become zero, those up to one of 32 may.
+  IntegerRows rows;
+  float* scales = nullptr;     // [R]
+  int32_t* sums = nullptr;     // [R][n/N] sums of the integers of a group
+  float* constants = nullptr;  // [R] sum of x[r] * zeros; written if zeros is set
 };
 
 // dots[r - row_begin][g][o] = sum over i in group g of codes(o, i) * rows[r][i], for outer elements
@@ -143,11 +144,12 @@ struct SoftmaxArgs {
   const int32_t* visible = nullptr;  // [R] tokens that a row sees, at least 1; null: all
   int64_t num_rows = 0;              // R
   AttentionState state;
-  float* keep = nullptr;    // [kTileRows]
-  float* add = nullptr;     // [kTileRows]
-  IntegerRows rows;         // SoftmaxToIntegers: p in units of 1 / kMaxRowInteger (as is `add`)
-  int64_t group_size = 0;   // likewise: N
-  int32_t* sums = nullptr;  // likewise: [R][T/N] sums of the integers of a group
+  float* keep = nullptr;   // [kTileRows]
+  float* add = nullptr;    // [kTileRows]
+  IntegerRows rows;        // SoftmaxToIntegers: p in units of 1 / kMaxRowInteger (as is `add`)
+  int64_t group_size = 0;  // likewise: N
+  // Likewise: [R][T/N] sums of the integers of a group, writable up to the next multiple of 16.
+  int32_t* sums = nullptr;
 };
 
 struct AttentionOps {

@@ -100,14 +100,16 @@ void TileAttention::StartPrefetch(int64_t page) {
   prefetch_at_ =
       sealed ? args_.kv.SealedHead(ref.sealed_id, tile_.kv_head)
              : reinterpret_cast<const std::byte*>(args_.kv.OpenKeys(ref.open_id, tile_.kv_head));
-  prefetch_end_ = prefetch_at_ + (sealed ? layer_.sealed_head_bytes : layer_.open_head_bytes);
+  prefetch_bytes_ = sealed ? layer_.sealed_head_bytes : layer_.open_head_bytes;
 }
 
 void TileAttention::PrefetchMore() {
   constexpr int64_t kCacheLine = 64;
   constexpr int64_t kPart = 8 * kCacheLine;
-  const std::byte* end = std::min(prefetch_end_, prefetch_at_ + kPart);
-  for (; prefetch_at_ < end; prefetch_at_ += kCacheLine) __builtin_prefetch(prefetch_at_);
+  const int64_t bytes = std::min(kPart, prefetch_bytes_);
+  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(prefetch_at_ + at);
+  prefetch_at_ += bytes;
+  prefetch_bytes_ -= bytes;
 }
 
 TileAttention::CodedSide TileAttention::Keys(const std::byte* head) const {

@@ -120,7 +120,7 @@ class TileAttention {
   const int64_t padded_dim_;
   const IntegerRows query_rows_, folded_rows_, weight_rows_;
   const std::byte* prefetch_at_ = nullptr;  // of the next page's bytes, those not yet asked for
-  const std::byte* prefetch_end_ = nullptr;
+  int64_t prefetch_bytes_ = 0;
 };
 
 }  // namespace innerq

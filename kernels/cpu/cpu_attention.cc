@@ -1,16 +1,15 @@
 #include "kernels/cpu/cpu_attention.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
+#include <new>
+#include <string>
 #include <vector>
 
 #include "kernels/cpu/attention_ops.h"
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/seal.h"
+#include "kernels/cpu/thread_index.h"
 
 namespace innerq {
 namespace {
@@ -19,14 +18,11 @@ namespace {
 // the segments' states are merged in order. So a row's sums are the same whether one thread takes
 // all segments or each goes to another.
 constexpr int64_t kSegmentTokens = 2048;
-constexpr int64_t kPartsPerThread = 8;  // states of segments that may wait for their merge
+constexpr size_t kPartsPerThread = 8;  // states of segments that may wait for their merge
 
-int ThreadIndex() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
+template <typename T>
+void Grow(std::vector<std::unique_ptr<T>>& scratch, size_t count) {
+  while (scratch.size() < count) scratch.push_back(std::make_unique<T>());
 }
 
 class CpuAttentionImpl final : public CpuAttention {
@@ -36,19 +32,29 @@ class CpuAttentionImpl final : public CpuAttention {
     CHECK(threads > 0, "CpuAttention needs a thread");
   }
 
-  void Reserve(const StepLimits& limits) override {
-    CHECK(limits.max_head_dim <= kMaxInner && limits.max_group <= kTileRows,
-          "CpuAttention: head_dim or query heads per key/value head above what tiles hold");
-    tiles_.reserve(static_cast<size_t>(limits.max_rows));
-    while (tile_scratch_.size() < static_cast<size_t>(threads_)) {
-      tile_scratch_.push_back(std::make_unique<TileScratch>());
-      seal_scratch_.push_back(std::make_unique<SealScratch>());
-      half_scratch_.push_back(std::make_unique<HeadScratch>());
+  Result<void> Reserve(const StepLimits& limits) override {
+    if (limits.max_head_dim > kMaxInner) {
+      return InvalidArgument("head_dim must be at most " + std::to_string(kMaxInner) + ", not " +
+                             std::to_string(limits.max_head_dim));
     }
-    while (parts_.size() < static_cast<size_t>(threads_ * kPartsPerThread)) {
-      parts_.push_back(std::make_unique<AttentionStateBuffer>());
-      totals_.push_back(std::make_unique<AttentionStateBuffer>());
+    if (limits.max_group > kTileRows) {
+      return InvalidArgument("num_attention_heads / num_key_value_heads must be at most " +
+                             std::to_string(kTileRows) + ", not " +
+                             std::to_string(limits.max_group));
     }
+    const auto threads = static_cast<size_t>(threads_);
+    try {
+      tiles_.reserve(static_cast<size_t>(limits.max_rows));
+      Grow(tile_scratch_, threads);
+      Grow(seal_scratch_, threads);
+      Grow(half_scratch_, threads);
+      Grow(parts_, threads * kPartsPerThread);
+      Grow(totals_, threads * kPartsPerThread);
+    } catch (const std::bad_alloc&) {
+      return Error{ErrorCode::kResourceExhausted, "not enough memory for the attention of " +
+                                                      std::to_string(threads_) + " threads"};
+    }
+    return {};
   }
 
   void RopeAppend(const RopeAppendArgs& args) override {

@@ -16,8 +16,9 @@ class CpuAttention {
   static std::unique_ptr<CpuAttention> Create(CpuIsa isa, int threads);
   virtual ~CpuAttention() = default;
 
-  // Sizes the scratch memory of all threads; nothing else allocates.
-  virtual void Reserve(const StepLimits& limits) = 0;
+  // Sizes the scratch memory of all threads; nothing else allocates. Errors: invalid argument for
+  // more query heads per key/value head, or channels, than a tile holds; resource exhausted.
+  virtual Result<void> Reserve(const StepLimits& limits) = 0;
   virtual void RopeAppend(const RopeAppendArgs& args) = 0;
   virtual void ComputeKeyNorm(const KeyNormArgs& args) = 0;
   // False if a page held a non-finite value.

@@ -14,6 +14,7 @@
 #include "kernels/cpu/matmul_dnnl.h"
 #include "kernels/cpu/matmul_pack.h"
 #include "kernels/cpu/op_table.h"
+#include "kernels/cpu/thread_index.h"
 
 namespace innerq {
 namespace {
@@ -24,14 +25,6 @@ constexpr int64_t kSerialWeights = 64 * 1024;    // elements of a product's weig
 constexpr int64_t kSerialProducts = 512 * 1024;  // its multiply-adds
 // Tasks per thread that a product is cut into, so that a thread that lags behind costs little.
 constexpr int64_t kTasksPerThread = 4;
-
-int ThreadIndex() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // `requested` threads, or for 0 as many as there are cores this process may run on. One in a build
 // without OpenMP.
@@ -64,15 +57,12 @@ Result<CpuIsa> ChooseIsa(const std::string& variant) {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(CpuIsa isa, int threads, bool deterministic)
+  CpuBackend(CpuIsa isa, int threads, std::unique_ptr<DnnlMatMul> dnnl)
       : name_("cpu/" + std::string(CpuIsaName(isa))),
         ops_(OpTableFor(isa)),
         threads_(threads),
-        attention_(CpuAttention::Create(isa, threads)) {
-    if (!deterministic && isa == SupportedCpuIsas().front()) {
-      dnnl_ = std::make_unique<DnnlMatMul>(threads);
-    }
-  }
+        attention_(CpuAttention::Create(isa, threads)),
+        dnnl_(std::move(dnnl)) {}
 
   std::string_view name() const override { return name_; }
   CodeOrder code_order() const override { return CodeOrder::kPanel16; }
@@ -126,8 +116,7 @@ class CpuBackend final : public Backend {
     if (scratch_.bytes() == 0) {
       ASSIGN_OR_RETURN(scratch_, Allocate(threads_ * kTaskScratchBytes));
     }
-    attention_->Reserve(limits);
-    return {};
+    return attention_->Reserve(limits);
   }
 
   Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
@@ -288,8 +277,12 @@ Result<std::unique_ptr<Backend>> CreateCpuBackend(const BackendOptions& options)
         "the number of threads must be 0 or more, not " + std::to_string(options.threads),
         "backend.threads");
   }
-  return std::unique_ptr<Backend>(
-      std::make_unique<CpuBackend>(isa, NumThreads(options.threads), options.deterministic));
+  const int threads = NumThreads(options.threads);
+  std::unique_ptr<DnnlMatMul> dnnl;
+  if (!options.deterministic && isa == SupportedCpuIsas().front()) {
+    ASSIGN_OR_RETURN(dnnl, DnnlMatMul::Create(threads));
+  }
+  return std::unique_ptr<Backend>(std::make_unique<CpuBackend>(isa, threads, std::move(dnnl)));
 }
 
 }  // namespace innerq

@@ -20,16 +20,31 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kLargeBytes = 2 * kHugePage;
 
-// Memory that can be used without swapping, in bytes, from /proc/meminfo; unlimited if unknown.
-int64_t AvailableBytes() {
-  std::ifstream meminfo("/proc/meminfo");
-  std::string key;
-  int64_t kib = 0;
-  std::string rest;
-  while (meminfo >> key >> kib && std::getline(meminfo, rest)) {
-    if (key == "MemAvailable:") return kib * 1024;
+// The number behind `name` at the start of a line of a file; -1 if there is none.
+int64_t Field(const char* path, const std::string& name) {
+  std::ifstream file(path);
+  std::string key, rest;
+  int64_t number = 0;
+  while (file >> key >> number && std::getline(file, rest)) {
+    if (key == name) return number;
   }
-  return std::numeric_limits<int64_t>::max();
+  return -1;
+}
+
+// Memory that can be used without swapping, in bytes: of the machine and, in a container with a
+// limit (cgroup v2), of that. Unlimited if unknown.
+int64_t AvailableBytes() {
+  int64_t available = std::numeric_limits<int64_t>::max();
+  const int64_t kib = Field("/proc/meminfo", "MemAvailable:");
+  if (kib >= 0) available = kib * 1024;
+  int64_t limit = 0, used = 0;  // the limit may read "max"
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
+      std::ifstream("/sys/fs/cgroup/memory.current") >> used) {
+    // Pages of files that were read count as used but make way.
+    const int64_t cached = Field("/sys/fs/cgroup/memory.stat", "inactive_file");
+    available = std::min(available, limit - used + std::max<int64_t>(cached, 0));
+  }
+  return available;
 }
 
 }  // namespace

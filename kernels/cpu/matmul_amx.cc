@@ -3,6 +3,7 @@
 // Activations are BF16 tiles [M/16][K/32][16 rows][32 k]; with M < 16 a tile has M rows. A tile
 // product adds 16 pairs of k to its F32 sums in order, each row by itself; sums that wait between
 // two spans of k are stored as F32. So the order over k is one for every M and every task.
+#include "kernels/cpu/amx_tiles.h"
 #include "kernels/cpu/op_table.h"
 
 #if defined(__x86_64__)
@@ -34,15 +35,6 @@ constexpr int64_t kLineBytes = 64;
 
 static_assert(kTaskRows / kBlockRows * kTaskPanels * kBlockBytes <= kTaskScratchBytes);
 
-// The memory image of LDTILECFG: Intel SDM volume 1, table 18-1.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles: 0 and 1 the sums of the first 16 rows by two times 16 outputs, 2 and 3 of the second 16
 // rows; 4 and 5 activations of both; 6 and 7 weights. Entry r is for activations with r rows.
 constexpr std::array<TileConfig, kRowTile + 1> MakeTileConfigs() {
@@ -55,7 +47,6 @@ constexpr std::array<TileConfig, kRowTile + 1> MakeTileConfigs() {
   }
   return configs;
 }
-// Static: g++ 12 drops the stores to a local configuration.
 constexpr std::array<TileConfig, kRowTile + 1> kTileConfigs = MakeTileConfigs();
 
 INNERQ_TARGET void Pack(const float* x, int64_t rows, int64_t block_rows, int64_t k,

@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "kernels/cpu/host_memory.h"
@@ -21,6 +22,9 @@ namespace {
 
 using Memory = dnnl::memory;
 
+// Every M has plans of its own, so chunks of changing length would add to them without end: beyond
+// this many all are dropped, and those in use made anew.
+constexpr size_t kMaxPlans = 64;
 constexpr int64_t kLayoutRows = 512;  // M that the weight layout is chosen for; it serves every M
 
 Memory::data_type TypeOf(WeightFormat format) {
@@ -76,6 +80,7 @@ struct DnnlMatMul::State {
   const Plan& PlanOf(const PlanKey& key) {
     const auto found = plans.find(key);
     if (found != plans.end()) return found->second;
+    if (plans.size() >= kMaxPlans) plans.clear();
     const auto x = Plain(key.m, key.k, TypeOf(key.format));
     const auto weight = WeightLayout(key.format, key.n, key.k);
     const auto out = Plain(key.m, key.n, Memory::data_type::f32);
@@ -93,9 +98,17 @@ struct DnnlMatMul::State {
   }
 };
 
-DnnlMatMul::DnnlMatMul(int threads) : state_(std::make_unique<State>()) {
-  state_->threads = threads;
+Result<std::unique_ptr<DnnlMatMul>> DnnlMatMul::Create(int threads) {
+  try {
+    auto state = std::make_unique<State>();
+    state->threads = threads;
+    return std::make_unique<DnnlMatMul>(std::move(state));
+  } catch (const dnnl::error& error) {
+    return DnnlError(error);
+  }
 }
+
+DnnlMatMul::DnnlMatMul(std::unique_ptr<State> state) : state_(std::move(state)) {}
 DnnlMatMul::~DnnlMatMul() = default;
 
 bool DnnlMatMul::Handles(WeightFormat format) const {

@@ -13,8 +13,12 @@ namespace innerq {
 // of rows. It picks its instructions for the machine, whatever variant the backend runs, and so
 // serves the machine's best variant only. One thread at a time may call it.
 class DnnlMatMul {
+  struct State;
+
  public:
-  explicit DnnlMatMul(int threads);
+  // Errors: internal from oneDNN.
+  static Result<std::unique_ptr<DnnlMatMul>> Create(int threads);
+  explicit DnnlMatMul(std::unique_ptr<State> state);
   ~DnnlMatMul();
 
   // True for formats that oneDNN multiplies here without widening: F32 always, BF16 where the
@@ -33,7 +37,6 @@ class DnnlMatMul {
   Result<void> Run(const MatMulArgs& args, std::byte* scratch);
 
  private:
-  struct State;
   std::unique_ptr<State> state_;
 };
 

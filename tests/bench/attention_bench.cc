@@ -175,7 +175,7 @@ class DecodeSteps {
         q_(RandomFloats(model.heads * model.head_dim, 2)),
         out_(q_.size()),
         slice_{0, 1, tokens - 1, cache_.pages(), 0, 0} {
-    attention_->Reserve({});
+    CHECK(attention_->Reserve({}).ok(), "no memory");
   }
 
   const KvLayout& layout() const { return cache_.layout(); }
@@ -246,7 +246,7 @@ void Prefill(benchmark::State& state, CpuIsa isa, int threads, Model model, Form
                      known.sealed_id >= 0 ? known.sealed_id : p % num_sealed});
   }
   auto attention = CpuAttention::Create(isa, threads);
-  attention->Reserve({});
+  CHECK(attention->Reserve({}).ok(), "no memory");
   std::vector<float> q = RandomFloats(kRows * model.heads * model.head_dim, 2), out(q.size());
   const SequenceSlice slice{0, kRows, depth, pages, 0, 0};
   int64_t layer = 0;
@@ -268,7 +268,7 @@ void Prefill(benchmark::State& state, CpuIsa isa, int threads, Model model, Form
 void Seal(benchmark::State& state, CpuIsa isa, int threads, Model model, Format format) {
   Cache cache(model, format, 256);
   auto attention = CpuAttention::Create(isa, threads);
-  attention->Reserve({});
+  CHECK(attention->Reserve({}).ok(), "no memory");
   const SealItem item{1, 1, 0};
   int64_t layer = 0;
   for (auto _ : state) {

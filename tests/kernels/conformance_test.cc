@@ -22,6 +22,7 @@ constexpr uint64_t kSeed = 20260223;
 constexpr double kU = 0x1p-24;  // unit roundoff of F32
 constexpr size_t kGuard = 256;
 constexpr std::byte kGuardByte{0xa5};
+constexpr uint16_t kHalfInfinity = 0x7c00, kHalfNaN = 0x7e00;  // of F16
 
 std::vector<float> Normal(std::mt19937_64& random, int64_t n, float scale = 1.0f) {
   std::normal_distribution<float> normal(0.0f, scale);
@@ -77,6 +78,21 @@ std::string Compare(Guarded& expected, Guarded& actual, int64_t n, const std::st
   }
   if (n > 0 && largest < 1e-2) return what + ": the case is trivial, its largest output is tiny";
   return "";
+}
+
+// The bound of an element adds up the worst of every rounding. Errors of independent sign add as
+// squares, so all outputs together must be far closer: well below one byte's 2^-8.
+std::string CompareRms(Guarded& expected, Guarded& actual, int64_t n, const std::string& what) {
+  constexpr double kRelative = 4e-4;
+  double squares = 0, errors = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double want = expected.data()[i], difference = want - actual.data()[i];
+    squares += want * want;
+    errors += difference * difference;
+  }
+  const double relative = std::sqrt(errors / squares);
+  const bool near = relative <= kRelative;
+  return near ? "" : what + ": relative RMS error " + std::to_string(relative);
 }
 
 #define RETURN_IF_WRONG(expression)                                     \
@@ -277,17 +293,19 @@ struct Cache {
   int32_t OpenId(int64_t position) const {
     return table[static_cast<size_t>(layout.PageOf(position))].open_id;
   }
-  // Norm slot 1 of this sequence, then every page that a query at `position` sees as sealed.
+  // Into norm slot 1.
+  void ComputeKeyNorm(Backend& backend) {
+    KeyNormItem item{1, {}};
+    for (int64_t p = layout.KeyNormPages().begin; p < layout.KeyNormPages().end; ++p) {
+      item.open_ids.push_back(table[static_cast<size_t>(p)].open_id);
+    }
+    backend.ComputeKeyNorm({view(), {&item, 1}});
+  }
+  // The key norm, then every page that a query at `position` sees as sealed.
   void SealUpTo(Backend& backend, int64_t position) {
     const PageRange range = layout.SealedPages(position);
     if (range.size() == 0) return;
-    if (layout.layer(0).normalize_keys) {
-      KeyNormItem item{1, {}};
-      for (int64_t p = layout.KeyNormPages().begin; p < layout.KeyNormPages().end; ++p) {
-        item.open_ids.push_back(table[static_cast<size_t>(p)].open_id);
-      }
-      backend.ComputeKeyNorm({view(), {&item, 1}});
-    }
+    if (layout.layer(0).normalize_keys) ComputeKeyNorm(backend);
     std::vector<SealItem> items;
     for (int64_t p = range.begin; p < range.end; ++p) {
       const PageRef ref = table[static_cast<size_t>(p)];
@@ -340,6 +358,7 @@ std::vector<CacheCase> CacheCases() {
        spec(4, 8, {4, kAsymmetric, kInner, 8, kFitted}, {4, kAsymmetric, kInner, 8, kFitted}, true),
        2},
       {"keys 16, values 2", spec(1, 64, f16, {2, kSymmetric, kInner, 32, kFitted}, false), 4},
+      {"keys 3, values 16", spec(1, 64, sym3, f16, true), 4},
   };
 }
 
@@ -360,138 +379,137 @@ void Fill(Cache& a, Cache& b, int64_t tokens) {
   }
 }
 
-std::string CheckRopeAppend(Backend& candidate) {
+std::string CheckRopeAppend(Backend& candidate, const CacheCase& c) {
   std::mt19937_64 random(kSeed);
-  for (const CacheCase& c : CacheCases()) {
-    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
-    Cache want(*reference, c.spec, 4), got(candidate, c.spec, 4);
-    const int64_t dim = c.spec.head_dim, heads = c.spec.kv_heads * c.group;
-    const int64_t rows = 35, first = 30;  // crosses two page borders
-    const std::vector<float> qkv = Normal(random, rows * (heads + 2 * c.spec.kv_heads) * dim);
-    std::vector<float> cos, sin;
-    for (int64_t i = 0; i < rows * dim / 2; ++i) {
-      cos.push_back(std::cos(static_cast<float>(i)));
-      sin.push_back(std::sin(static_cast<float>(i)));
-    }
-    // Two sequences' slices share the rows; the second starts a page of its own.
-    std::vector<PageRef> other = {{want.table[3].open_id, -1}};
-    Guarded want_q(Shape{rows, heads * dim}), got_q(Shape{rows, heads * dim});
-    const auto append = [&](Backend& backend, Cache& cache, Guarded& q) {
-      const std::vector<SequenceSlice> slices = {{0, rows - 2, first, cache.table, -1, 0},
-                                                 {rows - 2, 2, 7, other, -1, 0}};
-      backend.RopeAppend({View(qkv, Shape{rows, (heads + 2 * c.spec.kv_heads) * dim}),
-                          View(cos, Shape{rows, dim / 2}), View(sin, Shape{rows, dim / 2}),
-                          cache.view(), slices, q.view()});
-    };
-    append(*reference, want, want_q);
-    append(candidate, got, got_q);
-    RETURN_IF_WRONG(Failed(candidate, "RopeAppend"));
-    // Two products and a sum of numbers below 6.
-    RETURN_IF_WRONG(Compare(want_q, got_q, rows * heads * dim, "RopeAppend.q " + c.name,
-                            [](int64_t) { return 4 * kU * 12; }));
-    for (int64_t p = 0; p < 4 * 32; ++p) {
-      const bool written =
-          (p >= first && p < first + rows - 2) || p == 3 * 32 + 7 || p == 3 * 32 + 8;
-      for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
-        for (int64_t d = 0; d < dim; ++d) {
-          const float key = F16ToF32(want.Key(p, g, d)), key_got = F16ToF32(got.Key(p, g, d));
-          // A sum near a rounding border may round either way: one unit of F16.
-          const bool key_near = written
-                                    ? std::fabs(key - key_got) <= 0x1p-10 * std::fabs(key) + 0x1p-24
-                                    : want.Key(p, g, d) == got.Key(p, g, d);
-          if (!key_near || want.Value(p, g, d) != got.Value(p, g, d)) {
-            return "RopeAppend cache " + c.name + ": position " + std::to_string(p) + ", channel " +
-                   std::to_string(d) + ": key " + std::to_string(key) + " " +
-                   std::to_string(key_got);
-          }
-        }
-      }
-    }
-  }
-  return "";
-}
-
-std::string CheckComputeKeyNorm(Backend& candidate) {
-  for (const CacheCase& c : CacheCases()) {
-    if (!c.spec.layers[0].normalize_keys) continue;
-    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
-    Cache want(*reference, c.spec, 6), got(candidate, c.spec, 6);
-    Fill(want, got, 6 * 32);
-    for (int64_t p = 0; p < 6 * 32; ++p) {  // a channel that is always 0 keeps norm 1
-      want.Key(p, 0, 2) = got.Key(p, 0, 2) = 0;
-    }
-    want.SealUpTo(*reference, 6 * 32 - 1);
-    got.SealUpTo(candidate, 6 * 32 - 1);
-    RETURN_IF_WRONG(Failed(candidate, "ComputeKeyNorm"));
-    for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
-      for (int64_t d = 0; d < c.spec.head_dim; ++d) {
-        const float expected = want.view().KeyNorm(1, g)[d], actual = got.view().KeyNorm(1, g)[d];
-        if (!(expected == actual)) {
-          return "ComputeKeyNorm " + c.name + " channel " + std::to_string(d) + ": expected " +
-                 std::to_string(expected) + ", got " + std::to_string(actual);
-        }
-      }
-    }
-    if (want.view().KeyNorm(1, 0)[2] != 1.0f) return "ComputeKeyNorm: a zero channel needs norm 1";
-  }
-  return "";
-}
-
-std::string CheckSeal(Backend& candidate) {
-  for (const CacheCase& c : CacheCases()) {
-    if (!c.spec.layers[0].key.quantized() && !c.spec.layers[0].value.quantized()) continue;
-    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
-    const int64_t pages = 8;
-    Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
-    Fill(want, got, pages * 32);
-    for (int64_t p = 40; p < 48; ++p) {  // all-zero groups and one huge outlier
-      for (int64_t d = 0; d < c.spec.head_dim; ++d) {
-        want.Value(p, 0, d) = got.Value(p, 0, d) = 0;
-        want.Key(p, 0, d) = got.Key(p, 0, d) = 0;
-      }
-    }
-    want.Value(50, 0, 1) = got.Value(50, 0, 1) = F32ToF16(10000.0f);
-    const int64_t position = pages * 32 - 1;
-    want.SealUpTo(*reference, position);
-    got.SealUpTo(candidate, position);
-    RETURN_IF_WRONG(Failed(candidate, "Seal"));
-    const PageRange sealed = want.layout.SealedPages(position);
-    const KvLayerLayout& layer = want.layout.layer(0);
-    for (int64_t page = 0; page < pages; ++page) {
-      const bool is_sealed = page >= sealed.begin && page < sealed.end;
-      for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
-        if (!is_sealed) {  // not one byte of it may change
-          const std::byte* bytes = got.view().SealedHead(page, g);
-          for (int64_t i = 0; i < layer.sealed_head_bytes; ++i) {
-            if (bytes[i] != std::byte{0xff}) return "Seal " + c.name + ": wrote to another page";
-          }
-          continue;
-        }
-        for (int64_t t = 0; t < 32; ++t) {
-          for (int64_t d = 0; d < c.spec.head_dim; ++d) {
-            const float key = DecodeSealedKey(want.view(), page, g, t, d);
-            const float value = DecodeSealedValue(want.view(), page, g, t, d);
-            // Equal decodes of every element mean equal codes, scales and zeros.
-            if (!(key == DecodeSealedKey(got.view(), page, g, t, d)) ||
-                !(value == DecodeSealedValue(got.view(), page, g, t, d))) {
-              return "Seal " + c.name + ": page " + std::to_string(page) + " token " +
-                     std::to_string(t) + " channel " + std::to_string(d);
-            }
-          }
-        }
-      }
-    }
-  }
-  // Non-finite input must surface.
-  const CacheCase c = CacheCases()[1];
   const std::unique_ptr<Backend> reference = CreateReferenceBackend();
-  Cache bad(candidate, c.spec, 8), other(*reference, c.spec, 8);
-  Fill(bad, other, 8 * 32);
-  bad.Value(40, 1, 3) = 0x7c00;  // infinity
-  bad.SealUpTo(candidate, 8 * 32 - 1);
-  const Result<void> result = candidate.Synchronize();
-  if (result.ok()) return "Seal: an infinite value went unnoticed";
-  if (!candidate.Synchronize().ok()) return "Synchronize: the error was not cleared";
+  Cache want(*reference, c.spec, 4), got(candidate, c.spec, 4);
+  const int64_t dim = c.spec.head_dim, heads = c.spec.kv_heads * c.group;
+  const int64_t rows = 35, first = 30;  // crosses two page borders
+  const std::vector<float> qkv = Normal(random, rows * (heads + 2 * c.spec.kv_heads) * dim);
+  std::vector<float> cos, sin;
+  for (int64_t i = 0; i < rows * dim / 2; ++i) {
+    cos.push_back(std::cos(static_cast<float>(i)));
+    sin.push_back(std::sin(static_cast<float>(i)));
+  }
+  // Two sequences' slices share the rows; the second starts a page of its own.
+  std::vector<PageRef> other = {{want.table[3].open_id, -1}};
+  Guarded want_q(Shape{rows, heads * dim}), got_q(Shape{rows, heads * dim});
+  const auto append = [&](Backend& backend, Cache& cache, Guarded& q) {
+    const std::vector<SequenceSlice> slices = {{0, rows - 2, first, cache.table, -1, 0},
+                                               {rows - 2, 2, 7, other, -1, 0}};
+    backend.RopeAppend({View(qkv, Shape{rows, (heads + 2 * c.spec.kv_heads) * dim}),
+                        View(cos, Shape{rows, dim / 2}), View(sin, Shape{rows, dim / 2}),
+                        cache.view(), slices, q.view()});
+  };
+  append(*reference, want, want_q);
+  append(candidate, got, got_q);
+  RETURN_IF_WRONG(Failed(candidate, "RopeAppend"));
+  // Two products and a sum of numbers below 6.
+  RETURN_IF_WRONG(Compare(want_q, got_q, rows * heads * dim, "RopeAppend.q " + c.name,
+                          [](int64_t) { return 4 * kU * 12; }));
+  for (int64_t p = 0; p < 4 * 32; ++p) {
+    const bool written = (p >= first && p < first + rows - 2) || p == 3 * 32 + 7 || p == 3 * 32 + 8;
+    for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+      for (int64_t d = 0; d < dim; ++d) {
+        const float key = F16ToF32(want.Key(p, g, d)), key_got = F16ToF32(got.Key(p, g, d));
+        // A sum near a rounding border may round either way: one unit of F16.
+        const bool key_near = written
+                                  ? std::fabs(key - key_got) <= 0x1p-10 * std::fabs(key) + 0x1p-24
+                                  : want.Key(p, g, d) == got.Key(p, g, d);
+        if (!key_near || want.Value(p, g, d) != got.Value(p, g, d)) {
+          return "RopeAppend cache " + c.name + ": position " + std::to_string(p) + ", channel " +
+                 std::to_string(d) + ": key " + std::to_string(key) + " " + std::to_string(key_got);
+        }
+      }
+    }
+  }
+  return "";
+}
+
+std::string CheckComputeKeyNorm(Backend& candidate, const CacheCase& c) {
+  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+  Cache want(*reference, c.spec, 6), got(candidate, c.spec, 6);
+  Fill(want, got, 6 * 32);
+  for (int64_t p = 0; p < 6 * 32; ++p) {  // a channel that is always 0 keeps norm 1
+    want.Key(p, 0, 2) = got.Key(p, 0, 2) = 0;
+  }
+  want.Key(50, 0, 3) = got.Key(50, 0, 3) = kHalfNaN;  // of a channel whose other keys are finite
+  want.ComputeKeyNorm(*reference);
+  got.ComputeKeyNorm(candidate);
+  RETURN_IF_WRONG(Failed(candidate, "ComputeKeyNorm"));
+  for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+    for (int64_t d = 0; d < c.spec.head_dim; ++d) {
+      const float expected = want.view().KeyNorm(1, g)[d], actual = got.view().KeyNorm(1, g)[d];
+      const bool same = g == 0 && d == 3 ? std::isnan(expected) && std::isnan(actual)
+                                         : expected == actual && actual > 0;
+      if (!same) {
+        return "ComputeKeyNorm " + c.name + " channel " + std::to_string(d) + ": expected " +
+               std::to_string(expected) + ", got " + std::to_string(actual);
+      }
+      if (got.view().KeyNorm(0, g)[d] != 0) return "ComputeKeyNorm: wrote to another slot";
+    }
+  }
+  if (want.view().KeyNorm(1, 0)[2] != 1.0f) return "ComputeKeyNorm: a zero channel needs norm 1";
+  return "";
+}
+
+std::string CheckSeal(Backend& candidate, const CacheCase& c) {
+  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+  const int64_t pages = 8;
+  Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
+  Fill(want, got, pages * 32);
+  for (int64_t p = 40; p < 48; ++p) {  // all-zero groups and one huge outlier
+    for (int64_t d = 0; d < c.spec.head_dim; ++d) {
+      want.Value(p, 0, d) = got.Value(p, 0, d) = 0;
+      want.Key(p, 0, d) = got.Key(p, 0, d) = 0;
+    }
+  }
+  want.Value(50, 0, 1) = got.Value(50, 0, 1) = F32ToF16(10000.0f);
+  const int64_t position = pages * 32 - 1;
+  want.SealUpTo(*reference, position);
+  got.SealUpTo(candidate, position);
+  RETURN_IF_WRONG(Failed(candidate, "Seal"));
+  const PageRange sealed = want.layout.SealedPages(position);
+  const KvLayerLayout& layer = want.layout.layer(0);
+  for (int64_t page = 0; page < pages; ++page) {
+    const bool is_sealed = page >= sealed.begin && page < sealed.end;
+    for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+      if (!is_sealed) {  // not one byte of it may change
+        const std::byte* bytes = got.view().SealedHead(page, g);
+        for (int64_t i = 0; i < layer.sealed_head_bytes; ++i) {
+          if (bytes[i] != std::byte{0xff}) return "Seal " + c.name + ": wrote to another page";
+        }
+        continue;
+      }
+      for (int64_t t = 0; t < 32; ++t) {
+        for (int64_t d = 0; d < c.spec.head_dim; ++d) {
+          const float key = DecodeSealedKey(want.view(), page, g, t, d);
+          const float value = DecodeSealedValue(want.view(), page, g, t, d);
+          // Equal decodes of every element mean equal codes, scales and zeros.
+          if (!(key == DecodeSealedKey(got.view(), page, g, t, d)) ||
+              !(value == DecodeSealedValue(got.view(), page, g, t, d))) {
+            return "Seal " + c.name + ": page " + std::to_string(page) + " token " +
+                   std::to_string(t) + " channel " + std::to_string(d);
+          }
+        }
+      }
+    }
+  }
+  // Non-finite input must surface, from either side, whether it is quantized or kept as F16.
+  for (const bool is_key : {true, false}) {
+    for (const uint16_t bad : {kHalfInfinity, kHalfNaN}) {
+      Cache cache(candidate, c.spec, 8), other(*reference, c.spec, 8);
+      Fill(cache, other, 8 * 32);
+      (is_key ? cache.Key(40, 0, 3) : cache.Value(40, 0, 3)) = bad;
+      cache.SealUpTo(candidate, 8 * 32 - 1);
+      const Result<void> result = candidate.Synchronize();
+      if (result.ok() || result.error().code != ErrorCode::kInternal) {
+        return "Seal " + c.name + ": a non-finite " + (is_key ? "key" : "value") +
+               " went unnoticed";
+      }
+      if (!candidate.Synchronize().ok()) return "Synchronize: the error was not cleared";
+    }
+  }
   return "";
 }
 
@@ -502,66 +520,90 @@ struct Extremes {
   double norm = 1;
 };
 
-std::string CheckAttention(Backend& candidate) {
+std::string CheckAttention(Backend& candidate, const CacheCase& c) {
   std::mt19937_64 random(kSeed);
-  for (const CacheCase& c : CacheCases()) {
-    const std::unique_ptr<Backend> reference = CreateReferenceBackend();
-    const int64_t pages = 9, dim = c.spec.head_dim, heads = c.spec.kv_heads * c.group;
-    const int64_t tokens = pages * 32 - 5;  // the last page has an unused tail of NaN
-    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
-    Fill(want, got, tokens);
-    want.SealUpTo(*reference, tokens - 1);
-    got.SealUpTo(candidate, tokens - 1);
-    // Rows: page borders, windows not full, full, just flushed.
-    for (const auto& [first, rows] : std::vector<std::pair<int64_t, int64_t>>{{0, 1},
-                                                                              {30, 4},
-                                                                              {127, 2},
-                                                                              {155, 40},
-                                                                              {159, 1},
-                                                                              {160, 1},
-                                                                              {tokens - 33, 33},
-                                                                              {tokens - 1, 1}}) {
-      const std::vector<float> q = Normal(random, rows * heads * dim, 1.5f);
-      const Shape shape{rows, heads * dim};
-      Guarded expected(shape), actual(shape);
-      const auto attend = [&](Backend& backend, Cache& cache, Guarded& out) {
-        const std::vector<SequenceSlice> slices = {{0, rows, first, cache.table, 1, 0}};
-        backend.Attention(
-            {View(q, shape), cache.view(), &cache.layout, slices, heads, scale, out.view()});
-      };
-      attend(*reference, want, expected);
-      attend(candidate, got, actual);
-      RETURN_IF_WRONG(Failed(candidate, "Attention"));
-      Extremes most;
-      for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
-        for (int64_t p = 0; p < first + rows; ++p) {
-          double sum = 0;
-          for (int64_t d = 0; d < dim; ++d) {
-            sum += std::fabs(F16ToF32(want.Key(p, g, d)));
-            most.value = std::max<double>(most.value, std::fabs(F16ToF32(want.Value(p, g, d))));
-          }
-          most.key_sum = std::max(most.key_sum, sum);
+  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+  const int64_t pages = 9, dim = c.spec.head_dim, heads = c.spec.kv_heads * c.group;
+  const int64_t tokens = pages * 32 - 5;  // the last page has an unused tail of NaN
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
+  Fill(want, got, tokens);
+  want.SealUpTo(*reference, tokens - 1);
+  got.SealUpTo(candidate, tokens - 1);
+  // Rows: page borders, windows not full, full, just flushed.
+  for (const auto& [first, rows] : std::vector<std::pair<int64_t, int64_t>>{{0, 1},
+                                                                            {30, 4},
+                                                                            {127, 2},
+                                                                            {155, 40},
+                                                                            {159, 1},
+                                                                            {160, 1},
+                                                                            {tokens - 33, 33},
+                                                                            {tokens - 1, 1}}) {
+    const std::vector<float> q = Normal(random, rows * heads * dim, 1.5f);
+    const Shape shape{rows, heads * dim};
+    Guarded expected(shape), actual(shape);
+    const auto attend = [&](Backend& backend, Cache& cache, Guarded& out) {
+      const std::vector<SequenceSlice> slices = {{0, rows, first, cache.table, 1, 0}};
+      backend.Attention(
+          {View(q, shape), cache.view(), &cache.layout, slices, heads, scale, out.view()});
+    };
+    attend(*reference, want, expected);
+    attend(candidate, got, actual);
+    RETURN_IF_WRONG(Failed(candidate, "Attention"));
+    Extremes most;
+    for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
+      for (int64_t p = 0; p < first + rows; ++p) {
+        double sum = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          sum += std::fabs(F16ToF32(want.Key(p, g, d)));
+          most.value = std::max<double>(most.value, std::fabs(F16ToF32(want.Value(p, g, d))));
         }
-        for (int64_t d = 0; d < dim && want.layout.layer(0).normalize_keys; ++d) {
-          most.norm = std::max<double>(most.norm, want.view().KeyNorm(1, g)[d]);
-        }
+        most.key_sum = std::max(most.key_sum, sum);
       }
-      // A query may be held in 15 bits relative to its largest (normalized) element, probabilities
-      // likewise relative to their page's largest; a score's error acts twice (numerator, sum).
-      double q_max = 0;
-      for (const float v : q) q_max = std::max<double>(q_max, std::fabs(v));
-      const bool quantized = want.layout.quantized();
-      const double step = quantized ? 0x1p-14 : 0.0;
-      const double score_error =
-          scale * q_max * most.norm * most.key_sum * (step / 2 + 2 * static_cast<double>(dim) * kU);
-      const double bound = 2 * most.value * (score_error + 32 * step / 2 + 64 * kU);
-      RETURN_IF_WRONG(Compare(expected, actual, shape.num_elements(),
-                              "Attention " + c.name + " at " + std::to_string(first),
-                              [&](int64_t) { return bound; }));
+      for (int64_t d = 0; d < dim && want.layout.layer(0).normalize_keys; ++d) {
+        most.norm = std::max<double>(most.norm, want.view().KeyNorm(1, g)[d]);
+      }
     }
+    // A query may be held in 15 bits relative to its largest (normalized) element, probabilities
+    // likewise relative to their page's largest; a score's error acts twice (numerator, sum).
+    double q_max = 0;
+    for (const float v : q) q_max = std::max<double>(q_max, std::fabs(v));
+    const bool quantized = want.layout.quantized();
+    const double step = quantized ? 0x1p-14 : 0.0;
+    const double score_error =
+        scale * q_max * most.norm * most.key_sum * (step / 2 + 2 * static_cast<double>(dim) * kU);
+    const double bound = 2 * most.value * (score_error + 32 * step / 2 + 64 * kU);
+    RETURN_IF_WRONG(Compare(expected, actual, shape.num_elements(),
+                            "Attention " + c.name + " at " + std::to_string(first),
+                            [&](int64_t) { return bound; }));
+    RETURN_IF_WRONG(CompareRms(expected, actual, shape.num_elements(),
+                               "Attention " + c.name + " at " + std::to_string(first)));
   }
   return "";
+}
+
+// The operations on the cache, each checked case by case. A layer without key norms has none to
+// compute, one without codes nothing to seal.
+struct CacheCheck {
+  std::string_view name;
+  std::string (*run)(Backend& candidate, const CacheCase& c);
+  bool (*applies)(const KvCacheSpec::Layer& layer);
+};
+
+const std::vector<CacheCheck>& CacheChecks() {
+  using Layer = KvCacheSpec::Layer;
+  const auto always = [](const Layer&) { return true; };
+  const auto normalizes = [](const Layer& layer) { return layer.normalize_keys; };
+  const auto seals = [](const Layer& layer) {
+    return layer.key.quantized() || layer.value.quantized();
+  };
+  static const std::vector<CacheCheck> checks = {
+      {"RopeAppend", CheckRopeAppend, always},
+      {"ComputeKeyNorm", CheckComputeKeyNorm, normalizes},
+      {"Seal", CheckSeal, seals},
+      {"Attention", CheckAttention, always},
+  };
+  return checks;
 }
 
 struct ConformanceCheck {
@@ -569,21 +611,25 @@ struct ConformanceCheck {
   std::string (*run)(Backend& candidate);
 };
 
-// One entry for every operation of Backend.
+// The other operations; with CacheChecks() one entry for every operation of Backend.
 const std::vector<ConformanceCheck>& ConformanceChecks() {
   static const std::vector<ConformanceCheck> checks = {
-      {"Embed", CheckEmbed},
-      {"RmsNorm", CheckRmsNorm},
-      {"MatMul", CheckMatMul},
-      {"RopeTable", CheckRopeTable},
-      {"RopeAppend", CheckRopeAppend},
-      {"ComputeKeyNorm", CheckComputeKeyNorm},
-      {"Seal", CheckSeal},
-      {"Attention", CheckAttention},
-      {"SwiGlu", CheckSwiGlu},
-      {"GatherRows", CheckGatherRows},
+      {"Embed", CheckEmbed},         {"RmsNorm", CheckRmsNorm}, {"MatMul", CheckMatMul},
+      {"RopeTable", CheckRopeTable}, {"SwiGlu", CheckSwiGlu},   {"GatherRows", CheckGatherRows},
   };
   return checks;
+}
+
+void ExpectConformance(Backend& backend) {
+  for (const ConformanceCheck& check : ConformanceChecks()) {
+    EXPECT_EQ(check.run(backend), "") << check.name;
+  }
+  for (const CacheCheck& check : CacheChecks()) {
+    for (const CacheCase& c : CacheCases()) {
+      if (!check.applies(c.spec.layers[0])) continue;
+      EXPECT_EQ(check.run(backend, c), "") << check.name << " " << c.name;
+    }
+  }
 }
 
 class Conformance : public ::testing::TestWithParam<std::string> {};
@@ -593,22 +639,24 @@ TEST_P(Conformance, EveryOperationMatchesTheReference) {
   ASSERT_TRUE(backend.ok()) << backend.error().message;
   ASSERT_EQ((*backend)->name(), "cpu/" + GetParam()) << "the forced variant is not the one made";
   ASSERT_TRUE((*backend)->Reserve({.max_rows = 128, .max_features = 2048}).ok());
-  for (const ConformanceCheck& check : ConformanceChecks()) {
-    SCOPED_TRACE(std::string(check.name));
-    EXPECT_EQ(check.run(**backend), "");
-  }
+  ExpectConformance(**backend);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Conformance, ::testing::ValuesIn(CpuVariants()),
                          [](const auto& variant) { return variant.param; });
 
 // The ways in which BrokenBackend damages what the reference computed.
-enum class Damage { kOneElement, kOneNaN, kShiftedRow, kBeyondTheEnd };
+enum class Damage { kOneElement, kOneNaN, kShiftedRow, kAllSlightly, kBeyondTheEnd };
 
-// The reference with one kind of damage in every output: it must be caught in every operation.
+constexpr Damage kDamages[] = {Damage::kOneElement, Damage::kOneNaN, Damage::kShiftedRow,
+                               Damage::kAllSlightly, Damage::kBeyondTheEnd};
+constexpr float kSlightly = 1.002f;
+
+// The reference with one kind of damage in the outputs of one operation.
 class BrokenBackend final : public Backend {
  public:
-  explicit BrokenBackend(Damage damage) : damage_(damage), inner_(CreateReferenceBackend()) {}
+  BrokenBackend(Damage damage, std::string_view operation)
+      : damage_(damage), operation_(operation), inner_(CreateReferenceBackend()) {}
   std::string_view name() const override { return "broken"; }
   CodeOrder code_order() const override { return inner_->code_order(); }
   bool deterministic() const override { return true; }
@@ -622,7 +670,8 @@ class BrokenBackend final : public Backend {
   Result<void> Synchronize() override { return inner_->Synchronize(); }
 
  private:
-  void Break(TensorView out) {
+  void Break(std::string_view operation, TensorView out) {
+    if (operation != operation_) return;
     float* data = out.As<float>();
     const int64_t n = out.shape.num_elements(), width = n / out.shape[0];
     switch (damage_) {
@@ -636,50 +685,116 @@ class BrokenBackend final : public Backend {
         std::memmove(data, data + 1, static_cast<size_t>(width - 1) * 4);
         data[width - 1] = 0;
         break;
+      case Damage::kAllSlightly:
+        for (int64_t i = 0; i < n; ++i) data[i] *= kSlightly;
+        break;
       case Damage::kBeyondTheEnd:
         data[n] = 1;
         break;
     }
   }
-  void DoEmbed(const EmbedArgs& args) override { inner_->Embed(args), Break(args.out); }
-  void DoRmsNorm(const RmsNormArgs& args) override { inner_->RmsNorm(args), Break(args.out); }
-  void DoMatMul(const MatMulArgs& args) override { inner_->MatMul(args), Break(args.out); }
-  void DoRopeTable(const RopeTableArgs& args) override { inner_->RopeTable(args), Break(args.sin); }
+  void BreakKeyNorm(const KeyNormArgs& args) {
+    const int64_t dim = args.kv.layout->head_dim;
+    float* norm = args.kv.KeyNorm(args.items[0].norm_id, 0);
+    switch (damage_) {
+      case Damage::kOneElement:
+        norm[1] *= 1.0001f;
+        break;
+      case Damage::kOneNaN:
+        norm[dim - 1] = std::numeric_limits<float>::quiet_NaN();
+        break;
+      case Damage::kShiftedRow:
+        std::memmove(norm, norm + 1, static_cast<size_t>(dim - 1) * 4);
+        break;
+      case Damage::kAllSlightly:
+        for (int64_t d = 0; d < dim; ++d) norm[d] *= kSlightly;
+        break;
+      case Damage::kBeyondTheEnd:
+        args.kv.KeyNorm(args.items[0].norm_id - 1, 0)[dim - 1] = 1;
+        break;
+    }
+  }
+  void BreakSeal(const SealArgs& args) {
+    const KvLayerLayout& layout = *args.kv.layout;
+    const int64_t last = args.items.back().sealed_id;
+    std::byte* head = args.kv.SealedHead(last, layout.kv_heads - 1);
+    const int64_t scales = layout.key.quantized() ? layout.key_scales : layout.value_scales;
+    const auto key_bytes = static_cast<size_t>(layout.key_scales - layout.key_codes);
+    switch (damage_) {
+      case Damage::kOneElement:  // one bit of one code
+        head[layout.value_codes + 3] ^= std::byte{1};
+        break;
+      case Damage::kOneNaN:  // as one scale
+        std::memcpy(head + scales, &kHalfNaN, sizeof(kHalfNaN));
+        break;
+      case Damage::kShiftedRow:  // of codes
+        std::memmove(head + layout.key_codes, head + layout.key_codes + 1, key_bytes - 1);
+        break;
+      case Damage::kAllSlightly:  // a scale by one unit of its last place
+        head[scales] ^= std::byte{1};
+        break;
+      case Damage::kBeyondTheEnd:  // in the next page
+        args.kv.SealedHead(last + 1, 0)[layout.value_codes] ^= std::byte{1};
+        break;
+    }
+  }
+  void DoEmbed(const EmbedArgs& args) override { inner_->Embed(args), Break("Embed", args.out); }
+  void DoRmsNorm(const RmsNormArgs& args) override {
+    inner_->RmsNorm(args), Break("RmsNorm", args.out);
+  }
+  void DoMatMul(const MatMulArgs& args) override {
+    inner_->MatMul(args), Break("MatMul", args.out);
+  }
+  void DoRopeTable(const RopeTableArgs& args) override {
+    inner_->RopeTable(args), Break("RopeTable", args.sin);
+  }
   void DoRopeAppend(const RopeAppendArgs& args) override {
-    inner_->RopeAppend(args), Break(args.q);
+    inner_->RopeAppend(args), Break("RopeAppend", args.q);
   }
   void DoComputeKeyNorm(const KeyNormArgs& args) override {
     inner_->ComputeKeyNorm(args);
-    args.kv.KeyNorm(args.items[0].norm_id, 0)[1] *= 1.0001f;
+    if (operation_ == "ComputeKeyNorm") BreakKeyNorm(args);
   }
   void DoSeal(const SealArgs& args) override {
     inner_->Seal(args);
-    const KvLayerLayout& layout = *args.kv.layout;
-    std::byte* page = args.kv.SealedHead(args.items[0].sealed_id, layout.kv_heads - 1);
-    page[layout.value_codes + 3] ^= std::byte{1};  // one bit of one code
+    if (operation_ == "Seal") BreakSeal(args);
   }
-  void DoAttention(const AttentionArgs& args) override { inner_->Attention(args), Break(args.out); }
-  void DoSwiGlu(const SwiGluArgs& args) override { inner_->SwiGlu(args), Break(args.out); }
+  void DoAttention(const AttentionArgs& args) override {
+    inner_->Attention(args), Break("Attention", args.out);
+  }
+  void DoSwiGlu(const SwiGluArgs& args) override {
+    inner_->SwiGlu(args), Break("SwiGlu", args.out);
+  }
   void DoGatherRows(const GatherRowsArgs& args) override {
-    inner_->GatherRows(args), Break(args.out);
+    inner_->GatherRows(args), Break("GatherRows", args.out);
   }
 
-  Damage damage_;
-  std::unique_ptr<Backend> inner_;
+  const Damage damage_;
+  const std::string_view operation_;
+  const std::unique_ptr<Backend> inner_;
 };
 
-TEST(ConformanceSuite, PassesOnTheReferenceItself) {
-  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
-  for (const ConformanceCheck& check : ConformanceChecks()) EXPECT_EQ(check.run(*reference), "");
-}
+TEST(ConformanceSuite, PassesOnTheReferenceItself) { ExpectConformance(*CreateReferenceBackend()); }
 
 TEST(ConformanceSuite, CatchesEveryDamageInEveryOperation) {
-  for (const Damage damage :
-       {Damage::kOneElement, Damage::kOneNaN, Damage::kShiftedRow, Damage::kBeyondTheEnd}) {
+  for (const Damage damage : kDamages) {
     for (const ConformanceCheck& check : ConformanceChecks()) {
-      BrokenBackend broken(damage);
+      BrokenBackend broken(damage, check.name);
       EXPECT_NE(check.run(broken), "")
           << check.name << " passed with damage " << static_cast<int>(damage);
+    }
+  }
+}
+
+TEST(ConformanceSuite, CatchesEveryDamageInEveryCaseOfTheCache) {
+  for (const Damage damage : kDamages) {
+    for (const CacheCheck& check : CacheChecks()) {
+      for (const CacheCase& c : CacheCases()) {
+        if (!check.applies(c.spec.layers[0])) continue;
+        BrokenBackend broken(damage, check.name);
+        EXPECT_NE(check.run(broken, c), "")
+            << check.name << ", " << c.name << " passed with damage " << static_cast<int>(damage);
+      }
     }
   }
 }

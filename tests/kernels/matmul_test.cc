@@ -259,6 +259,17 @@ TEST(MatMul, OfANondeterministicBackendIsWithinRoundingOfDoubleSums) {
   CheckSizes(*backend, {1, 17, 100}, {1, 33, 100}, {8, 40, 1000});
 }
 
+TEST(MatMul, OfANondeterministicBackendRepeatsItselfAfterManySizes) {
+  const auto backend = MakeBackend("auto", 1, false);
+  std::mt19937_64 random(kSeed);
+  const int64_t n = 40, k = 64, most = 70;  // more sizes than oneDNN's plans that are kept
+  const std::vector<float> x = Normal(random, most * k);
+  const Weight weight = Pack(*backend, Normal(random, n * k), n, k, WeightFormat::kF32);
+  const std::vector<float> first = Multiply(*backend, x.data(), 3, weight);
+  for (int64_t m = 1; m <= most; ++m) Multiply(*backend, x.data(), m, weight);
+  EXPECT_EQ(Multiply(*backend, x.data(), 3, weight), first);
+}
+
 TEST(MatMul, OfAForcedLesserVariantStaysOursWithoutDeterminism) {
   if (CpuVariants().size() < 2) GTEST_SKIP() << "this machine has one variant";
   const auto backend = MakeBackend("scalar", 1, false);

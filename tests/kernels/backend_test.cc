@@ -1,0 +1,118 @@
+// What the public functions of Backend check at the door, and what Reserve refuses.
+#include "kernels/backend.h"
+
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace innerq {
+namespace {
+
+// A step of attention over a cache of one layer, complete until a test takes something away.
+class AttentionStep {
+ public:
+  AttentionStep(int64_t first_position, int64_t num_rows)
+      : layout_(*KvLayout::Create(Spec(), backend_->code_order())),
+        open_(*backend_->Allocate(layout_.open_pool_bytes(kPages))),
+        sealed_(*backend_->Allocate(layout_.sealed_pool_bytes(kPages))),
+        norms_(*backend_->Allocate(layout_.key_norm_bytes())),
+        x_(*backend_->Allocate(2 * num_rows * kDim * 4)) {
+    for (int32_t i = 0; i < kPages; ++i) pages.push_back({i, i});
+    kv = {&layout_.layer(0), open_.data(), sealed_.data(), reinterpret_cast<float*>(norms_.data())};
+    slice.num_rows = num_rows;
+    slice.first_position = first_position;
+    slice.norm_id = 0;
+  }
+  void Run() {
+    slice.pages = pages;
+    const Shape shape{slice.num_rows, kDim};
+    backend_->Attention({x_.View(DType::kF32, shape),
+                         kv,
+                         &layout_,
+                         {&slice, 1},
+                         1,
+                         1.0f,
+                         x_.View(DType::kF32, shape, shape.num_elements() * 4)});
+  }
+
+  std::vector<PageRef> pages;
+  PagedKvView kv;
+  SequenceSlice slice;
+
+ private:
+  static constexpr int64_t kDim = 32, kPages = 8;
+  static KvCacheSpec Spec() {
+    KvCacheSpec spec;
+    spec.kv_heads = 1;
+    spec.head_dim = kDim;
+    spec.layers = {{{.bits = 3}, {.bits = 3}, true}};
+    return spec;
+  }
+  std::unique_ptr<Backend> backend_ = CreateReferenceBackend();
+  KvLayout layout_;
+  Buffer open_, sealed_, norms_, x_;
+};
+
+// Positions 190 to 193 lie in pages 5 and 6: the first rows see page 1 sealed, the last 1 and 2.
+AttentionStep AcrossAPage() { return {190, 4}; }
+
+TEST(Backend, AttentionNeedsThePagesThatItReadsAndNoOthers) {
+  AttentionStep step = AcrossAPage();
+  step.pages[1].open_id = -1;                                                 // always sealed
+  for (const size_t page : {0, 3, 4, 5, 6}) step.pages[page].sealed_id = -1;  // always open
+  step.pages[7] = {};                                                         // beyond the end
+  step.Run();
+
+  AttentionStep first_seal(160, 1);
+  first_seal.pages[1].open_id = -1;
+  first_seal.Run();
+
+  AttentionStep all_open(159, 1);
+  for (PageRef& page : all_open.pages) page.sealed_id = -1;
+  all_open.slice.norm_id = -1;
+  all_open.kv.sealed_pages = nullptr;
+  all_open.kv.key_norms = nullptr;
+  all_open.Run();
+
+  AttentionStep exact = AcrossAPage();
+  for (PageRef& page : exact.pages) page.sealed_id = -1;
+  exact.slice.exact_before = 194;
+  exact.Run();
+}
+
+TEST(BackendDeathTest, AttentionRefusesPagesThatAreMissing) {
+  const auto run_without = [](void (*take)(AttentionStep & step)) {
+    AttentionStep step = AcrossAPage();
+    take(step);
+    step.Run();
+  };
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.pages[1].sealed_id = -1; }), "page 1 .*sealed");
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.pages[2].sealed_id = -1; }), "page 2 .*sealed");
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.pages[2].open_id = -1; }), "page 2 .*open");
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.pages[0].open_id = -1; }), "page 0 .*open");
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.pages[6].open_id = -1; }), "page 6 .*open");
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.kv.sealed_pages = nullptr; }), "sealed pages");
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.kv.key_norms = nullptr; }), "key norm");
+  EXPECT_DEATH(run_without([](AttentionStep& s) { s.slice.norm_id = -1; }), "key norm");
+}
+
+TEST(Backend, ReserveRefusesMoreHeadsOrChannelsThanTilesHold) {
+  const std::unique_ptr<Backend> backend = CreateBackend({.device = "cpu"}).value();
+  ASSERT_TRUE(backend->Reserve({.max_rows = 1, .max_group = 64}).ok());
+  for (const auto& [limits, what, number] :
+       {std::tuple{StepLimits{.max_rows = 1, .max_group = 96},
+                   "num_attention_heads / num_key_value_heads", "not 96"},
+        {StepLimits{.max_rows = 1, .max_head_dim = 512}, "head_dim", "not 512"}}) {
+    const Result<void> result = backend->Reserve(limits);
+    ASSERT_FALSE(result.ok());
+    EXPECT_EQ(result.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_NE(result.error().message.find(what), std::string::npos) << result.error().message;
+    EXPECT_NE(result.error().message.find(number), std::string::npos) << result.error().message;
+  }
+}
+
+}  // namespace
+}  // namespace innerq

@@ -1,0 +1,224 @@
+// KvLayout: what it refuses, its sizes, its addresses and the rule of which page is sealed.
+#include "kernels/paged_kv.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace innerq {
+namespace {
+
+constexpr QuantMode kSym = QuantMode::kSymmetric, kAsym = QuantMode::kAsymmetric,
+                    kHybrid = QuantMode::kHybrid;
+constexpr QuantAxis kIn = QuantAxis::kInner, kOut = QuantAxis::kOuter;
+constexpr CodeOrder kOrders[] = {CodeOrder::kRowMajor, CodeOrder::kPanel16};
+
+KvCacheSpec Spec(QuantSpec key, QuantSpec value, int64_t head_dim = 128) {
+  KvCacheSpec spec;
+  spec.kv_heads = 2;
+  spec.head_dim = head_dim;
+  spec.layers = {{key, value, false}};
+  return spec;
+}
+
+const QuantSpec kSym3{3, kSym, kIn, 32};
+
+TEST(PagedKv, RefusesWhatCannotBeStoredAndNamesTheValue) {
+  struct Refusal {
+    std::function<void(KvCacheSpec&)> change;
+    std::string value;  // must stand in the message
+    std::string param;
+  };
+  const std::vector<Refusal> refusals = {
+      {[](auto& s) { s.page_tokens = 48; }, "48", "kv_cache.page_tokens"},
+      {[](auto& s) { s.page_tokens = 0; }, "not 0", "kv_cache.page_tokens"},
+      {[](auto& s) { s.page_tokens = 256; }, "256", "kv_cache.page_tokens"},
+      {[](auto& s) { s.sink_tokens = -32; }, "-32", "kv_cache.sink_tokens"},
+      {[](auto& s) { s.sink_tokens = 33; }, "33", "kv_cache.sink_tokens"},
+      {[](auto& s) { s.recent_tokens = 0; }, "not 0", "kv_cache.recent_tokens"},
+      {[](auto& s) { s.recent_tokens = 100; }, "100", "kv_cache.recent_tokens"},
+      {[](auto& s) { s.kv_heads = 0; }, "with 0", ""},
+      {[](auto& s) { s.kv_heads = -3; }, "with -3", ""},
+      {[](auto& s) { s.head_dim = 0; }, "not 0", ""},
+      {[](auto& s) { s.head_dim = 100; }, "not 100", ""},
+      {[](auto& s) { s.head_dim = 264; }, "not 264", ""},
+      {[](auto& s) { s.layers.clear(); }, "layer", ""},
+      {[](auto& s) { s.layers[0].key.bits = 5; }, "not 5", "kv_cache.key.bits"},
+      {[](auto& s) { s.layers[0].key.bits = 0; }, "not 0", "kv_cache.key.bits"},
+      {[](auto& s) { s.layers[0].key.bits = 32; }, "not 32", "kv_cache.key.bits"},
+      {[](auto& s) { s.layers[0].value.bits = 1; }, "not 1", "kv_cache.value.bits"},
+      {[](auto& s) { s.layers[0].value.bits = 17; }, "not 17", "kv_cache.value.bits"},
+      {[](auto& s) { s.layers[0].key.group_size = 4; }, "not 4", "kv_cache.key.group_size"},
+      {[](auto& s) { s.layers[0].key.group_size = 24; }, "not 24", "kv_cache.key.group_size"},
+      {[](auto& s) { s.layers[0].key.group_size = 256; }, "not 256", "kv_cache.key.group_size"},
+      {[](auto& s) { s.layers[0].value.group_size = 0; }, "not 0", "kv_cache.value.group_size"},
+      // The grouped axis of a page: channels of inner keys, tokens of inner values, and the others.
+      {[](auto& s) { s.head_dim = 48; }, "group_size 32 does not divide 48",
+       "kv_cache.key.group_size"},
+      {[](auto& s) { s.layers[0].value.group_size = 64; }, "64 does not divide 32",
+       "kv_cache.value.group_size"},
+      {[](auto& s) {
+         s.layers[0].key = {2, kAsym, kOut, 64};
+       },
+       "64 does not divide 32", "kv_cache.key.group_size"},
+      {[](auto& s) {
+         s.head_dim = 96;
+         s.layers[0].value = {2, kAsym, kOut, 64};
+       },
+       "64 does not divide 96", "kv_cache.value.group_size"},
+      // Every layer counts.
+      {[](auto& s) {
+         s.layers.push_back({{.bits = 7}, kSym3, false});
+       },
+       "not 7", "kv_cache.key.bits"},
+  };
+  for (size_t i = 0; i < refusals.size(); ++i) {
+    SCOPED_TRACE(i);
+    KvCacheSpec spec = Spec(kSym3, kSym3);
+    ASSERT_TRUE(KvLayout::Create(spec, CodeOrder::kRowMajor).ok());
+    refusals[i].change(spec);
+    const Result<KvLayout> layout = KvLayout::Create(spec, CodeOrder::kRowMajor);
+    ASSERT_FALSE(layout.ok());
+    EXPECT_EQ(layout.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_NE(layout.error().message.find(refusals[i].value), std::string::npos)
+        << layout.error().message;
+    EXPECT_EQ(layout.error().param, refusals[i].param);
+  }
+}
+
+TEST(PagedKv, SealedBitsOfThePresetsAreThoseOfThePaper) {
+  const QuantSpec kivi{2, kAsym, kOut, 32}, half{.bits = 16};
+  struct Preset {
+    QuantSpec key, value;
+    double bits;
+  };
+  for (const CodeOrder order : kOrders) {
+    for (const Preset& p : {Preset{kSym3, kSym3, 3.5},             // base
+                            {kSym3, {2, kSym, kIn, 32}, 3.0},      // small
+                            {kSym3, {2, kHybrid, kIn, 32}, 3.25},  // hybrid
+                            {kivi, kivi, 3.0},
+                            {half, half, 16.0}}) {
+      const Result<KvLayout> layout = KvLayout::Create(Spec(p.key, p.value), order);
+      ASSERT_TRUE(layout.ok());
+      EXPECT_EQ(layout->sealed_bits_per_element(), p.bits);
+      EXPECT_EQ(layout->layer(0).open_page_bytes(), 2 * 32 * 128 * 2 * 2);
+    }
+  }
+}
+
+TEST(PagedKv, EffectiveBitsCountTheWindows) {
+  const KvLayout layout = *KvLayout::Create(Spec(kSym3, kSym3), CodeOrder::kRowMajor);
+  EXPECT_EQ(layout.effective_bits_per_element(0), 0);
+  EXPECT_EQ(layout.effective_bits_per_element(160), 16);     // nothing is sealed
+  EXPECT_EQ(layout.effective_bits_per_element(1), 16 * 32);  // one open page for one token
+  // 10 pages: 5 sealed, 5 open.
+  EXPECT_EQ(layout.effective_bits_per_element(320), (5 * 3.5 + 5 * 16) / 10);
+}
+
+TEST(PagedKv, PagesSealByPositionAlone) {
+  struct Row {
+    int64_t position, begin, end;  // of the sealed pages
+  };
+  const KvLayout layout = *KvLayout::Create(Spec(kSym3, kSym3), CodeOrder::kRowMajor);
+  for (const Row& row : {Row{0, 1, 1},
+                         {31, 1, 1},
+                         {127, 1, 1},
+                         {159, 1, 1},  // page 4: pages 1 to 4 are recent
+                         {160, 1, 2},  // page 5: the first seals
+                         {191, 1, 2},
+                         {192, 1, 3},
+                         {1024, 1, 29}}) {
+    const PageRange sealed = layout.SealedPages(row.position);
+    EXPECT_EQ(sealed.begin, row.begin) << row.position;
+    EXPECT_EQ(sealed.end, row.end) << row.position;
+  }
+  // Queries of an exact prompt see everything as F16; those after it do not.
+  EXPECT_EQ(layout.SealedPages(199, 200).size(), 0);
+  EXPECT_EQ(layout.SealedPages(200, 200).size(), 2);
+  EXPECT_EQ(layout.KeyNormPages().begin, 1);
+  EXPECT_EQ(layout.KeyNormPages().end, 5);  // positions [32, 160)
+
+  KvCacheSpec kivi = Spec({2, kAsym, kOut, 32}, {2, kAsym, kOut, 32});
+  kivi.sink_tokens = 0;
+  kivi.recent_tokens = 128;
+  const KvLayout no_sink = *KvLayout::Create(kivi, CodeOrder::kRowMajor);
+  EXPECT_EQ(no_sink.SealedPages(159).size(), 0);
+  EXPECT_EQ(no_sink.SealedPages(160).begin, 0);
+  EXPECT_EQ(no_sink.SealedPages(160).end, 1);
+
+  const QuantSpec half{.bits = 16};
+  const KvLayout open = *KvLayout::Create(Spec(half, half), CodeOrder::kRowMajor);
+  EXPECT_FALSE(open.quantized());
+  EXPECT_EQ(open.SealedPages(100000).size(), 0);
+}
+
+// Every index of [0, size) is hit exactly once.
+void ExpectBijection(int64_t tokens, int64_t width, const std::string& what,
+                     const std::function<int64_t(int64_t, int64_t)>& index) {
+  std::vector<int> hits(static_cast<size_t>(tokens * width));
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t d = 0; d < width; ++d) {
+      const int64_t i = index(t, d);
+      ASSERT_TRUE(i >= 0 && i < tokens * width) << what << " " << t << " " << d;
+      EXPECT_EQ(++hits[static_cast<size_t>(i)], 1) << what << " " << t << " " << d;
+    }
+  }
+}
+
+TEST(PagedKv, IndexFunctionsAreBijections) {
+  for (const CodeOrder order : kOrders) {
+    for (const int64_t dim : {8, 48, 80, 128}) {
+      for (const int64_t tokens : {32, 128}) {
+        KvCacheSpec spec = Spec({3, kSym, kIn, 8}, {3, kSym, kIn, 8}, dim);
+        spec.page_tokens = spec.sink_tokens = spec.recent_tokens = tokens;
+        const KvLayout layout = *KvLayout::Create(spec, order);
+        const KvLayerLayout& layer = layout.layer(0);
+        const auto check = [&](int64_t width, const std::string& what,
+                               int64_t (KvLayerLayout::*index)(int64_t, int64_t) const) {
+          ExpectBijection(tokens, width, what,
+                          [&](int64_t t, int64_t d) { return (layer.*index)(t, d); });
+        };
+        check(dim, "key code", &KvLayerLayout::KeyCodeIndex);
+        check(layer.padded_dim(), "value code", &KvLayerLayout::ValueCodeIndex);
+        check(dim, "open key", &KvLayerLayout::OpenKeyIndex);
+        check(layer.padded_dim(), "open value", &KvLayerLayout::OpenValueIndex);
+      }
+    }
+  }
+}
+
+TEST(PagedKv, EveryScaleServesOneGroupAndPartsOfAPageDoNotOverlap) {
+  constexpr int64_t kDim = 48, kTokens = 32, kPadded = 48;
+  for (const CodeOrder order : kOrders) {
+    for (const QuantAxis axis : {kIn, kOut}) {
+      const QuantSpec side{2, kAsym, axis, 16};
+      const KvLayout layout = *KvLayout::Create(Spec(side, side, kDim), order);
+      const KvLayerLayout& layer = layout.layer(0);
+      std::vector<int> keys(kTokens * kDim / 16), values(keys.size());
+      for (int64_t t = 0; t < kTokens; ++t) {
+        for (int64_t d = 0; d < kDim; ++d) {
+          ++keys.at(static_cast<size_t>(layer.KeyScaleIndex(t, d)));
+          ++values.at(static_cast<size_t>(layer.ValueScaleIndex(t, d)));
+        }
+      }
+      EXPECT_EQ(keys, std::vector<int>(keys.size(), 16));
+      EXPECT_EQ(values, std::vector<int>(values.size(), 16));
+      // Neighbours along the grouped axis share a scale.
+      EXPECT_EQ(layer.KeyScaleIndex(0, 0) == layer.KeyScaleIndex(0, 1), axis == kIn);
+      EXPECT_EQ(layer.ValueScaleIndex(0, 0) == layer.ValueScaleIndex(1, 0), axis == kIn);
+      const int64_t codes = kTokens * kPadded * 2 / 8, scales = kTokens * kPadded / 16 * 2;
+      EXPECT_EQ(layer.key_codes, 0);
+      EXPECT_EQ(layer.key_scales, codes);
+      EXPECT_EQ(layer.key_zeros, codes + scales);
+      EXPECT_EQ(layer.value_codes, codes + 2 * scales);
+      EXPECT_EQ(layer.value_scales, 2 * codes + 2 * scales);
+      EXPECT_EQ(layer.value_zeros, 2 * codes + 3 * scales);
+      EXPECT_EQ(layer.sealed_head_bytes, 2 * codes + 4 * scales);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace innerq
