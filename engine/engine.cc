@@ -43,7 +43,6 @@ class ThreadedEngine final : public Engine {
         vocab_size_(model_->vocab_size()),
         scheduler_({options.max_sequences, options.max_batch_tokens, pools}, model_->layout()),
         stats_(EmptyStats(pools)),
-        token_rate_(/*seconds=*/10, Clock::now()),
         finish_rate_(/*seconds=*/60, Clock::now()),
         thread_([this](std::stop_token stop) noexcept { Run(std::move(stop)); }) {}
 
@@ -83,7 +82,6 @@ class ThreadedEngine final : public Engine {
   std::deque<std::unique_ptr<Sequence>> queue_;
   State state_ = State::kServing;
   EngineStats stats_;  // `waiting` is the scheduler's part; the queue comes on top
-  RateWindow token_rate_;
   RateWindow finish_rate_;
 
   std::jthread thread_;  // last: stops and joins before the rest goes
@@ -170,7 +168,6 @@ EngineStats ThreadedEngine::Stats() const {
   const Lock lock(mutex_);
   EngineStats stats = stats_;
   stats.waiting += static_cast<int64_t>(queue_.size());
-  stats.tokens_per_second = token_rate_.PerSecond(Clock::now());
   stats.finish_per_second = finish_rate_.PerSecond(Clock::now());
   return stats;
 }
@@ -242,7 +239,6 @@ Result<void> ThreadedEngine::Step() {
   ++stats_.steps;
   stats_.prompt_tokens += prompt_tokens;
   stats_.generation_tokens += generated;
-  token_rate_.Add(generated, Clock::now());
   return {};
 }
 

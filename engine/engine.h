@@ -36,7 +36,6 @@ struct EngineStats {
   int64_t open_pages = 0;
   int64_t sealed_pages_used = 0;
   int64_t sealed_pages = 0;
-  double tokens_per_second = 0;  // generated, over the last seconds
   double finish_per_second = 0;  // requests, over the last minute: for Retry-After
 };
 

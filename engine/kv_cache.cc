@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "engine/page_budget.h"
@@ -65,6 +66,27 @@ int64_t LongestSequence(const KvLayout& layout, const PageCounts& pools, bool ex
   return fits;
 }
 
+// Whether a layer can be stored. The error's param is a path below the last override that shaped
+// the keys or values to blame.
+Result<void> CheckLayer(KvCacheSpec spec, size_t index, const std::vector<KvLayerOverride>& all) {
+  spec.layers = {spec.layers[index]};
+  const auto layout = KvLayout::Create(spec, CodeOrder::kRowMajor);
+  if (layout) return {};
+  Error error = layout.error();
+  constexpr std::string_view kBase = "kv_cache";
+  const auto layer = static_cast<int64_t>(index);
+  for (size_t i = all.size(); i-- > 0;) {
+    if (layer < all[i].first_layer || layer > all[i].last_layer) continue;
+    const bool key = error.param.starts_with("kv_cache.key.") && all[i].key != QuantOverride{};
+    const bool value =
+        error.param.starts_with("kv_cache.value.") && all[i].value != QuantOverride{};
+    if (!key && !value) continue;
+    error.param.replace(0, kBase.size(), "kv_cache.layers." + std::to_string(i));
+    break;
+  }
+  return error;
+}
+
 }  // namespace
 
 Result<KvCacheSpec> ResolveKvCacheSpec(const KvCacheOptions& options, const ModelConfig& model) {
@@ -83,7 +105,7 @@ Result<KvCacheSpec> ResolveKvCacheSpec(const KvCacheOptions& options, const Mode
       return InvalidArgument(
           "layers " + std::to_string(layers.first_layer) + "-" + std::to_string(layers.last_layer) +
               " are not a range of the model's layers 0-" + std::to_string(model.num_layers - 1),
-          "kv_cache.layers[" + std::to_string(i) + "].range");
+          "kv_cache.layers." + std::to_string(i) + ".range");
     }
     for (int64_t layer = layers.first_layer; layer <= layers.last_layer; ++layer) {
       KvCacheSpec::Layer& to = spec.layers[static_cast<size_t>(layer)];
@@ -91,6 +113,9 @@ Result<KvCacheSpec> ResolveKvCacheSpec(const KvCacheOptions& options, const Mode
       Apply(layers.value, to.value);
       to.normalize_keys = layers.normalize_keys.value_or(to.normalize_keys);
     }
+  }
+  for (size_t i = 0; i < spec.layers.size(); ++i) {
+    RETURN_IF_ERROR(CheckLayer(spec, i, options.layers));
   }
   return spec;
 }
@@ -120,16 +145,21 @@ Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& opt
 Result<std::unique_ptr<KvCache>> KvCache::Create(Backend* backend, KvLayout layout,
                                                  const KvPoolPlan& plan) {
   CHECK(layout.layer(0).order == backend->code_order(), "a layout in another backend's order");
+  const auto allocate = [backend](int64_t bytes) -> Result<Buffer> {
+    auto buffer = backend->Allocate(bytes);
+    if (buffer) return buffer;
+    return Error{buffer.error().code, buffer.error().message, "kv_cache.memory"};
+  };
   auto cache = std::make_unique<KvCache>();
   cache->layout_ = std::move(layout);
   cache->plan_ = plan;
   const KvLayout& shape = cache->layout_;
-  ASSIGN_OR_RETURN(cache->open_, backend->Allocate(shape.open_pool_bytes(plan.open_pages)));
+  ASSIGN_OR_RETURN(cache->open_, allocate(shape.open_pool_bytes(plan.open_pages)));
   if (shape.quantized()) {
-    ASSIGN_OR_RETURN(cache->sealed_, backend->Allocate(shape.sealed_pool_bytes(plan.sealed_pages)));
+    ASSIGN_OR_RETURN(cache->sealed_, allocate(shape.sealed_pool_bytes(plan.sealed_pages)));
   }
   if (plan.norm_slots > 0) {
-    ASSIGN_OR_RETURN(cache->norms_, backend->Allocate(plan.norm_slots * shape.key_norm_bytes()));
+    ASSIGN_OR_RETURN(cache->norms_, allocate(plan.norm_slots * shape.key_norm_bytes()));
   }
   int64_t open = 0;
   int64_t sealed = 0;

@@ -19,6 +19,8 @@ struct QuantOverride {
   std::optional<QuantAxis> axis{};
   std::optional<int> group_size{};
   std::optional<QuantCodec> codec{};
+
+  bool operator==(const QuantOverride&) const = default;
 };
 struct KvLayerOverride {
   int64_t first_layer = 0;
@@ -41,8 +43,8 @@ struct KvCacheOptions {
   std::vector<KvLayerOverride> layers;
 };
 
-// Applies the overrides, in order, to a model's layers. Errors: invalid argument for a range beyond
-// the model (param: the key's path).
+// Applies the overrides, in order, to a model's layers. Errors: invalid argument, with the key's
+// path in `param`, for a range beyond the model or a layer that cannot be stored.
 Result<KvCacheSpec> ResolveKvCacheSpec(const KvCacheOptions& options, const ModelConfig& model);
 
 // How many pages of each kind the memory buys.

@@ -43,48 +43,48 @@ class LlamaRunner final : public ModelRunner {
   const ModelReport report_;
 };
 
-// Sizes the pools; sets `engine.max_context` where it is open.
-Result<KvPoolPlan> Plan(const KvLayout& layout, const KvCacheOptions& cache, int64_t max_positions,
-                        EngineOptions& engine) {
-  if (engine.max_context > max_positions) {
-    return InvalidArgument("max_context is " + std::to_string(engine.max_context) +
-                               ", the model's longest context is " + std::to_string(max_positions),
+}  // namespace
+
+Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options) {
+  ModelPlan plan{.engine = options.engine};
+  plan.engine.exact_prefill = options.kv_cache.exact_prefill;
+  if (plan.engine.max_context > config.max_positions) {
+    return InvalidArgument("max_context is " + std::to_string(plan.engine.max_context) +
+                               ", the model's longest context is " +
+                               std::to_string(config.max_positions),
                            "scheduler.max_context");
   }
+  ASSIGN_OR_RETURN(plan.backend, CreateBackend(options.backend));
+  ASSIGN_OR_RETURN(const KvCacheSpec spec, ResolveKvCacheSpec(options.kv_cache, config));
+  ASSIGN_OR_RETURN(plan.layout, KvLayout::Create(spec, plan.backend->code_order()));
   // Without a wish of the user, at least a context that reaches the first sealed page.
-  const int64_t windows = OpenWindowPages(layout) * layout.page_tokens();
-  const int64_t min_context =
-      engine.max_context > 0 ? engine.max_context : std::min(max_positions, windows);
-  ASSIGN_OR_RETURN(const KvPoolPlan plan, PlanKvPools(layout, cache, engine.max_sequences,
-                                                      engine.max_batch_tokens, min_context));
-  if (engine.max_context == 0) {
-    engine.max_context = std::min(max_positions, plan.tokens_that_fit);
+  const int64_t windows = OpenWindowPages(plan.layout) * plan.layout.page_tokens();
+  const int64_t min_context = plan.engine.max_context > 0 ? plan.engine.max_context
+                                                          : std::min(config.max_positions, windows);
+  ASSIGN_OR_RETURN(plan.pools, PlanKvPools(plan.layout, options.kv_cache, plan.engine.max_sequences,
+                                           plan.engine.max_batch_tokens, min_context));
+  if (plan.engine.max_context == 0) {
+    plan.engine.max_context = std::min(config.max_positions, plan.pools.tokens_that_fit);
   }
   return plan;
 }
 
-}  // namespace
-
 Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
     std::shared_ptr<const Checkpoint> checkpoint, const ModelRunnerOptions& options) {
   const ModelConfig config = checkpoint->config();
-  EngineOptions engine = options.engine;
-  engine.exact_prefill = options.kv_cache.exact_prefill;
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(config, options));
+  const EngineOptions& engine = plan.engine;
 
   LlamaRunner::Parts parts;
-  ASSIGN_OR_RETURN(parts.backend, CreateBackend(options.backend));
+  parts.backend = std::move(plan.backend);
   Backend* backend = parts.backend.get();
-  // The cache is planned before the weights are read: wrong options fail at once.
-  ASSIGN_OR_RETURN(const KvCacheSpec spec, ResolveKvCacheSpec(options.kv_cache, config));
-  ASSIGN_OR_RETURN(KvLayout layout, KvLayout::Create(spec, backend->code_order()));
-  ASSIGN_OR_RETURN(const KvPoolPlan plan,
-                   Plan(layout, options.kv_cache, config.max_positions, engine));
-  ASSIGN_OR_RETURN(parts.cache, KvCache::Create(backend, std::move(layout), plan));
+  ASSIGN_OR_RETURN(parts.cache, KvCache::Create(backend, std::move(plan.layout), plan.pools));
   const int64_t max_logit_rows = std::min(engine.max_sequences, engine.max_batch_tokens);
-  ASSIGN_OR_RETURN(
-      parts.model,
-      LlamaModel::Load(std::move(checkpoint), backend, engine.max_batch_tokens, max_logit_rows,
-                       {.format = options.dtype, .progress = options.progress}));
+  ASSIGN_OR_RETURN(parts.model, LlamaModel::Load(std::move(checkpoint), backend,
+                                                 {.max_rows = engine.max_batch_tokens,
+                                                  .max_logit_rows = max_logit_rows,
+                                                  .format = options.dtype,
+                                                  .progress = options.progress}));
 
   const KvLayout& shape = parts.cache->layout();
   const auto page_tokens = static_cast<double>(shape.page_tokens());
@@ -94,7 +94,7 @@ Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
       .weight_bytes = parts.model->weight_bytes(),
       .open_page_bytes = shape.open_page_bytes(),
       .sealed_page_bytes = shape.sealed_page_bytes(),
-      .pools = plan,
+      .pools = plan.pools,
       .sealed_bits_per_element = shape.sealed_bits_per_element(),
       .open_bytes_per_token = static_cast<double>(shape.open_page_bytes()) / page_tokens,
       .sealed_bytes_per_token = static_cast<double>(shape.sealed_page_bytes()) / page_tokens,

@@ -23,6 +23,16 @@ struct ModelRunnerOptions {
   std::function<void(int64_t done, int64_t total)> progress;  // while loading weights; may be empty
 };
 
+// What would come up: the device, and how the cache fills its memory. Cheap; loads no weights.
+struct ModelPlan {
+  std::unique_ptr<Backend> backend{};
+  KvLayout layout{};
+  KvPoolPlan pools{};
+  EngineOptions engine;  // max_context resolved
+};
+// Errors: whatever is wrong with device, cache options or memory, with the key's path in `param`.
+Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options);
+
 // What came up: for the start-up report and `inspect`.
 struct ModelReport {
   std::string backend;  // "cpu/amx"

@@ -36,15 +36,6 @@ void ResponseStream::Close(Finish finish) {
   ready_.notify_one();
 }
 
-std::optional<TokenEvent> ResponseStream::Next(std::chrono::milliseconds timeout) {
-  std::unique_lock lock(mutex_);
-  ready_.wait_for(lock, timeout, [this] { return !events_.empty() || finish_.has_value(); });
-  if (events_.empty()) return std::nullopt;
-  TokenEvent event = std::move(events_.front());
-  events_.pop_front();
-  return event;
-}
-
 std::vector<TokenEvent> ResponseStream::NextBatch(std::chrono::milliseconds timeout) {
   std::unique_lock lock(mutex_);
   ready_.wait_for(lock, timeout, [this] { return !events_.empty() || finish_.has_value(); });

@@ -35,7 +35,6 @@ struct SamplingParams {
 
 // A prompt and what to do with it. Immutable once submitted.
 struct Request {
-  std::string id;               // for logs and answers
   std::vector<int32_t> prompt;  // at least one token
   SamplingParams sampling;
   int64_t max_tokens = 16;              // of the answer, >= 1
@@ -80,10 +79,8 @@ class ResponseStream {
  public:
   explicit ResponseStream(int64_t capacity) : capacity_(capacity) {}
 
-  // Reader: the next event, or nullopt once the stream has ended (then `finish()` is set) or the
-  // timeout passed (then it is not).
-  std::optional<TokenEvent> Next(std::chrono::milliseconds timeout);
-  // Reader: takes all events at hand, waiting for at least one, the end, or the timeout.
+  // Reader: takes all events at hand, waiting for at least one, the end, or the timeout. None: the
+  // stream has ended (then `finish()` is set) or the timeout passed (then it is not).
   std::vector<TokenEvent> NextBatch(std::chrono::milliseconds timeout);
   // Reader: how it ended; nullopt while events remain or it goes on.
   std::optional<Finish> finish() const;

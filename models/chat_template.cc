@@ -2,16 +2,15 @@
 
 #include <algorithm>
 #include <array>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
 
 #include "models/files.h"
+#include "models/tokenizer_config.h"
 
 namespace innerq {
 namespace {
 
-using nlohmann::json;
 using Segment = ChatTemplate::Segment;
 
 // Whitespace beyond ASCII that Python's str.strip, and so Jinja's trim, removes.
@@ -85,27 +84,41 @@ Result<void> CheckRoles(const std::vector<ChatMessage>& messages,
   return {};
 }
 
-// Refuses message text with marks that the template writes as plain text.
-Result<void> CheckMarks(const std::vector<ChatMessage>& messages,
-                        std::initializer_list<std::string_view> marks) {
-  for (size_t i = 0; i < messages.size(); ++i) {
-    for (const std::string_view mark : marks) {
-      if (messages[i].content.find(mark) == std::string::npos) continue;
-      return InvalidArgument("message text must not contain " + std::string(mark) +
-                                 ", with which the model's chat template marks turns",
-                             Place(i, "content"));
+// What the templates below share: `plain_marks` are their marks of turns that are no special tokens
+// of the model.
+class MarkedTemplate : public ChatTemplate {
+ public:
+  explicit MarkedTemplate(std::vector<std::string> plain_marks)
+      : plain_marks_(std::move(plain_marks)) {}
+
+ protected:
+  // Refuses roles beside `roles`, and message text with marks that the model would take for ours.
+  Result<void> Check(const std::vector<ChatMessage>& messages,
+                     std::initializer_list<std::string_view> roles) const {
+    RETURN_IF_ERROR(CheckRoles(messages, roles));
+    for (size_t i = 0; i < messages.size(); ++i) {
+      for (const std::string& mark : plain_marks_) {
+        if (messages[i].content.find(mark) == std::string::npos) continue;
+        return InvalidArgument("message text must not contain " + mark +
+                                   ", with which the model's chat template marks turns",
+                               Place(i, "content"));
+      }
     }
+    return {};
   }
-  return {};
-}
+
+ private:
+  const std::vector<std::string> plain_marks_;
+};
 
 // <|im_start|>role \n content <|im_end|> \n
-class ChatMl : public ChatTemplate {
+class ChatMl : public MarkedTemplate {
  public:
+  using MarkedTemplate::MarkedTemplate;
   std::string_view name() const override { return "chatml"; }
   Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
                                       bool add_generation_prompt) const override {
-    RETURN_IF_ERROR(CheckRoles(messages, {"system", "user", "assistant", "tool"}));
+    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant", "tool"}));
     SegmentList out;
     for (const ChatMessage& message : messages) {
       out.Template("<|im_start|>" + message.role + "\n");
@@ -118,14 +131,14 @@ class ChatMl : public ChatTemplate {
 };
 
 // [INST] <<SYS>> system <</SYS>> user [/INST] assistant </s><s>[INST] ...
-class Llama2 : public ChatTemplate {
+class Llama2 : public MarkedTemplate {
  public:
-  Llama2(std::string bos, std::string eos) : bos_(std::move(bos)), eos_(std::move(eos)) {}
+  Llama2(std::string bos, std::string eos, std::vector<std::string> plain_marks)
+      : MarkedTemplate(std::move(plain_marks)), bos_(std::move(bos)), eos_(std::move(eos)) {}
   std::string_view name() const override { return "llama2"; }
   Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
                                       bool /*add_generation_prompt*/) const override {
-    RETURN_IF_ERROR(CheckRoles(messages, {"system", "user", "assistant"}));
-    RETURN_IF_ERROR(CheckMarks(messages, {"[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"}));
+    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant"}));
     const size_t first = messages[0].role == "system" ? 1 : 0;
     if (first == messages.size()) {
       return InvalidArgument("a user message must follow the system message", "messages");
@@ -170,12 +183,13 @@ class Llama2 : public ChatTemplate {
 };
 
 // <|start_header_id|>role<|end_header_id|> \n\n content <|eot_id|>
-class Llama3 : public ChatTemplate {
+class Llama3 : public MarkedTemplate {
  public:
+  using MarkedTemplate::MarkedTemplate;
   std::string_view name() const override { return "llama3"; }
   Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
                                       bool add_generation_prompt) const override {
-    RETURN_IF_ERROR(CheckRoles(messages, {"system", "user", "assistant"}));
+    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant"}));
     SegmentList out;
     for (const ChatMessage& message : messages) {
       out.Template(Header(message.role));
@@ -193,14 +207,14 @@ class Llama3 : public ChatTemplate {
 };
 
 // <|role|> \n content </s> \n
-class Zephyr : public ChatTemplate {
+class Zephyr : public MarkedTemplate {
  public:
-  explicit Zephyr(std::string eos) : eos_(std::move(eos)) {}
+  Zephyr(std::string eos, std::vector<std::string> plain_marks)
+      : MarkedTemplate(std::move(plain_marks)), eos_(std::move(eos)) {}
   std::string_view name() const override { return "zephyr"; }
   Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
                                       bool add_generation_prompt) const override {
-    RETURN_IF_ERROR(CheckRoles(messages, {"system", "user", "assistant"}));
-    RETURN_IF_ERROR(CheckMarks(messages, {"<|system|>", "<|user|>", "<|assistant|>"}));
+    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant"}));
     SegmentList out;
     for (const ChatMessage& message : messages) {
       out.Template("<|" + message.role + "|>\n");
@@ -215,51 +229,12 @@ class Zephyr : public ChatTemplate {
   std::string eos_;
 };
 
-// tokenizer_config.json, or an empty object where there is none.
-Result<json> ReadTokenizerConfig(const std::filesystem::path& directory) {
-  const std::filesystem::path path = directory / "tokenizer_config.json";
-  const Result<std::string> text = ReadTextFile(path, kMaxTextFileBytes);
-  if (!text.ok()) {
-    if (text.error().code == ErrorCode::kNotFound) return json::object();
-    return text.error();
-  }
-  json config = json::parse(*text, nullptr, /*allow_exceptions=*/false);
-  if (!config.is_object()) {
-    return Error{ErrorCode::kDataLoss, path.string() + ": not a JSON object"};
-  }
-  return config;
-}
-
-// A string member, or what `fallback` says.
-std::string StringOr(const json& object, const char* key, std::string fallback) {
-  const auto at = object.find(key);
-  return at != object.end() && at->is_string() ? at->get<std::string>() : std::move(fallback);
-}
-
-// "eos_token" and the like: a string, or an object with "content".
-std::string TokenText(const json& config, const char* key, const std::string& fallback) {
-  const auto at = config.find(key);
-  if (at != config.end() && at->is_object()) return StringOr(*at, "content", fallback);
-  return StringOr(config, key, fallback);
-}
-
-// The model's Jinja text: chat_template.jinja, else "chat_template" of tokenizer_config.json, which
-// is a string or a list of {"name", "template"}, one of them "default"; empty if there is none.
-Result<std::string> ReadJinja(const std::filesystem::path& directory, const json& config) {
+// The model's Jinja text: chat_template.jinja, else that of tokenizer_config.json; may be empty.
+Result<std::string> ReadJinja(const std::filesystem::path& directory,
+                              const TokenizerConfig& config) {
   Result<std::string> file = ReadTextFile(directory / "chat_template.jinja", kMaxTextFileBytes);
   if (file.ok() || file.error().code != ErrorCode::kNotFound) return file;
-  const auto at = config.find("chat_template");
-  if (at == config.end() || at->is_null()) return std::string();
-  if (at->is_string()) return at->get<std::string>();
-  if (at->is_array()) {
-    for (const json& entry : *at) {
-      if (!entry.is_object() || StringOr(entry, "name", "") != "default") continue;
-      return StringOr(entry, "template", "");
-    }
-  }
-  return Error{ErrorCode::kDataLoss,
-               (directory / "tokenizer_config.json").string() +
-                   ": chat_template: expected a string, or a list with one named default"};
+  return config.chat_template;
 }
 
 // The name of the template whose control tokens a Jinja text uses.
@@ -277,9 +252,9 @@ std::optional<std::string_view> Recognize(std::string_view jinja) {
 std::vector<std::string> ChatTemplate::Names() { return {"chatml", "llama2", "llama3", "zephyr"}; }
 
 Result<std::shared_ptr<const ChatTemplate>> ChatTemplate::Load(
-    const std::filesystem::path& directory, std::string_view name) {
+    const std::filesystem::path& directory, std::string_view name, const Tokenizer* tokenizer) {
   using Pointer = std::shared_ptr<const ChatTemplate>;
-  ASSIGN_OR_RETURN(const json config, ReadTokenizerConfig(directory));
+  ASSIGN_OR_RETURN(const TokenizerConfig config, ReadTokenizerConfig(directory));
   std::string wanted(name);
   if (name == "auto") {
     ASSIGN_OR_RETURN(const std::string jinja, ReadJinja(directory, config));
@@ -292,13 +267,30 @@ Result<std::shared_ptr<const ChatTemplate>> ChatTemplate::Load(
     }
     wanted = *recognized;
   }
-  const std::string eos = TokenText(config, "eos_token", "</s>");
-  if (wanted == "chatml") return Pointer(std::make_shared<ChatMl>());
-  if (wanted == "llama2") {
-    return Pointer(std::make_shared<Llama2>(TokenText(config, "bos_token", "<s>"), eos));
+  const auto plain = [tokenizer](std::vector<std::string> marks) {
+    std::erase_if(marks, [tokenizer](const std::string& mark) {
+      const auto id = tokenizer != nullptr ? tokenizer->TokenId(mark) : std::nullopt;
+      return id && tokenizer->IsSpecial(*id);
+    });
+    return marks;
+  };
+  const std::string bos = config.bos_token.value_or("<s>");
+  const std::string eos = config.eos_token.value_or("</s>");
+  if (wanted == "chatml") {
+    return Pointer(std::make_shared<ChatMl>(plain({"<|im_start|>", "<|im_end|>"})));
   }
-  if (wanted == "llama3") return Pointer(std::make_shared<Llama3>());
-  if (wanted == "zephyr") return Pointer(std::make_shared<Zephyr>(eos));
+  if (wanted == "llama2") {
+    return Pointer(std::make_shared<Llama2>(
+        bos, eos, plain({"[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", bos, eos})));
+  }
+  if (wanted == "llama3") {
+    return Pointer(std::make_shared<Llama3>(
+        plain({"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"})));
+  }
+  if (wanted == "zephyr") {
+    return Pointer(
+        std::make_shared<Zephyr>(eos, plain({"<|system|>", "<|user|>", "<|assistant|>", eos})));
+  }
   return InvalidArgument(
       "chat template: expected auto, chatml, llama2, llama3 or zephyr, found \"" + wanted + "\"");
 }

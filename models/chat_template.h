@@ -28,10 +28,12 @@ class ChatTemplate {
 
   // `name` is "auto" (recognize the template in tokenizer_config.json or chat_template.jinja of the
   // directory by the control tokens it uses) or one of Names(): chatml, llama2, llama3, zephyr.
-  // Null if "auto" finds no template at all: the model cannot chat. Errors: invalid argument for a
+  // `tokenizer` tells which marks of turns are special tokens (null: none); used by Load only. Null
+  // if "auto" finds no template at all: the model cannot chat. Errors: invalid argument for a
   // template that is not recognized, data loss for a damaged file.
   static Result<std::shared_ptr<const ChatTemplate>> Load(const std::filesystem::path& directory,
-                                                          std::string_view name);
+                                                          std::string_view name,
+                                                          const Tokenizer* tokenizer);
   virtual ~ChatTemplate() = default;
 
   virtual std::string_view name() const = 0;
@@ -41,7 +43,7 @@ class ChatTemplate {
   // the header of an assistant turn if `add_generation_prompt` (llama2 has none to add).
   // Errors: invalid argument, with the message's place in `param`, for a role or an order that the
   // template does not know, and for message text that spells a mark of turns which is no special
-  // token and hence could not be told from the template's own ([INST], <|user|>).
+  // token of the model and hence could not be told from the template's own ([INST], say).
   virtual Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
                                               bool add_generation_prompt) const = 0;
 };

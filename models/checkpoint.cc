@@ -73,17 +73,16 @@ class MappedCheckpoint : public Checkpoint {
     ASSIGN_OR_RETURN(MappedFile file, MappedFile::Open(path));
     ASSIGN_OR_RETURN(const std::vector<CheckpointTensor> found,
                      ParseSafetensors(file.bytes(), path.string()));
+    for (const CheckpointTensor& tensor : found) {
+      const auto [first, is_new] = file_of_.emplace(tensor.name, name);
+      if (is_new) continue;
+      return Error{ErrorCode::kDataLoss,
+                   path.string() + ": tensor " + tensor.name + " is also in " + first->second};
+    }
     files_.push_back(std::move(file));
     tensors_.insert(tensors_.end(), found.begin(), found.end());
     std::sort(tensors_.begin(), tensors_.end(),
               [](const CheckpointTensor& a, const CheckpointTensor& b) { return a.name < b.name; });
-    const auto twice = std::adjacent_find(
-        tensors_.begin(), tensors_.end(),
-        [](const CheckpointTensor& a, const CheckpointTensor& b) { return a.name == b.name; });
-    if (twice != tensors_.end()) {
-      return Error{ErrorCode::kDataLoss,
-                   path.string() + ": tensor " + twice->name + " is also in another file"};
-    }
     return {};
   }
 
@@ -93,7 +92,8 @@ class MappedCheckpoint : public Checkpoint {
     for (const auto& [tensor, file] : shard_of) shards.insert(file);
     for (const std::string& file : shards) RETURN_IF_ERROR(MapFile(file));
     for (const auto& [tensor, file] : shard_of) {
-      if (Find(tensor) == nullptr) {
+      const auto found = file_of_.find(tensor);
+      if (found == file_of_.end() || found->second != file) {
         return Error{ErrorCode::kDataLoss, (directory_ / file).string() + ": tensor " + tensor +
                                                " is missing, though " + kIndexFile +
                                                " says it is there"};
@@ -105,7 +105,8 @@ class MappedCheckpoint : public Checkpoint {
   std::filesystem::path directory_;
   ModelConfig config_;
   std::vector<MappedFile> files_;
-  std::vector<CheckpointTensor> tensors_;  // sorted by name
+  std::map<std::string, std::string> file_of_;  // by tensor
+  std::vector<CheckpointTensor> tensors_;       // sorted by name
 };
 
 }  // namespace

@@ -44,22 +44,21 @@ float ElementAsFloat(const ConstTensorView& tensor, int64_t i) {
 // The decoder with q, k, v and gate, up fused into one matrix each.
 class FusedLlama : public LlamaModel {
  public:
-  FusedLlama(const ModelConfig& config, Backend* backend, std::unique_ptr<TensorSource> source)
+  FusedLlama(const ModelConfig& config, Backend* backend, std::unique_ptr<TensorSource> source,
+             LoadOptions options)
       : config_(config),
         backend_(backend),
         source_(std::move(source)),
-        inverse_frequency_(config.InverseFrequencies()) {}
+        options_(std::move(options)),
+        inverse_frequency_(config.InverseFrequencies()) {
+    CHECK(options_.max_rows > 0 && options_.max_logit_rows > 0, "a step has rows");
+  }
 
-  Result<void> Build(int64_t max_rows, int64_t max_logit_rows, const LoadOptions& options) {
-    CHECK(max_rows > 0 && max_logit_rows > 0, "a step has rows");
-    format_ = options.format;
-    progress_ = options.progress;
-    max_rows_ = max_rows;
-    max_logit_rows_ = max_logit_rows;
+  Result<void> Build() {
     RETURN_IF_ERROR(BuildWeights());
     RETURN_IF_ERROR(AllocateActivations());
     StepLimits limits;
-    limits.max_rows = std::max(max_rows, max_logit_rows);
+    limits.max_rows = std::max(options_.max_rows, options_.max_logit_rows);
     limits.max_features = std::max({hidden(), query_dim(), config_.intermediate_size});
     limits.max_head_dim = config_.head_dim;
     limits.max_group = config_.num_heads / config_.num_kv_heads;
@@ -72,7 +71,7 @@ class FusedLlama : public LlamaModel {
   ConstTensorView Forward(const ForwardBatch& batch, const KvLayout& layout,
                           std::span<const PagedKvView> layers) override {
     const int64_t rows = batch.num_rows();
-    CHECK(rows > 0 && rows <= max_rows_, "rows of the step: " + std::to_string(rows));
+    CHECK(rows > 0 && rows <= options_.max_rows, "rows of the step: " + std::to_string(rows));
     CHECK(static_cast<int64_t>(layers.size()) == config_.num_layers, "one cache view per layer");
     const TensorView x = Rows(act_.hidden, rows, hidden());
     const TensorView cos = Rows(act_.cos, rows, config_.head_dim / 2);
@@ -154,8 +153,9 @@ class FusedLlama : public LlamaModel {
       ASSIGN_OR_RETURN(const ConstTensorView bias, source_->Get(part.name + ".bias", {part.rows}));
       biases.push_back(bias);
     }
-    ASSIGN_OR_RETURN(Weight packed, backend_->PackWeight(weights, biases,
-                                                         format_.value_or(StoredFormat(weights))));
+    ASSIGN_OR_RETURN(
+        Weight packed,
+        backend_->PackWeight(weights, biases, options_.format.value_or(StoredFormat(weights))));
     for (const Part& part : parts) {
       if (part.name + ".weight" != embedding_name_) source_->Drop(part.name + ".weight");
     }
@@ -191,7 +191,8 @@ class FusedLlama : public LlamaModel {
   void ReportProgress(int64_t tensors) {
     constexpr int64_t kPerLayer = 9, kOthers = 3;  // two norms, seven matrices; table, norm, head
     tensors_done_ += tensors;
-    if (progress_) progress_(tensors_done_, config_.num_layers * kPerLayer + kOthers);
+    const int64_t total = config_.num_layers * kPerLayer + kOthers;
+    if (options_.progress) options_.progress(tensors_done_, total);
   }
 
   Result<void> AllocateActivations() {
@@ -199,7 +200,8 @@ class FusedLlama : public LlamaModel {
       ASSIGN_OR_RETURN(buffer, backend_->Allocate(count * width * DTypeBytes(DType::kF32)));
       return {};
     };
-    const int64_t rows = max_rows_;
+    const int64_t rows = options_.max_rows;
+    const int64_t logit_rows = options_.max_logit_rows;
     RETURN_IF_ERROR(allocate(act_.hidden, rows, hidden()));
     RETURN_IF_ERROR(allocate(act_.normed, rows, hidden()));
     RETURN_IF_ERROR(allocate(act_.qkv, rows, query_dim() + 2 * key_dim()));
@@ -209,8 +211,8 @@ class FusedLlama : public LlamaModel {
     RETURN_IF_ERROR(allocate(act_.gated, rows, config_.intermediate_size));
     RETURN_IF_ERROR(allocate(act_.cos, rows, config_.head_dim / 2));
     RETURN_IF_ERROR(allocate(act_.sin, rows, config_.head_dim / 2));
-    RETURN_IF_ERROR(allocate(act_.gathered, max_logit_rows_, hidden()));
-    return allocate(act_.logits, max_logit_rows_, config_.vocab_size);
+    RETURN_IF_ERROR(allocate(act_.gathered, logit_rows, hidden()));
+    return allocate(act_.logits, logit_rows, config_.vocab_size);
   }
 
   // --- One step ---
@@ -260,7 +262,7 @@ class FusedLlama : public LlamaModel {
 
   ConstTensorView RunHead(std::span<const int64_t> logit_rows, const TensorView& x) {
     const auto count = static_cast<int64_t>(logit_rows.size());
-    CHECK(count <= max_logit_rows_, "rows with logits: " + std::to_string(count));
+    CHECK(count <= options_.max_logit_rows, "rows with logits: " + std::to_string(count));
     const TensorView logits = Rows(act_.logits, count, config_.vocab_size);
     if (count == 0) return logits;
     const TensorView gathered = Rows(act_.gathered, count, hidden());
@@ -273,11 +275,8 @@ class FusedLlama : public LlamaModel {
   const ModelConfig config_;
   Backend* const backend_;
   const std::unique_ptr<TensorSource> source_;  // owns the memory of the embedding table
+  const LoadOptions options_;
   const std::vector<float> inverse_frequency_;  // [D / 2]
-  std::optional<WeightFormat> format_;          // nullopt: as stored
-  std::function<void(int64_t, int64_t)> progress_;
-  int64_t max_rows_ = 0;
-  int64_t max_logit_rows_ = 0;
 
   std::string embedding_name_;
   Buffer embedding_buffer_;
@@ -294,12 +293,11 @@ class FusedLlama : public LlamaModel {
 }  // namespace
 
 Result<std::unique_ptr<LlamaModel>> LlamaModel::Load(std::shared_ptr<const Checkpoint> checkpoint,
-                                                     Backend* backend, int64_t max_rows,
-                                                     int64_t max_logit_rows,
-                                                     const LoadOptions& options) {
+                                                     Backend* backend, LoadOptions options) {
   const ModelConfig& config = checkpoint->config();
-  auto model = std::make_unique<FusedLlama>(config, backend, CreateCheckpointSource(checkpoint));
-  RETURN_IF_ERROR(model->Build(max_rows, max_logit_rows, options));
+  auto model = std::make_unique<FusedLlama>(config, backend, CreateCheckpointSource(checkpoint),
+                                            std::move(options));
+  RETURN_IF_ERROR(model->Build());
   return std::unique_ptr<LlamaModel>(std::move(model));
 }
 
@@ -307,8 +305,10 @@ Result<std::unique_ptr<LlamaModel>> LlamaModel::Random(const ModelConfig& config
                                                        WeightFormat format, uint64_t seed,
                                                        Backend* backend, int64_t max_rows,
                                                        int64_t max_logit_rows) {
-  auto model = std::make_unique<FusedLlama>(config, backend, CreateRandomSource(seed));
-  RETURN_IF_ERROR(model->Build(max_rows, max_logit_rows, {.format = format, .progress = {}}));
+  LoadOptions options{max_rows, max_logit_rows, format, {}};
+  auto model =
+      std::make_unique<FusedLlama>(config, backend, CreateRandomSource(seed), std::move(options));
+  RETURN_IF_ERROR(model->Build());
   return std::unique_ptr<LlamaModel>(std::move(model));
 }
 

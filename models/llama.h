@@ -14,8 +14,10 @@
 
 namespace innerq {
 
-// What to do with stored weights.
+// How to build a model.
 struct LoadOptions {
+  int64_t max_rows = 0;        // of a step
+  int64_t max_logit_rows = 0;  // of a step, those that need logits
   // nullopt: as stored (F32 stays F32, F16 F16, BF16 BF16).
   std::optional<WeightFormat> format;
   // Called with (tensors done, tensors in all) as weights are packed; may be empty.
@@ -26,14 +28,11 @@ struct LoadOptions {
 // thread at a time may call Forward.
 class LlamaModel {
  public:
-  // Packs a checkpoint for `backend`, which must outlive the model; ready for steps of up to
-  // `max_rows` rows, of which at most `max_logit_rows` need logits. The checkpoint stays mapped as
+  // Packs a checkpoint for `backend`, which must outlive the model. The checkpoint stays mapped as
   // long as the model lives. Errors: invalid argument or data loss naming the tensor, resource
   // exhausted.
   static Result<std::unique_ptr<LlamaModel>> Load(std::shared_ptr<const Checkpoint> checkpoint,
-                                                  Backend* backend, int64_t max_rows,
-                                                  int64_t max_logit_rows,
-                                                  const LoadOptions& options);
+                                                  Backend* backend, LoadOptions options);
   // A model with seeded random weights of the given shape, for benchmarks and tests.
   static Result<std::unique_ptr<LlamaModel>> Random(const ModelConfig& config, WeightFormat format,
                                                     uint64_t seed, Backend* backend,

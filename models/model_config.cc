@@ -92,7 +92,8 @@ class KeyReader {
   // Refuses what this server cannot compute.
   void Require(bool holds, const char* key, const std::string& expected) {
     const json* value = Find(key);
-    if (!holds) Fail(key, value != nullptr ? *value : json(), expected);
+    const json null;  // an lvalue, so that ?: makes no copy, which would recurse
+    if (!holds) Fail(key, value != nullptr ? *value : null, expected);
   }
 
  private:

@@ -5,109 +5,31 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <nlohmann/json.hpp>
 #include <unordered_map>
 
 #include "models/files.h"
+#include "models/tokenizer_config.h"
 #include "models/utf8.h"
 
 namespace innerq {
 namespace {
 
-using nlohmann::json;
 using sentencepiece::SentencePieceProcessor;
 
 constexpr std::string_view kSpaceMark = "\xe2\x96\x81";  // U+2581, a space within a piece
-constexpr int32_t kMaxTokenId = (1 << 20) - 1;
-
-// What tokenizer_config.json says; the defaults hold where it is silent.
-struct TokenizerConfig {
-  struct AddedToken {
-    int32_t id = 0;
-    std::string content;
-    bool special = false;
-  };
-  bool add_bos = true;
-  bool legacy = true;
-  bool add_prefix_space = true;
-  std::optional<std::string> bos_token;
-  std::optional<std::string> eos_token;
-  std::vector<AddedToken> added_tokens;
-};
 
 Error Damaged(const std::filesystem::path& path, const std::string& what) {
   return {ErrorCode::kDataLoss, path.string() + ": " + what};
 }
 
-// A flag that may be absent or null.
-Result<bool> ReadFlag(const json& file, const char* key, bool fallback) {
-  const auto at = file.find(key);
-  if (at == file.end() || at->is_null()) return fallback;
-  if (!at->is_boolean()) {
-    return Error{ErrorCode::kDataLoss, std::string(key) + ": expected true or false"};
+// The text of a piece: marks become spaces.
+std::string PieceText(std::string_view piece) {
+  std::string text;
+  for (size_t at; (at = piece.find(kSpaceMark)) != piece.npos;) {
+    text.append(piece, 0, at).append(1, ' ');
+    piece.remove_prefix(at + kSpaceMark.size());
   }
-  return at->get<bool>();
-}
-
-// The text of "bos_token" or the like: a string, or an object with "content".
-std::optional<std::string> ReadTokenText(const json& file, const char* key) {
-  const auto at = file.find(key);
-  if (at == file.end()) return std::nullopt;
-  if (at->is_string()) return at->get<std::string>();
-  if (!at->is_object()) return std::nullopt;
-  const auto content = at->find("content");
-  if (content == at->end() || !content->is_string()) return std::nullopt;
-  return content->get<std::string>();
-}
-
-// "added_tokens_decoder": id -> {"content", "special", ...}.
-Result<std::vector<TokenizerConfig::AddedToken>> ReadAddedTokens(const json& file) {
-  std::vector<TokenizerConfig::AddedToken> tokens;
-  const auto decoder = file.find("added_tokens_decoder");
-  if (decoder == file.end() || decoder->is_null()) return tokens;
-  const Error error{ErrorCode::kDataLoss,
-                    "added_tokens_decoder: expected ids in [0, 2^20) with \"content\" texts"};
-  if (!decoder->is_object()) return error;
-  for (const auto& [key, value] : decoder->items()) {
-    TokenizerConfig::AddedToken token;
-    const char* end = key.data() + key.size();
-    const auto parsed = std::from_chars(key.data(), end, token.id);
-    if (parsed.ec != std::errc() || parsed.ptr != end || token.id < 0 || token.id > kMaxTokenId ||
-        !value.is_object()) {
-      return error;
-    }
-    const auto content = value.find("content");
-    if (content == value.end() || !content->is_string()) return error;
-    token.content = content->get<std::string>();
-    if (token.content.empty()) return error;
-    ASSIGN_OR_RETURN(token.special, ReadFlag(value, "special", false));
-    tokens.push_back(std::move(token));
-  }
-  return tokens;
-}
-
-Result<TokenizerConfig> ParseConfig(const json& file) {
-  TokenizerConfig config;
-  ASSIGN_OR_RETURN(config.add_bos, ReadFlag(file, "add_bos_token", true));
-  ASSIGN_OR_RETURN(config.legacy, ReadFlag(file, "legacy", true));
-  ASSIGN_OR_RETURN(config.add_prefix_space, ReadFlag(file, "add_prefix_space", true));
-  ASSIGN_OR_RETURN(config.added_tokens, ReadAddedTokens(file));
-  config.bos_token = ReadTokenText(file, "bos_token");
-  config.eos_token = ReadTokenText(file, "eos_token");
-  return config;
-}
-
-Result<TokenizerConfig> ReadConfig(const std::filesystem::path& path) {
-  const Result<std::string> text = ReadTextFile(path, kMaxTextFileBytes);
-  if (!text.ok()) {
-    if (text.error().code == ErrorCode::kNotFound) return TokenizerConfig();
-    return text.error();
-  }
-  const json file = json::parse(*text, nullptr, /*allow_exceptions=*/false);
-  if (!file.is_object()) return Damaged(path, "not a JSON object");
-  Result<TokenizerConfig> config = ParseConfig(file);
-  if (!config.ok()) return Damaged(path, config.error().message);
-  return config;
+  return text.append(piece);
 }
 
 // True if the model puts a space before each text: seen in how it encodes a letter.
@@ -119,7 +41,8 @@ bool AddsDummyPrefix(const SentencePieceProcessor& model) {
 class SentencePieceTokenizer : public Tokenizer {
  public:
   Result<void> Load(const std::filesystem::path& directory) {
-    ASSIGN_OR_RETURN(const TokenizerConfig config, ReadConfig(directory / "tokenizer_config.json"));
+    ASSIGN_OR_RETURN(const TokenizerConfig config, ReadTokenizerConfig(directory));
+    const std::filesystem::path config_path = directory / "tokenizer_config.json";
     const std::filesystem::path path = directory / "tokenizer.model";
     ASSIGN_OR_RETURN(std::string proto, ReadTextFile(path, kMaxTextFileBytes));
     if (const auto status = model_.LoadFromSerializedProto(proto); !status.ok()) {
@@ -134,9 +57,9 @@ class SentencePieceTokenizer : public Tokenizer {
       return Damaged(path, "not a SentencePiece model: " + status.ToString());
     }
     ReadPieces();
-    AddTokens(config.added_tokens);
+    RETURN_IF_ERROR(AddTokens(config.added_tokens, config_path));
     add_bos_ = config.add_bos;
-    return SetEnds(config, directory / "tokenizer_config.json");
+    return SetEnds(config, config_path);
   }
 
   int64_t vocab_size() const override { return static_cast<int64_t>(tokens_.size()); }
@@ -187,16 +110,11 @@ class SentencePieceTokenizer : public Tokenizer {
       case Kind::kPiece:
         break;
     }
-    std::string text;
     std::string_view piece = token.text;
     if (first && adds_space_ && piece.starts_with(kSpaceMark)) {
       piece.remove_prefix(kSpaceMark.size());
     }
-    for (size_t at; (at = piece.find(kSpaceMark)) != piece.npos;) {
-      text.append(piece, 0, at).append(1, ' ');
-      piece.remove_prefix(at + kSpaceMark.size());
-    }
-    return text.append(piece);
+    return PieceText(piece);
   }
 
   bool IsSpecial(int32_t id) const override {
@@ -243,8 +161,14 @@ class SentencePieceTokenizer : public Tokenizer {
     }
   }
 
-  void AddTokens(const std::vector<TokenizerConfig::AddedToken>& added_tokens) {
+  Result<void> AddTokens(const std::vector<TokenizerConfig::AddedToken>& added_tokens,
+                         const std::filesystem::path& path) {
     for (const TokenizerConfig::AddedToken& added : added_tokens) {
+      const bool is_byte = added.id < model_.GetPieceSize() && model_.IsByte(added.id);
+      if (added.special && is_byte) {  // plain text may have to be spelled with it
+        return Damaged(path, "added_tokens_decoder: token " + std::to_string(added.id) +
+                                 " is a byte and cannot be special");
+      }
       const auto index = static_cast<size_t>(added.id);
       if (index >= tokens_.size()) tokens_.resize(index + 1);
       tokens_[index] = {added.content, added.special ? Kind::kSpecial : Kind::kAdded};
@@ -259,6 +183,7 @@ class SentencePieceTokenizer : public Tokenizer {
     for (const int32_t id : controls_) {
       begins_control_[static_cast<uint8_t>(Token(id).text.front())] = true;
     }
+    return {};
   }
 
   // Beginning- and end-of-sequence ids: tokenizer_config.json's, else the model's own.
@@ -296,7 +221,7 @@ class SentencePieceTokenizer : public Tokenizer {
       std::vector<int> part;
       const auto status = model_.Encode(valid, &part);
       CHECK(status.ok(), status.ToString());
-      ids.insert(ids.end(), part.begin(), part.end());
+      for (const int id : part) AppendPlain(id, ids);
       valid.clear();
     };
     while (!text.empty()) {
@@ -311,6 +236,18 @@ class SentencePieceTokenizer : public Tokenizer {
       text.remove_prefix(character.size());
     }
     end_valid();
+  }
+
+  // Appends a piece that SentencePiece found in plain text: as bytes if the configuration makes it
+  // special, for SentencePiece itself finds user-defined symbols in any text.
+  void AppendPlain(int32_t id, std::vector<int32_t>& ids) const {
+    if (!IsSpecial(id) || id == model_.unk_id()) {
+      ids.push_back(id);
+      return;
+    }
+    for (const char byte : PieceText(model_.IdToPiece(id))) {
+      ids.push_back(ByteId(static_cast<uint8_t>(byte)));
+    }
   }
 
   int32_t ByteId(uint8_t byte) const {

@@ -27,10 +27,14 @@ void PrintModel(const ModelConfig& config) {
 void PrintCache(const KvLayout& layout) {
   for (const std::string& line : DescribeCache(layout)) fmt::print("cache {}\n", line);
   const auto tokens = static_cast<double>(layout.page_tokens());
-  fmt::print("cache bytes per token: {:.1f} in F16 pages, {:.1f} in quantized pages\n",
-             static_cast<double>(layout.open_page_bytes()) / tokens,
-             layout.quantized() ? static_cast<double>(layout.sealed_page_bytes()) / tokens
-                                : static_cast<double>(layout.open_page_bytes()) / tokens);
+  fmt::print("cache bytes per token: {:.1f} in F16 pages",
+             static_cast<double>(layout.open_page_bytes()) / tokens);
+  if (!layout.quantized()) {
+    fmt::print("\n");
+    return;
+  }
+  fmt::print(", {:.1f} in quantized pages\n",
+             static_cast<double>(layout.sealed_page_bytes()) / tokens);
   fmt::print("cache bits per element: {:.3f} without the F16 windows; with them",
              layout.sealed_bits_per_element());
   const char* separator = "";
@@ -42,47 +46,32 @@ void PrintCache(const KvLayout& layout) {
   fmt::print("\n");
 }
 
-// What check-config and inspect share: the model's shape against the cache's layout.
-Result<KvLayout> ReadLayout(const Options& options, ModelConfig* config) {
-  ASSIGN_OR_RETURN(*config, ReadModelConfig(options.model.path));
-  return PlanLayout(options, *config);
-}
-
+// Everything that LoadModel does, but for taking memory and reading weights.
 Result<void> PrintConfig(const Options& options) {
-  ModelConfig config;
-  ASSIGN_OR_RETURN(const KvLayout layout, ReadLayout(options, &config));
   ASSIGN_OR_RETURN(const auto tokenizer, Tokenizer::Load(options.model.path));
-  ASSIGN_OR_RETURN(const auto chat_template,
-                   ChatTemplate::Load(options.model.path, options.model.chat_template));
-  const EngineOptions& engine = options.runner.engine;
-  if (engine.max_context > config.max_positions) {
-    return InvalidArgument(
-        fmt::format("scheduler.max_context: {} is more than the model's {} positions",
-                    engine.max_context, config.max_positions),
-        "scheduler.max_context");
-  }
-  const int64_t min_context = engine.max_context > 0 ? engine.max_context : 1;
-  ASSIGN_OR_RETURN(const KvPoolPlan plan,
-                   PlanKvPools(layout, options.runner.kv_cache, engine.max_sequences,
-                               engine.max_batch_tokens, min_context));
+  ASSIGN_OR_RETURN(
+      const auto chat_template,
+      ChatTemplate::Load(options.model.path, options.model.chat_template, tokenizer.get()));
+  ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
+  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(checkpoint->config(), options.runner));
   fmt::print("the configuration is valid; it would serve {} as {} on {}:{}\n",
              options.model.path.string(), options.model.alias, options.server.host,
              options.server.port);
-  PrintModel(config);
+  PrintModel(checkpoint->config());
   fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", tokenizer->vocab_size(),
              chat_template ? chat_template->name() : "none");
-  for (const std::string& line : DescribeCache(layout)) fmt::print("cache {}\n", line);
+  fmt::print("backend: {}\n", plan.backend->name());
+  for (const std::string& line : DescribeCache(plan.layout)) fmt::print("cache {}\n", line);
   fmt::print(
       "cache memory: {} bytes, {} F16 and {} quantized pages; one sequence could hold {} tokens\n",
-      plan.bytes, plan.open_pages, plan.sealed_pages, plan.tokens_that_fit);
+      plan.pools.bytes, plan.pools.open_pages, plan.pools.sealed_pages, plan.pools.tokens_that_fit);
   return {};
 }
 
 Result<void> PrintInspection(const Options& options) {
-  ModelConfig config;
-  ASSIGN_OR_RETURN(const KvLayout layout, ReadLayout(options, &config));
-  PrintModel(config);
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
+  ASSIGN_OR_RETURN(const KvLayout layout, PlanLayout(options, checkpoint->config()));
+  PrintModel(checkpoint->config());
   int64_t bytes = 0;
   for (const CheckpointTensor& tensor : checkpoint->tensors()) bytes += tensor.view.bytes();
   fmt::print("weights: {} tensors, {} bytes as stored\n", checkpoint->tensors().size(), bytes);
@@ -93,7 +82,6 @@ Result<void> PrintInspection(const Options& options) {
 Result<void> PrintAnswer(const Options& options, const GenerateArgs& args) {
   ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options));
   Request request;
-  request.id = "generate";
   if (!args.chat) {
     request.prompt = model.tokenizer->Encode(args.prompt, {});
   } else if (model.chat_template) {
@@ -104,19 +92,18 @@ Result<void> PrintAnswer(const Options& options, const GenerateArgs& args) {
   }
   request.sampling.temperature = args.temperature;
   request.sampling.seed = args.seed;
-  RETURN_IF_ERROR(ValidateSamplingParams(request.sampling, model.config.vocab_size));
   request.max_tokens = args.max_tokens;
   request.stop_token_ids = model.stop_token_ids;
   ASSIGN_OR_RETURN(const ResponseReader reader, model.engine->Submit(std::move(request)));
   TextStream text(model.tokenizer.get(), {});
-  while (const auto event = reader->Next(std::chrono::hours(24))) {
-    if (event->is_stop) continue;
-    std::fputs(text.Push(event->token_id).c_str(), stdout);
+  while (!reader->finish()) {
+    for (const TokenEvent& event : reader->NextBatch(std::chrono::hours(24))) {
+      if (!event.is_stop) std::fputs(text.Push(event.token_id).c_str(), stdout);
+    }
     std::fflush(stdout);
   }
   fmt::print("{}\n", text.Flush());
-  const auto finish = reader->finish();
-  if (finish && finish->error) return *finish->error;
+  if (const auto finish = reader->finish(); finish->error) return *finish->error;
   return {};
 }
 
@@ -130,9 +117,11 @@ int RunWithOptions(const Result<Options>& options, Print print) {
 }  // namespace
 
 int ReportError(const Error& error) {
-  fmt::print(stderr, "innerq: {}\n", error.message);
-  const bool usage =
-      error.code == ErrorCode::kInvalidArgument || error.code == ErrorCode::kNotFound;
+  const bool named = error.message.find(error.param) != std::string::npos;
+  fmt::print(stderr, "innerq: {}{}\n", named ? "" : error.param + ": ", error.message);
+  // What can be blamed on a key is the configuration's fault, lack of memory or device included.
+  const bool usage = error.code == ErrorCode::kInvalidArgument ||
+                     error.code == ErrorCode::kNotFound || !error.param.empty();
   return usage ? 2 : 1;
 }
 

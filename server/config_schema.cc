@@ -8,7 +8,8 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <set>
+
+#include "server/json_check.h"
 
 namespace innerq {
 namespace {
@@ -143,23 +144,11 @@ Result<void> Check(const Json& schema, Json& value, const std::string& path) {
   return {};
 }
 
-// Parses JSON, refusing a key that stands twice in one object.
 Result<Json> Parse(std::string_view text) {
-  std::vector<std::set<std::string>> keys;
-  std::string twice;
-  const auto watch = [&](int, Json::parse_event_t event, Json& value) {
-    if (event == Json::parse_event_t::object_start) keys.emplace_back();
-    if (event == Json::parse_event_t::object_end) keys.pop_back();
-    if (event == Json::parse_event_t::key && !keys.back().insert(value).second) twice = value;
-    return true;
-  };
-  try {
-    Json json = Json::parse(text, watch);
-    if (!twice.empty()) return At(twice, "the key stands twice in one object");
-    return json;
-  } catch (const Json::exception& error) {
-    return InvalidArgument(std::string("not JSON: ") + error.what());
+  if (const auto valid = CheckJson(text, IndexStyle::kDots); !valid) {
+    return At(valid.error().param, valid.error().message);
   }
+  return Json::parse(text);
 }
 
 std::vector<std::string> SplitPath(std::string_view path) {

@@ -3,6 +3,7 @@
 // As the distribution's library was compiled: httplib::Request has a member only with TLS.
 #define CPPHTTPLIB_OPENSSL_SUPPORT
 #include <httplib.h>
+#include <pthread.h>
 
 #include <charconv>
 #include <condition_variable>
@@ -287,7 +288,7 @@ class ThreadedHttpServer : public HttpServer {
  public:
   ThreadedHttpServer(Site site, ListenSocket listener)
       : site_(std::move(site)), listener_(std::move(listener)) {
-    acceptor_ = std::thread([this] { Accept(); });
+    acceptor_ = std::jthread([this] { Accept(); });
   }
 
   ~ThreadedHttpServer() override {
@@ -300,7 +301,7 @@ class ThreadedHttpServer : public HttpServer {
         if (connection.socket) connection.socket->Abort();
       }
     }
-    for (Connection& connection : connections_) connection.thread.join();
+    connections_.clear();  // joins
   }
 
   int port() const override { return listener_.port(); }
@@ -317,10 +318,11 @@ class ThreadedHttpServer : public HttpServer {
  private:
   struct Connection {
     std::unique_ptr<HttpSocket> socket;  // null once closed
-    std::thread thread;
+    std::jthread thread;                 // last: joined before the socket goes
   };
 
   void Accept() noexcept {
+    pthread_setname_np(pthread_self(), "innerq-accept");
     const HttpServerOptions& options = site_.options;
     // Chunk sizes and line ends come on top of a body; twice its size is room enough.
     const HttpSocket::Limits limits{.body_bytes = 2 * options.max_body_bytes + (64 << 10),
@@ -336,7 +338,8 @@ class ThreadedHttpServer : public HttpServer {
       connection.socket = std::make_unique<HttpSocket>(std::move(fd), limits);
       const bool refuse = open_ >= options.max_connections;
       try {
-        connection.thread = std::thread([this, &connection, refuse] { Serve(connection, refuse); });
+        connection.thread =
+            std::jthread([this, &connection, refuse] { Serve(connection, refuse); });
         ++open_;
       } catch (const std::system_error&) {
         connections_.pop_back();  // no more threads: the client sees a closed connection
@@ -346,18 +349,17 @@ class ThreadedHttpServer : public HttpServer {
 
   // Joins the threads of closed connections.
   void Reap() {
-    std::list<Connection> closed;
+    std::list<Connection> closed;  // joins when it goes; such threads have only to return
     const std::lock_guard lock(mutex_);
     for (auto it = connections_.begin(); it != connections_.end();) {
       const auto next = std::next(it);
       if (!it->socket) closed.splice(closed.end(), connections_, it);
       it = next;
     }
-    // Such a thread has nothing left to do but to return.
-    for (Connection& connection : closed) connection.thread.join();
   }
 
   void Serve(Connection& connection, bool refuse) noexcept {
+    pthread_setname_np(pthread_self(), "innerq-client");
     HttpSocket& socket = *connection.socket;
     Dialogue dialogue(site_, &socket, refuse);
     bool more = true;
@@ -390,10 +392,18 @@ class ThreadedHttpServer : public HttpServer {
   std::condition_variable changed_;
   int64_t active_ = 0;                 // guarded by mutex_
   std::list<Connection> connections_;  // guarded by mutex_; each entry's socket by its thread too
-  std::thread acceptor_;
+  std::jthread acceptor_;
 };
 
 }  // namespace
+
+std::string ClientUrl(const std::string& host, int port) {
+  std::string name = host;
+  if (host == "0.0.0.0") name = "127.0.0.1";
+  if (host == "::") name = "::1";
+  if (name.find(':') != std::string::npos) name = "[" + name + "]";
+  return "http://" + name + ":" + std::to_string(port);
+}
 
 Result<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpServerOptions& options,
                                                       std::vector<HttpRoute> routes) {

@@ -12,6 +12,9 @@
 
 namespace innerq {
 
+// The URL at which a client on this machine reaches a server bound to `host`.
+std::string ClientUrl(const std::string& host, int port);
+
 struct HttpServerOptions {
   std::string host = "127.0.0.1";
   int port = 0;  // 0: any free one

@@ -78,7 +78,7 @@ Result<ListenSocket> ListenSocket::Bind(const std::string& host, int port) {
 }
 
 UniqueFd ListenSocket::Accept() const {
-  Poll(fd_.get(), POLLIN, std::chrono::hours(1));
+  Poll(fd_.get(), POLLIN, std::chrono::seconds(1));
   UniqueFd fd(::accept4(fd_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
   if (fd.get() >= 0) {
     const int on = 1;

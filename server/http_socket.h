@@ -39,7 +39,7 @@ class ListenSocket {
   // Port 0: any free one. Errors: unavailable, with the reason.
   static Result<ListenSocket> Bind(const std::string& host, int port);
   int port() const { return port_; }
-  // Waits for a connection. An fd of -1 means that there is none: transient failure, or Stop.
+  // Waits for a connection, at most a second. An fd of -1 means that there is none.
   UniqueFd Accept() const;
   // Makes all calls of Accept return, now and later. Any thread.
   void Stop() const;
@@ -71,7 +71,8 @@ class HttpSocket {
   // Sends everything; false for a peer that is gone or does not read.
   bool Write(std::string_view data);
 
-  // The peer has closed or reset the connection.
+  // The peer has closed or reset the connection. One that only ended its sending side looks the
+  // same and counts as gone: clients must keep it open until the answer is complete.
   bool peer_gone() const;
   // Ends the connection for both sides; pending reads and writes return.
   void Abort() const;

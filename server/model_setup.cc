@@ -82,8 +82,9 @@ Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config) {
 Result<LoadedModel> LoadModel(const Options& options) {
   LoadedModel model;
   ASSIGN_OR_RETURN(model.tokenizer, Tokenizer::Load(options.model.path));
-  ASSIGN_OR_RETURN(model.chat_template,
-                   ChatTemplate::Load(options.model.path, options.model.chat_template));
+  ASSIGN_OR_RETURN(
+      model.chat_template,
+      ChatTemplate::Load(options.model.path, options.model.chat_template, model.tokenizer.get()));
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
   model.config = checkpoint->config();
   model.stop_token_ids =

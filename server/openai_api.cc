@@ -1,5 +1,7 @@
 #include "server/openai_api.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -27,10 +29,6 @@ bool EqualsInConstantTime(std::string_view given, std::string_view key) {
                   static_cast<unsigned char>(key.empty() ? 0 : key[i % key.size()]);
   }
   return difference == 0;
-}
-
-ApiError InvalidValue(std::string param, std::string message) {
-  return {.message = std::move(message), .param = std::move(param), .code = "invalid_value"};
 }
 
 bool SendEvent(HttpWriter& out, const std::string& json) {
@@ -141,7 +139,7 @@ uint64_t OpenAiApi::RandomSeed() {
 ApiError OpenAiApi::ToApiError(const Error& error) const {
   switch (error.code) {
     case ErrorCode::kInvalidArgument:
-      return InvalidValue(error.param, error.message);
+      return {.message = error.message, .param = error.param, .code = "invalid_value"};
     case ErrorCode::kResourceExhausted:
     case ErrorCode::kUnavailable: {
       // When the queue will have moved on by one, as fast as it moved lately.
@@ -166,10 +164,13 @@ ApiError OpenAiApi::ToApiError(const Error& error) const {
           .code = "internal_error"};
 }
 
-std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api,
-                                                           const std::string& id) {
+ApiError OpenAiApi::ReportFailure(const Error& error, const std::string& request_id) const {
+  spdlog::error("request {} failed: {}", request_id, error.message);
+  return ToApiError(error);
+}
+
+std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api) {
   Request request;
-  request.id = id;
   if (api.chat) {
     if (!model_.chat_template) {
       return ApiError{.message = "The model '" + model_.id + "' has no chat template.",
@@ -177,23 +178,12 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
                       .code = "unsupported_parameter"};
     }
     auto prompt = EncodeChat(api.messages, *model_.tokenizer, *model_.chat_template);
-    if (!prompt) return InvalidValue("messages", prompt.error().message);
+    if (!prompt) return ToApiError(prompt.error());
     request.prompt = std::move(prompt).value();
   } else {
     request.prompt =
         api.prompt_ids.empty() ? model_.tokenizer->Encode(api.prompt, {}) : api.prompt_ids;
-    if (request.prompt.empty()) return InvalidValue("prompt", "The prompt has no tokens.");
   }
-  const auto unknown = [this](int32_t token) { return token < 0 || token >= model_.vocab_size; };
-  const auto check = [&](const std::vector<int32_t>& ids, const char* param) {
-    return std::any_of(ids.begin(), ids.end(), unknown)
-               ? std::optional(InvalidValue(param, "A token id is not below the vocabulary size, " +
-                                                       std::to_string(model_.vocab_size) + "."))
-               : std::nullopt;
-  };
-  if (auto error = check(request.prompt, "prompt")) return *error;
-  if (auto error = check(api.stop_token_ids, "stop_token_ids")) return *error;
-
   const int64_t context = engine_->options().max_context;
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
   request.max_tokens = api.max_tokens.value_or(
@@ -213,9 +203,6 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
   request.min_tokens = api.min_tokens;
   request.sampling = api.sampling;
   if (!api.has_seed) request.sampling.seed = RandomSeed();
-  if (auto valid = ValidateSamplingParams(request.sampling, model_.vocab_size); !valid) {
-    return InvalidValue(valid.error().param, valid.error().message);
-  }
   if (!api.ignore_eos) request.stop_token_ids = model_.stop_token_ids;
   request.stop_token_ids.insert(request.stop_token_ids.end(), api.stop_token_ids.begin(),
                                 api.stop_token_ids.end());
@@ -234,7 +221,7 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const ApiRequest& api = std::get<ApiRequest>(parsed);
   if (api.model != model_.id) return GetModel(api.model);
-  auto converted = ToEngineRequest(api, http.id);
+  auto converted = ToEngineRequest(api);
   if (const auto* error = std::get_if<ApiError>(&converted)) return ErrorResponse(*error);
   Request& request = std::get<Request>(converted);
   const Generation::Options options{.stops = api.stop,
@@ -265,14 +252,14 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
     }
   }
   if (generation->error() && !(api.stream && generation->started())) {
-    return ErrorResponse(ToApiError(*generation->error()));
+    return ErrorResponse(ReportFailure(*generation->error(), http.id));
   }
   if (api.stream) {
     return {.content_type = "text/event-stream",
-            .stream = [this, head, generation, answer](HttpWriter& out) {
+            .stream = [this, head, generation, answer, id = http.id](HttpWriter& out) {
               Stream(
                   head, *generation, answer,
-                  [this](const Error& error) { return ToApiError(error); }, out);
+                  [&](const Error& error) { return ReportFailure(error, id); }, out);
             }};
   }
   return {.body = AnswerJson(head, answer.text, answer.tokens, generation->finish_reason(),

@@ -21,8 +21,7 @@ namespace innerq {
 // What the API serves. The model's own stop tokens are `stop_token_ids`.
 struct ApiModel {
   std::string id;
-  int64_t created = 0;     // seconds since 1970
-  int64_t vocab_size = 0;  // of the logits
+  int64_t created = 0;  // seconds since 1970
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
   std::vector<int32_t> stop_token_ids;
@@ -51,11 +50,13 @@ class OpenAiApi {
 
  private:
   bool Authorized(const HttpRequest& http) const;
-  // Checks against model and context, and fills what the client left open.
-  std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api, const std::string& id);
+  // Checks what the engine does not, and fills what the client left open.
+  std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api);
   uint64_t RandomSeed();
   // What an error of the engine is to a client.
   ApiError ToApiError(const Error& error) const;
+  // The same for an answer that broke off, whose cause goes to the log.
+  ApiError ReportFailure(const Error& error, const std::string& request_id) const;
 
   const ApiModel model_;
   const std::vector<std::string> api_keys_;

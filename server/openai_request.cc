@@ -1,8 +1,12 @@
 #include "server/openai_request.h"
 
+#include <algorithm>
 #include <charconv>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <span>
+
+#include "server/json_check.h"
 
 namespace innerq {
 namespace {
@@ -11,6 +15,41 @@ using Json = nlohmann::json;
 
 constexpr size_t kMaxStops = 16;
 constexpr size_t kMaxStopBytes = 4096;
+constexpr size_t kMaxStopTokenIds = 128;
+
+// OpenAI's parameters that are not implemented here.
+constexpr std::string_view kOtherChat[] = {
+    "audio",
+    "function_call",
+    "functions",
+    "metadata",
+    "modalities",
+    "moderation",
+    "n",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "response_format",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "tool_choice",
+    "tools",
+    "verbosity",
+    "web_search_options",
+};
+constexpr std::string_view kOtherCompletions[] = {"best_of", "echo", "n", "suffix"};
+// What OpenAI's messages have, in requests or answers.
+constexpr std::string_view kMessageMembers[] = {"annotations",   "audio",        "content",
+                                                "function_call", "name",         "refusal",
+                                                "role",          "tool_call_id", "tool_calls"};
+
+bool Contains(std::span<const std::string_view> names, std::string_view name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
 
 // What the endpoints share and what one of them alone has; anything else is unsupported.
 enum class Endpoint { kBoth, kCompletions, kChat };
@@ -21,13 +60,20 @@ class Parser {
   explicit Parser(bool chat) { out_.chat = chat; }
 
   std::variant<ApiRequest, ApiError> Run(std::string_view body) {
-    const Json json = Json::parse(body, nullptr, /*allow_exceptions=*/false);
+    if (const auto valid = CheckJson(body, IndexStyle::kBrackets); !valid) {
+      const Error& error = valid.error();
+      Fail(error.param, error.param.empty() ? "invalid_json" : "duplicate_parameter",
+           "Invalid request body: " + (error.param.empty() ? "" : "'" + error.param + "': ") +
+               error.message + ".");
+      return *error_;
+    }
+    const Json json = Json::parse(body);
     if (!json.is_object()) {
       Fail("", "invalid_json", "The request body is not a JSON object.");
       return *error_;
     }
     for (const auto& [name, value] : json.items()) {
-      if (!value.is_null() && !Parameter(name, value)) return *error_;
+      if (!Parameter(name, value)) return *error_;
     }
     if (!Complete(json)) return *error_;
     return std::move(out_);
@@ -126,21 +172,19 @@ class Parser {
     const Endpoint here = out_.chat ? Endpoint::kChat : Endpoint::kCompletions;
     for (const Entry& entry : kEntries) {
       if (entry.name == name && (entry.endpoint == Endpoint::kBoth || entry.endpoint == here)) {
-        return (this->*entry.method)(name, value);
+        return value.is_null() || (this->*entry.method)(name, value);
       }
     }
     return AsksForNothing(name, value) || Unsupported(name);
   }
 
-  // Parameters that are not implemented, with the value that is their absence.
+  // A parameter that is not implemented, with a value that is its absence.
   bool AsksForNothing(std::string_view name, const Json& value) const {
-    if (name == "n") return value == 1;
-    if (name == "store") return value == false;
-    if (out_.chat) {
-      return (name == "response_format" && value == Json{{"type", "text"}}) ||
-             (name == "modalities" && value == Json::array({"text"}));
-    }
-    return (name == "best_of" && value == 1) || (name == "echo" && value == false);
+    if (out_.chat ? !Contains(kOtherChat, name) : !Contains(kOtherCompletions, name)) return false;
+    return value.is_null() || ((name == "n" || name == "best_of") && value == 1) ||
+           ((name == "store" || name == "echo") && value == false) ||
+           (name == "response_format" && value == Json{{"type", "text"}}) ||
+           (name == "modalities" && value == Json::array({"text"}));
   }
 
   bool Model(const std::string& name, const Json& value) {
@@ -168,7 +212,7 @@ class Parser {
       ChatMessage message;
       for (const auto& [key, member] : value[i].items()) {
         const std::string at = path + "." + key;
-        if (member.is_null()) continue;
+        if (member.is_null() && Contains(kMessageMembers, key)) continue;
         if (key == "role") {
           if (!String(at, member, &message.role)) return false;
         } else if (key == "content") {
@@ -178,11 +222,16 @@ class Parser {
         }
       }
       if (message.role.empty()) return Missing(path + ".role");
-      if (value[i].value("content", Json()).is_null()) return Missing(path + ".content");
+      if (!Has(value[i], "content")) return Missing(path + ".content");
       if (message.role == "developer") message.role = "system";  // OpenAI's later name for it
       out_.messages.push_back(std::move(message));
     }
     return true;
+  }
+
+  static bool Has(const Json& object, const char* key) {
+    const auto member = object.find(key);
+    return member != object.end() && !member->is_null();
   }
 
   bool Content(const std::string& name, const Json& value, std::string* text) {
@@ -192,14 +241,15 @@ class Parser {
       const std::string path = name + "[" + std::to_string(i) + "]";
       const Json& part = value[i];
       if (!part.is_object()) return WrongType(path, "an object");
-      if (part.value("type", Json()) != "text") {
+      if (!Has(part, "type") || part["type"] != "text") {
         return Unsupported(path + ".type", ": only text parts are understood");
       }
       for (const auto& [key, member] : part.items()) {
         if (key != "type" && key != "text") return Unsupported(path + "." + key);
       }
       std::string piece;
-      if (!String(path + ".text", part.value("text", Json()), &piece)) return false;
+      if (!Has(part, "text")) return Missing(path + ".text");
+      if (!String(path + ".text", part["text"], &piece)) return false;
       *text += piece;
     }
     return true;
@@ -273,22 +323,29 @@ class Parser {
   }
 
   bool Stop(const std::string& name, const Json& value) {
-    const Json list = value.is_array() ? value : Json::array({value});
-    if (list.size() > kMaxStops) {
+    if (!value.is_array()) return StopString(name, value);
+    if (value.size() > kMaxStops) {
       return WrongValue(name, "more than " + std::to_string(kMaxStops) + " strings");
     }
-    for (const Json& item : list) {
-      std::string text;
-      if (!String(name, item, &text)) return false;
-      if (text.empty()) return WrongValue(name, "an empty string");
-      if (text.size() > kMaxStopBytes) {
-        return WrongValue(name, "longer than " + std::to_string(kMaxStopBytes) + " bytes");
-      }
-      out_.stop.push_back(std::move(text));
+    for (const Json& item : value) {
+      if (!StopString(name, item)) return false;
     }
     return true;
   }
+  bool StopString(const std::string& name, const Json& value) {
+    std::string text;
+    if (!String(name, value, &text)) return false;
+    if (text.empty()) return WrongValue(name, "an empty string");
+    if (text.size() > kMaxStopBytes) {
+      return WrongValue(name, "longer than " + std::to_string(kMaxStopBytes) + " bytes");
+    }
+    out_.stop.push_back(std::move(text));
+    return true;
+  }
   bool StopTokenIds(const std::string& name, const Json& value) {
+    if (value.size() > kMaxStopTokenIds) {
+      return WrongValue(name, "more than " + std::to_string(kMaxStopTokenIds) + " ids");
+    }
     return TokenIds(name, value, &out_.stop_token_ids);
   }
   bool IgnoreEos(const std::string& name, const Json& value) {
@@ -301,6 +358,7 @@ class Parser {
     if (!value.is_object()) return WrongType(name, "an object");
     for (const auto& [key, member] : value.items()) {
       const std::string at = name + "." + key;
+      if (member.is_null() && key == "include_obfuscation") continue;
       if (key != "include_usage") return Unsupported(at);
       if (!member.is_null() && !Bool(at, member, &out_.include_usage)) return false;
     }
@@ -316,7 +374,7 @@ class Parser {
   bool Complete(const Json& json) {
     const char* const input = out_.chat ? "messages" : "prompt";
     if (out_.model.empty()) return Missing("model");
-    if (json.value(input, Json()).is_null()) return Missing(input);
+    if (!Has(json, input)) return Missing(input);
     if (out_.chat && out_.messages.empty()) return WrongValue("messages", "no messages");
     if (stream_options_ && !out_.stream) {
       return WrongValue("stream_options", "only allowed with stream: true");

@@ -97,6 +97,11 @@ Result<BackendOptions> ReadBackend(const Json& json) {
                                options.variant + "\" cannot be had",
                            "backend.variant");
   }
+  if (options.device == "reference" && options.threads > 1) {
+    return InvalidArgument("backend.threads: the reference device has one thread, not " +
+                               std::to_string(options.threads),
+                           "backend.threads");
+  }
   return options;
 }
 

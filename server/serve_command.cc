@@ -34,7 +34,7 @@ class Signals {
     pthread_sigmask(SIG_BLOCK, &set, nullptr);
     std::signal(SIGPIPE, SIG_IGN);
     // The thread has nothing to return to: it waits for as long as the process lives.
-    std::thread([set, state = state_] { Run(set, *state); }).detach();
+    std::jthread([set, state = state_] { Run(set, *state); }).detach();
   }
 
   // Until this call the first signal ends the process; from now on it is Wait that returns, and
@@ -57,6 +57,7 @@ class Signals {
   };
 
   static void Run(const sigset_t& set, State& state) noexcept {
+    pthread_setname_np(pthread_self(), "innerq-signals");
     for (;;) {
       int signal = 0;
       if (sigwait(&set, &signal) != 0) continue;
@@ -126,7 +127,6 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
                           .created = std::chrono::duration_cast<std::chrono::seconds>(
                                          std::chrono::system_clock::now().time_since_epoch())
                                          .count(),
-                          .vocab_size = model->config.vocab_size,
                           .tokenizer = model->tokenizer,
                           .chat_template = model->chat_template,
                           .stop_token_ids = model->stop_token_ids},
@@ -134,9 +134,8 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
                 .cache = model->cache,
                 .engine = std::move(model->engine)});
   signals.Catch();
-  spdlog::info("innerq {} ready on http://{}:{}", version, server.host, (*http)->port());
-  PrintExample("http://" + server.host + ":" + std::to_string((*http)->port()),
-               options->model.alias);
+  spdlog::info("innerq {} ready on {} port {}", version, server.host, (*http)->port());
+  PrintExample(ClientUrl(server.host, (*http)->port()), options->model.alias);
 
   signals.Wait();
   Drain(*service.engine(), **http, std::chrono::seconds(server.drain_seconds));

@@ -21,11 +21,27 @@ HttpResponse Unavailable(const std::string& message) {
                         .retry_after = 5});
 }
 
+// Runs a part of an answer; what it throws is logged here and answered by the HTTP server.
+template <typename Part>
+auto LogThrown(const std::string& request_id, Part part) {
+  try {
+    return part();
+  } catch (const std::exception& error) {
+    spdlog::error("request {} failed: exception: {}", request_id, error.what());
+    throw;
+  }
+}
+
 // Logs every answer of a handler: its beginning, for streams.
 auto Logged(std::function<HttpResponse(const HttpRequest&)> handle) {
   return [handle = std::move(handle)](const HttpRequest& request) {
     const auto start = std::chrono::steady_clock::now();
-    HttpResponse response = handle(request);
+    HttpResponse response = LogThrown(request.id, [&] { return handle(request); });
+    if (response.stream) {
+      response.stream = [id = request.id, stream = std::move(response.stream)](HttpWriter& out) {
+        LogThrown(id, [&] { stream(out); });
+      };
+    }
     const std::chrono::duration<double, std::milli> elapsed =
         std::chrono::steady_clock::now() - start;
     spdlog::log(response.status == 500 ? spdlog::level::warn : spdlog::level::debug,

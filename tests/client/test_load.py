@@ -2,8 +2,9 @@
 """Loads a server with clients of which half leave in the middle of their answers.
 
 Usage: test_load.py BINARY CONFIG [CLIENTS]
-Passes if every client that stays gets its whole answer, and afterwards the server's gauges are
-zero, every accepted request has finished, and it still answers. Standard library only.
+Passes if every client that stays gets the very text that the same request gets alone, and
+afterwards the server's gauges are zero, every accepted request has finished, and those who left
+were noticed. Standard library only.
 """
 
 import http.client
@@ -24,12 +25,14 @@ class Client(threading.Thread):
     def __init__(self, url, model, number):
         super().__init__()
         self.address = urllib.parse.urlsplit(url).netloc
+        self.number = number
         self.leaves = number % 2 == 1
         self.streams = number % 4 != 2  # of those that stay, half wait for a plain answer
         self.body = json.dumps({
             "model": model, "prompt": f"Client {number} says", "max_tokens": TOKENS,
             "ignore_eos": True, "seed": number, "stream": self.streams,
             **({"stream_options": {"include_usage": True}} if self.streams else {})})
+        self.text = None  # the whole answer of a client that stays
         self.failure = "did not run"
 
     def run(self):
@@ -51,15 +54,16 @@ class Client(threading.Thread):
             connection.sock.close()
             reply.close()
             return None
-        text = reply.read().decode()
+        body = reply.read().decode()
         connection.close()
-        if not self.streams:
-            tokens = json.loads(text)["usage"]["completion_tokens"]
-        else:
-            events = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
-            if events[-1] != "[DONE]":
+        events = [body]
+        if self.streams:
+            events = [line[6:] for line in body.split("\n") if line.startswith("data: ")]
+            if events.pop() != "[DONE]":
                 return "the stream ended without [DONE]"
-            tokens = json.loads(events[-2])["usage"]["completion_tokens"]
+        events = [json.loads(event) for event in events]
+        self.text = "".join(event["choices"][0]["text"] for event in events if event["choices"])
+        tokens = events[-1]["usage"]["completion_tokens"]
         return None if tokens == TOKENS else f"{tokens} tokens instead of {TOKENS}"
 
 
@@ -87,9 +91,10 @@ def check(url, count):
     assert not failures, f"{len(failures)} clients failed, the first: {failures[0]}"
 
     now = settled(url)
+    aborts = now['vllm:request_success_total{finished_reason="abort"}']
     print(f"{count} clients in {seconds:.1f} s, "
           f"{now['vllm:generation_tokens_total'] / seconds:.0f} tokens/s, "
-          f"{now['vllm:num_preemptions_total']:.0f} preemptions")
+          f"{now['vllm:num_preemptions_total']:.0f} preemptions, {aborts:.0f} aborts")
     assert now["innerq:requests_accepted_total"] == count
     assert now["innerq:requests_finished_total"] == count
     for gauge in ("vllm:num_requests_running", "vllm:num_requests_waiting",
@@ -97,14 +102,16 @@ def check(url, count):
                   'innerq:kv_pages_used{kind="sealed"}'):
         assert now[gauge] == 0, f"{gauge} is {now[gauge]}"
     # Those who left were noticed: their answers were not computed to the end.
-    stayed = sum(not client.leaves for client in clients)
+    stayed = [client for client in clients if not client.leaves]
     assert now["vllm:generation_tokens_total"] < count * TOKENS, "nobody's leaving was noticed"
-    assert now['vllm:request_success_total{finished_reason="length"}'] >= stayed
-    assert now['vllm:request_success_total{finished_reason="abort"}'] >= 1
+    assert now['vllm:request_success_total{finished_reason="length"}'] >= len(stayed)
+    assert aborts >= (count - len(stayed)) / 2, f"only {aborts:.0f} aborts"
 
-    last = Client(url, model, 0)
-    last.run()
-    assert last.failure is None, last.failure
+    for client in stayed:
+        alone = Client(url, model, client.number)
+        alone.run()
+        assert alone.failure is None, alone.failure
+        assert alone.text == client.text, f"client {client.number} alone and in the crowd differ"
 
 
 def main():

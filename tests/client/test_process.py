@@ -8,17 +8,23 @@ Standard library only. Prints each test's name; exits 1 if one fails.
 import http.client
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import urllib.error
+import urllib.request
 
 from server_process import free_port, model_id, wait_until_ready
 
 BINARY, CONFIG = sys.argv[1:3]
+CONFIGS = pathlib.Path(CONFIG).resolve().parent
+MODEL = CONFIGS.parent / "models" / "demo"
 
 
 def run(*arguments):
@@ -32,6 +38,27 @@ def expect_error(code, word, *arguments):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, (done.returncode, done.stderr)
     assert len(lines) == 1 and word in lines[0], done.stderr
+
+
+def impossible_variant():
+    """A variant that exists, and this machine lacks; "none" where it lacks none."""
+    with open("/proc/cpuinfo", encoding="ascii") as file:
+        flags = file.read().split()
+    return "none" if "amx_int8" in flags else "amx"
+
+
+def write_empty_model(directory, head_dim):
+    """A model directory of which only the headers are good: two layers, no weights to speak of."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+              "hidden_size": 4 * head_dim, "intermediate_size": 1024, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim,
+              "vocab_size": 256, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+              "rope_theta": 10000.0, "tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    header += b" " * (-len(header) % 8)  # tensors must be aligned
+    (directory / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(4))
 
 
 class Server:
@@ -54,6 +81,17 @@ class Server:
             self.process.kill()
         self.process.wait()
 
+    def wait_until_draining(self):
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(self.url + "/ready", timeout=5).close()
+            except urllib.error.HTTPError as error:
+                assert error.code == 503, error
+                return
+            time.sleep(0.01)
+        raise AssertionError("the server did not begin to drain")
+
     def stream(self, tokens):
         """Begins a streamed completion; returns the reply after its first event."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -73,7 +111,49 @@ def test_wrong_usage_and_configuration_exit_2():
     expect_error(2, "bitz", "check-config", "-c", CONFIG, "--set", "kv_cache.key.bitz=3")
     expect_error(2, "model.path", "serve", "-c", CONFIG, "--set", "model.path=/none")
     expect_error(2, "not supported", "serve", "-c", CONFIG, "--set", "kv_cache.prefix_cache=true")
-    expect_error(2, "layers", "serve", "-c", CONFIG, "--set", "kv_cache.layers.0.range=900")
+
+
+def test_check_config_refuses_what_serve_refuses():
+    for path, value in (
+            ("kv_cache.key.bitz", "3"),
+            ("kv_cache.memory", "100KiB"),
+            ("kv_cache.prefix_cache", "true"),
+            ("kv_cache.sink_tokens", "33"),
+            ("kv_cache.key.group_size", "128"),  # heads have 64 channels
+            ("kv_cache.layers.0.range", "900"),
+            ("kv_cache.layers.0.value", '{"group_size": 64}'),  # a page has 32 tokens
+            ("backend.variant", impossible_variant()),
+            ("scheduler.max_context", "99999")):
+        overrides = ["--set", f"{path}={value}"]
+        if path.endswith(".value"):
+            overrides = ["--set", "kv_cache.layers.0.range=1"] + overrides
+        for command in ("check-config", "serve"):
+            expect_error(2, path, command, "-c", CONFIG, *overrides)
+
+
+def test_check_config_opens_the_weights():
+    with tempfile.TemporaryDirectory() as directory:
+        for file in MODEL.iterdir():
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copy(file, directory)
+        for command in ("check-config", "serve"):
+            expect_error(2, "safetensors", command, "-c", CONFIG, "--set",
+                         f"model.path={directory}")
+
+
+def test_inspect_tells_the_bits_of_the_quantized_cache():
+    with tempfile.TemporaryDirectory() as directory:
+        write_empty_model(pathlib.Path(directory), head_dim=128)
+        done = run("inspect", "-c", str(CONFIGS / "innerq_base.json"), "--set",
+                   f"model.path={directory}")
+        assert "cache bits per element: 3.500 without the F16 windows" in done.stdout, done
+        done = run("inspect", "-c", str(CONFIGS / "fp16.json"), "--set", f"model.path={directory}")
+        assert "2048.0 in F16 pages\n" in done.stdout and "quantized" not in done.stdout, done
+
+
+def test_generate_answers_on_standard_output():
+    done = run("generate", "-c", CONFIG, "--chat", "-p", "Hello")
+    assert done.returncode == 0 and done.stdout.strip(), done
 
 
 def test_a_port_in_use_exits_1():
@@ -107,7 +187,7 @@ def test_a_second_signal_ends_the_process_at_once():
     with Server() as server:
         reply = server.stream(3900)  # kept: a dropped reply would cancel
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
+        server.wait_until_draining()  # earlier the two signals could become one
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=5) == 128 + signal.SIGTERM
 

@@ -92,7 +92,6 @@ inline std::vector<int32_t> PromptOf(int64_t length, uint64_t seed) {
 
 inline Request RequestOf(int64_t prompt_length, int64_t max_tokens, uint64_t seed = 1) {
   Request request;
-  request.id = "request-" + std::to_string(seed);
   request.prompt = PromptOf(prompt_length, seed);
   request.max_tokens = max_tokens;
   request.sampling.seed = seed;

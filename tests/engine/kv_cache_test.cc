@@ -87,8 +87,31 @@ TEST(ResolveKvCacheSpec, RefusesLayersThatTheModelLacks) {
     const auto result = ResolveKvCacheSpec(options, OneBillion());
     ASSERT_FALSE(result.ok()) << first << "-" << last;
     EXPECT_EQ(result.error().code, ErrorCode::kInvalidArgument);
-    EXPECT_EQ(result.error().param, "kv_cache.layers[1].range");
+    EXPECT_EQ(result.error().param, "kv_cache.layers.1.range");
   }
+}
+
+TEST(ResolveKvCacheSpec, ALayerThatCannotBeStoredIsBlamedOnTheKeyThatShapedIt) {
+  const auto blamed = [](const KvCacheOptions& options) {
+    const auto result = ResolveKvCacheSpec(options, OneBillion());
+    return result.ok() ? "" : result.error().param;
+  };
+  KvCacheOptions options;
+  EXPECT_EQ(blamed(options), "");
+  options.layers = {{.first_layer = 2, .last_layer = 3, .key = {.group_size = 128}},
+                    {.first_layer = 3, .last_layer = 3, .value = {.bits = 8}}};
+  EXPECT_EQ(blamed(options), "kv_cache.layers.0.key.group_size") << "128 does not divide 64";
+  options.layers[0].key = {};
+  options.layers[1].value.bits = 5;
+  EXPECT_EQ(blamed(options), "kv_cache.layers.1.value.bits");
+  options.layers[1].value.bits = 8;
+  options.layers[1].value.group_size = 64;
+  EXPECT_EQ(blamed(options), "kv_cache.layers.1.value.group_size") << "a page has 32 tokens";
+  options.layers.clear();
+  options.value.group_size = 64;
+  EXPECT_EQ(blamed(options), "kv_cache.value.group_size");
+  options.sink_tokens = 33;
+  EXPECT_EQ(blamed(options), "kv_cache.sink_tokens");
 }
 
 // All memory sizes from "one sequence just fits" up, every kind of cache.

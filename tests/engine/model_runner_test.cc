@@ -78,10 +78,25 @@ TEST(ModelRunner, ExplainsWhatItCannotDo) {
           [](auto& o) { o.engine.max_context = 257; });
   refused(ErrorCode::kResourceExhausted, "kv_cache.memory",
           [](auto& o) { o.kv_cache.memory_bytes = 100; });
-  refused(ErrorCode::kInvalidArgument, "kv_cache.key",
+  refused(ErrorCode::kInvalidArgument, "kv_cache.key.group_size",
           [](auto& o) { o.kv_cache.key.group_size = 128; });
-  refused(ErrorCode::kInvalidArgument, "kv_cache.layers[0].range",
+  refused(ErrorCode::kInvalidArgument, "kv_cache.layers.0.range",
           [](auto& o) { o.kv_cache.layers = {{.first_layer = 0, .last_layer = 2}}; });
+}
+
+TEST(PlanModel, SaysWhatWouldRunBeforeAnythingIsLoaded) {
+  const auto checkpoint = TinyCheckpoint();
+  const ModelPlan plan = PlanModel(checkpoint->config(), TinyOptions()).value();
+  const auto runner = ModelRunner::Create(checkpoint, TinyOptions()).value();
+  EXPECT_EQ(plan.backend->name(), runner->report().backend);
+  EXPECT_EQ(plan.pools.open_pages, runner->num_open_pages());
+  EXPECT_EQ(plan.pools.sealed_pages, runner->num_sealed_pages());
+  EXPECT_EQ(plan.engine.max_context, runner->engine_options().max_context);
+  EXPECT_EQ(plan.layout.num_layers(), 2);
+
+  ModelRunnerOptions wrong = TinyOptions();
+  wrong.backend.variant = "none";
+  EXPECT_EQ(PlanModel(checkpoint->config(), wrong).error().param, "backend.variant");
 }
 
 TEST(ModelRunner, ServesRequestsThroughTheEngine) {

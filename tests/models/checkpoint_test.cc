@@ -94,6 +94,32 @@ TEST_F(CheckpointTest, RefusesDamagedHeaders) {
   ExpectRefused(Safetensors(std::string(1'000'000, '['), ""), "not a JSON object");
 }
 
+TEST_F(CheckpointTest, RefusesDeeplyNestedHeadersAndIndices) {
+  const std::string deep = DeepJson();
+  const auto entry = [&deep](const std::string& dtype, const std::string& shape,
+                             const std::string& offsets) {
+    return Safetensors("{\"a\":{\"dtype\":" + dtype + ",\"shape\":" + shape +
+                           ",\"data_offsets\":" + offsets + "}}",
+                       "");
+  };
+  ExpectRefused(Safetensors(deep, ""), "not a JSON object");
+  ExpectRefused(Safetensors("{\"a\":" + deep + "}", ""), "tensor a: not an object");
+  ExpectRefused(entry(deep, "[1]", "[0,4]"), "no \"dtype\"");
+  ExpectRefused(entry("\"F32\"", deep, "[0,4]"), "positive integer");
+  ExpectRefused(entry("\"F32\"", "[1]", deep), "two unsigned integers");
+  ExpectRefused(entry("\"F32\"", "[1]", "[0," + deep + "]"), "two unsigned integers");
+  Write("model.safetensors", Safetensors("{\"__metadata__\":" + deep + "}", ""));
+  EXPECT_TRUE(Open().ok());  // nobody reads it
+
+  std::filesystem::remove(directory_.path() / "model.safetensors");
+  const std::string index = "model.safetensors.index.json";
+  for (const std::string& text :
+       {deep, "{\"weight_map\":" + deep + "}", "{\"weight_map\":{\"a\":" + deep + "}}"}) {
+    Write(index, text);
+    ExpectRefused("", "", index);
+  }
+}
+
 TEST_F(CheckpointTest, RefusesEveryTruncationOfAGoodFile) {
   const std::string good =
       Safetensors({{"a", {4}, std::string(16, '\1')}, {"b", {2, 2}, std::string(16, '\2')}});
@@ -143,11 +169,13 @@ TEST_F(CheckpointTest, JoinsTheShardsOfAnIndex) {
 
   Write(index, R"({"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}})");
   ExpectRefused("", "tensor c is missing", "two.safetensors");
+  Write(index, R"({"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}})");
+  ExpectRefused("", "tensor a is missing", "two.safetensors");
   Write(index, R"({"weight_map": {"a": "one.safetensors", "b": "three.safetensors"}})");
   ExpectRefused("", "No such file", "three.safetensors");
   Write("two.safetensors", File(Entry("a", "[2]", "[0,8]"), 8));
   Write(index, R"({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})");
-  ExpectRefused("", "tensor a is also in another file", "two.safetensors");
+  ExpectRefused("", "tensor a is also in one.safetensors", "two.safetensors");
 }
 
 TEST_F(CheckpointTest, RefusesIndicesThatLeaveTheirDirectory) {
@@ -200,11 +228,11 @@ class LlamaLoadTest : public testing::Test {
     return *at;
   }
 
-  Result<std::unique_ptr<LlamaModel>> Load(const LoadOptions& options = {}) {
+  Result<std::unique_ptr<LlamaModel>> Load(std::function<void(int64_t, int64_t)> progress = {}) {
     WriteAll(directory_.path() / "config.json", config_.dump());
     WriteAll(directory_.path() / "model.safetensors", Safetensors(tensors_));
     ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(directory_.path()));
-    return LlamaModel::Load(checkpoint, backend_.get(), 8, 8, options);
+    return LlamaModel::Load(checkpoint, backend_.get(), {8, 8, {}, std::move(progress)});
   }
 
   // Logits of three tokens; empty after a failure.
@@ -264,10 +292,10 @@ TEST_F(LlamaLoadTest, RefusesTensorsThatConfigJsonDoesNotDescribe) {
 TEST_F(LlamaLoadTest, ReportsProgressUntilEveryTensorIsPacked) {
   std::vector<int64_t> done;
   int64_t total = 0;
-  const auto model = Load({.format = {}, .progress = [&](int64_t tensors, int64_t all) {
-                             done.push_back(tensors);
-                             total = all;
-                           }});
+  const auto model = Load([&](int64_t tensors, int64_t all) {
+    done.push_back(tensors);
+    total = all;
+  });
   ASSERT_TRUE(model.ok());
   EXPECT_TRUE(std::is_sorted(done.begin(), done.end()));
   EXPECT_EQ(done.back(), total);

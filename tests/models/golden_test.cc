@@ -52,8 +52,8 @@ class GoldenTest : public testing::TestWithParam<BackendOptions> {
     backend_ = std::move(*backend);
     auto checkpoint = Checkpoint::Open(directory);
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.error().message;
-    auto model = LlamaModel::Load(*checkpoint, backend_.get(), kMaxRows, kMaxRows,
-                                  {.format = WeightFormat::kF32, .progress = {}});
+    auto model =
+        LlamaModel::Load(*checkpoint, backend_.get(), {kMaxRows, kMaxRows, WeightFormat::kF32, {}});
     ASSERT_TRUE(model.ok()) << model.error().message;
     model_ = std::move(*model);
   }
@@ -92,8 +92,8 @@ TEST_P(GoldenTest, TinyLlamaMatchesTransformersForEveryChunkSize) {
   }
 }
 
-// The golden logits (up to 17.5) come from a cache in F32; rounding keys and values to F16 moves
-// them by 8e-3 in transformers.
+// The bound is 1e-3 of the largest logit (17.46): the golden logits come from a cache in F32, and
+// rounding keys and values to F16, as we do, moves them by 8e-3 in transformers already.
 TEST_P(GoldenTest, Stories260KContinuesAPromptWithTheGoldenTokens) {
   const auto directory = SharedPath("assets/models/stories260K-hf");
   SKIP_WITHOUT(directory);
@@ -101,11 +101,14 @@ TEST_P(GoldenTest, Stories260KContinuesAPromptWithTheGoldenTokens) {
   const json golden = json::parse(ReadAll(SharedPath("golden/stories260K_logits.json")));
   const auto prompt = golden["ids"].get<std::vector<int32_t>>();
   const auto expected = golden["last_logits"].get<std::vector<float>>();
+  float largest = 0;
+  for (const float x : expected) largest = std::max(largest, std::abs(x));
+  EXPECT_GT(largest, 10.0f) << "the golden logits are too small to tell anything";
   const KvCacheSpec spec = UniformCacheSpec(model_->config());
   for (const int64_t chunk : {int64_t{1000}, int64_t{5}}) {
     const auto logits = Run(prompt, chunk, spec);
     ASSERT_EQ(logits.size(), prompt.size());
-    EXPECT_LE(MaxDifference(logits.back(), expected), 1.6e-2f) << "chunks of " << chunk;
+    EXPECT_LE(MaxDifference(logits.back(), expected), 1e-3f * largest) << "chunks of " << chunk;
   }
 }
 

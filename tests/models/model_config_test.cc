@@ -206,15 +206,43 @@ TEST_F(ModelConfigTest, RefusesFilesThatAreNotJsonObjects) {
         infinite, std::string(1'000'000, '[')}) {
     ExpectRefused(Read(text), "not a JSON object");
   }
-  json nested = Llama2Config();
-  std::string text = nested.dump();
-  const std::string deep(1'000'000, '['), back(1'000'000, ']');
-  text.replace(text.find("4096"), 4, deep + back);
-  EXPECT_FALSE(Read(text).ok());
   std::filesystem::remove(directory_.path() / "config.json");
   const auto absent = ReadModelConfig(directory_.path());
   ASSERT_FALSE(absent.ok());
   EXPECT_EQ(absent.error().code, ErrorCode::kNotFound);
+}
+
+TEST_F(ModelConfigTest, SurvivesDeeplyNestedValuesOfEveryKey) {
+  json every_key = Llama2Config();
+  for (const char* key :
+       {"head_dim", "rope_theta", "rope_parameters", "quantization_config", "pretraining_tp",
+        "sliding_window", "rope_interleaved", "partial_rotary_factor", "tie_word_embeddings",
+        "attention_bias", "mlp_bias", "unknown"}) {
+    every_key[key] = nullptr;
+  }
+  for (const auto& [key, value] : every_key.items()) {
+    json file = Llama2Config();
+    file[key] = "here";
+    std::string text = file.dump();
+    text.replace(text.find("\"here\""), 6, DeepJson());
+    if (key == "unknown") {
+      EXPECT_TRUE(Read(text).ok());
+    } else {
+      ExpectRefused(Read(text), key);
+    }
+  }
+  for (const char* key : {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor",
+                          "low_freq_factor", "high_freq_factor"}) {
+    json file = Llama32Config();
+    if (key == std::string("type")) file["rope_scaling"].erase("rope_type");
+    file["rope_scaling"][key] = "here";
+    std::string text = file.dump();
+    text.replace(text.find("\"here\""), 6, DeepJson());
+    ExpectRefused(Read(text), std::string("rope_scaling.") + key);
+  }
+  WriteAll(directory_.path() / "generation_config.json",
+           "{\"eos_token_id\": [" + DeepJson() + "]}");
+  EXPECT_FALSE(Read(Llama2Config()).ok());
 }
 
 }  // namespace

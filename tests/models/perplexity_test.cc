@@ -41,7 +41,7 @@ TEST(Perplexity, Stories260KOnTinyStoriesIsWhatOthersMeasure) {
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.error().message;
   const int64_t context = (*checkpoint)->config().max_positions;
   ASSERT_EQ(context, 512);
-  auto model = LlamaModel::Load(*checkpoint, backend->get(), context, context, {});
+  auto model = LlamaModel::Load(*checkpoint, backend->get(), {context, context, {}, {}});
   ASSERT_TRUE(model.ok()) << model.error().message;
   const auto tokenizer = Tokenizer::Load(directory);
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.error().message;

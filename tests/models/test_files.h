@@ -58,6 +58,10 @@ class TemporaryDirectory {
   std::filesystem::path path_;
 };
 
+// JSON that is valid, but nests so deep that nothing may recurse over it: two megabytes of
+// brackets.
+inline std::string DeepJson() { return std::string(1'000'000, '[') + std::string(1'000'000, ']'); }
+
 // A safetensors file: header size, header, data.
 inline std::string Safetensors(const std::string& header, const std::string& data) {
   std::string file(8, '\0');

@@ -20,6 +20,8 @@ constexpr EncodeOptions kSpecial{.add_bos = false, .parse_special = true};
 
 std::filesystem::path Llama2() { return SharedPath("assets/tokenizers/llama2"); }
 
+std::filesystem::path Demo() { return std::filesystem::path(INNERQ_SOURCE_DIR) / "models/demo"; }
+
 std::shared_ptr<const Tokenizer> Load(const std::filesystem::path& directory) {
   const auto tokenizer = Tokenizer::Load(directory);
   EXPECT_TRUE(tokenizer.ok()) << tokenizer.error().message;
@@ -143,7 +145,7 @@ std::string ModelName(const testing::TestParamInfo<std::string>& model) {
 INSTANTIATE_TEST_SUITE_P(Models, LosslessTest,
                          testing::Values(Llama2().string(),
                                          SharedPath("assets/models/stories260K-hf").string(),
-                                         std::string(INNERQ_SOURCE_DIR) + "/models/demo"),
+                                         Demo().string()),
                          ModelName);
 
 TEST(TokenizerTest, PlainTextNeverMakesSpecialTokens) {
@@ -156,6 +158,40 @@ TEST(TokenizerTest, PlainTextNeverMakesSpecialTokens) {
   EXPECT_EQ(tokenizer->vocab_size(), 32000);
   EXPECT_EQ(tokenizer->TokenId("</s>"), 2);
   EXPECT_EQ(tokenizer->TokenId("no such token"), std::nullopt);
+}
+
+// One more piece for a SentencePiece model: protocol buffer field 1 of ModelProto, with the piece
+// (1), a score of 0 (2) and the type USER_DEFINED (3).
+std::string UserDefinedPiece(const std::string& text) {
+  const std::string piece = "\x0a" + std::string(1, static_cast<char>(text.size())) + text +
+                            std::string("\x15\0\0\0\0\x18\x04", 7);
+  return "\x0a" + std::string(1, static_cast<char>(piece.size())) + piece;
+}
+
+TEST(TokenizerTest, PlainTextNeverMakesSpecialTokensThatSentencePieceMatches) {
+  for (const auto& model : {Llama2(), SharedPath("assets/models/stories260K-hf"), Demo()}) {
+    if (!std::filesystem::exists(model)) continue;
+    const std::string proto = ReadAll(model / "tokenizer.model");
+    const auto id = static_cast<int32_t>(Load(model)->vocab_size());
+    TemporaryDirectory directory;
+    WriteAll(directory.path() / "tokenizer.model",
+             proto + UserDefinedPiece("<|turn|>") + UserDefinedPiece("<|plain|>"));
+    // A piece of the vocabulary itself, too: " the" of all three models.
+    const int32_t the = Load(model)->TokenId("\xe2\x96\x81the").value();
+    const json special = {{std::to_string(id), {{"content", "<|turn|>"}, {"special", true}}},
+                          {std::to_string(the), {{"content", "<|the|>"}, {"special", true}}}};
+    WriteAll(directory.path() / "tokenizer_config.json",
+             json{{"added_tokens_decoder", special}}.dump());
+    const auto tokenizer = Load(directory.path());
+    ASSERT_NE(tokenizer, nullptr);
+    const std::string text = "a<|turn|>b<|plain|> the <|turn|><|turn|>the";
+    const Ids ids = tokenizer->Encode(text, kPlain);
+    for (const int32_t i : ids) EXPECT_FALSE(tokenizer->IsSpecial(i)) << model << " " << i;
+    EXPECT_NE(std::find(ids.begin(), ids.end(), id + 1), ids.end()) << "hidden from SentencePiece";
+    EXPECT_EQ(tokenizer->Decode(ids, false), text);
+    const Ids trusted = tokenizer->Encode(text, kSpecial);
+    EXPECT_EQ(std::count(trusted.begin(), trusted.end(), id), 3);
+  }
 }
 
 TEST(TokenizerTest, SegmentsEncodeAsOneTextWhoseUntrustedPartsArePlain) {
@@ -219,7 +255,7 @@ TEST(TokenizerTest, BytePiecesGiveRawBytes) {
   EXPECT_EQ(tokenizer->TokenBytes(263, false, false), " a");
 }
 
-TEST(TokenizerTest, LongTextOfSpecialTokensIsReadInLinearTime) {
+TEST(TokenizerTest, LongTextOfSpecialTokensGivesTheirIds) {
   SKIP_WITHOUT(Llama2());
   const auto tokenizer = Load(Llama2());
   std::string text;
@@ -262,7 +298,13 @@ TEST(TokenizerTest, NamesWhatIsMissingUnsupportedOrDamaged) {
       R"({"added_tokens_decoder": {"1x": {"content": "a"}}})",
       R"({"added_tokens_decoder": {"1": {"content": ""}}})",
       R"({"added_tokens_decoder": {"1": {"content": 1}}})",
-      R"({"added_tokens_decoder": {"1": {"content": "a", "special": 1}}})"};
+      R"({"added_tokens_decoder": {"1": {"content": "a", "special": 1}}})",
+      R"({"added_tokens_decoder": {"5": {"content": "a", "special": true}}})",  // was byte 2
+      DeepJson(),
+      "{\"legacy\": " + DeepJson() + "}",
+      "{\"added_tokens_decoder\": " + DeepJson() + "}",
+      "{\"added_tokens_decoder\": {\"1\": " + DeepJson() + "}}",
+      "{\"added_tokens_decoder\": {\"1\": {\"content\": " + DeepJson() + "}}}"};
   for (const std::string& config : bad_configs) {
     WriteAll(directory.path() / "tokenizer_config.json", config);
     expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer_config.json");

@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -17,17 +18,20 @@ constexpr int32_t kFakeBos = 256;
 constexpr int32_t kFakeEos = 257;
 constexpr int64_t kFakeVocab = 258;
 
-// Token ids are byte values; 256 begins a prompt, 257 ends an answer.
+// Token ids are byte values; 256 begins a prompt, 257 ends an answer. Throws for the prompt "throw"
+// and at the byte '~' of an answer.
 class ByteTokenizer : public Tokenizer {
  public:
   int64_t vocab_size() const override { return kFakeVocab; }
   std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const override {
+    if (text == "throw") throw std::runtime_error("secret of the tokenizer");
     std::vector<int32_t> ids;
     if (options.add_bos) ids.push_back(kFakeBos);
     for (const char c : text) ids.push_back(static_cast<uint8_t>(c));
     return ids;
   }
   std::string TokenBytes(int32_t id, bool, bool special) const override {
+    if (id == '~') throw std::runtime_error("secret of the detokenizer");
     if (id < kFakeBos) return std::string(1, static_cast<char>(id));
     return special ? (id == kFakeBos ? "<s>" : "</s>") : "";
   }
@@ -44,11 +48,12 @@ class PlainTemplate : public ChatTemplate {
   Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
                                       bool add_generation_prompt) const override {
     std::string text;
-    for (const ChatMessage& message : messages) {
-      if (message.role != "system" && message.role != "user" && message.role != "assistant") {
-        return InvalidArgument("unknown role " + message.role);
+    for (size_t i = 0; i < messages.size(); ++i) {
+      const std::string& role = messages[i].role;
+      if (role != "system" && role != "user" && role != "assistant") {
+        return InvalidArgument("unknown role " + role, "messages[" + std::to_string(i) + "].role");
       }
-      text += message.role + ":" + message.content + "|";
+      text += role + ":" + messages[i].content + "|";
     }
     if (add_generation_prompt) text += "assistant:";
     return std::vector<Segment>{{.text = text, .trusted = true}};

@@ -12,6 +12,7 @@
 #include <optional>
 #include <thread>
 
+#include "server/log.h"
 #include "server/service.h"
 #include "tests/server/fake_model.h"
 
@@ -383,7 +384,6 @@ class ServiceTest : public HttpServerTest {
   void Open(std::unique_ptr<Engine> engine) {
     service_->Open({.model = {.id = "m",
                               .created = 1,
-                              .vocab_size = kFakeVocab,
                               .tokenizer = std::make_shared<ByteTokenizer>(),
                               .chat_template = std::make_shared<PlainTemplate>(),
                               .stop_token_ids = {kFakeEos}},
@@ -432,6 +432,33 @@ TEST_F(ServiceTest, AStreamArrivesWhole) {
   EXPECT_TRUE(reply.complete);
   EXPECT_EQ(reply.headers.at("Content-Type"), "text/event-stream");
   EXPECT_TRUE(reply.body.ends_with("data: [DONE]\n\n"));
+}
+
+TEST_F(ServiceTest, WhatIsThrownInsideIsLoggedAndNotTold) {
+  ConfigureLog({.level = "error", .json = false});
+  StartService(ScriptedEngine());
+  const auto ask = [this](const char* prompt, bool stream) {
+    testing::internal::CaptureStderr();
+    const Reply reply = Ask(Post(
+        "/v1/completions",
+        json{{"model", "m"}, {"prompt", prompt}, {"temperature", 0}, {"stream", stream}}.dump(),
+        "X-Request-Id: r7\r\n"));
+    EXPECT_EQ(reply.body.find("secret"), std::string::npos);
+    return testing::internal::GetCapturedStderr();
+  };
+  const auto logged = [](const std::string& text, const char* cause) {
+    return text.find("r7") != std::string::npos && text.find(cause) != std::string::npos;
+  };
+  EXPECT_TRUE(logged(ask("throw", false), "secret of the tokenizer"));
+  EXPECT_TRUE(logged(ask("|", true), "secret of the detokenizer"));
+}
+
+TEST(ClientUrl, IsAnAddressThatAClientHereCanUse) {
+  EXPECT_EQ(ClientUrl("127.0.0.1", 80), "http://127.0.0.1:80");
+  EXPECT_EQ(ClientUrl("gpu1.lan", 8080), "http://gpu1.lan:8080");
+  EXPECT_EQ(ClientUrl("0.0.0.0", 80), "http://127.0.0.1:80");
+  EXPECT_EQ(ClientUrl("::", 80), "http://[::1]:80");
+  EXPECT_EQ(ClientUrl("fe80::1", 80), "http://[fe80::1]:80");
 }
 
 TEST_F(ServiceTest, ClientsThatLeaveCancelTheirRequestsAndNothingLeaks) {

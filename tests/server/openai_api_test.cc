@@ -7,6 +7,7 @@
 #include <set>
 #include <sstream>
 
+#include "server/log.h"
 #include "tests/server/fake_model.h"
 
 namespace innerq {
@@ -42,7 +43,6 @@ class ApiTest : public testing::Test {
     metrics_ = std::make_unique<Metrics>("m", CacheInfo{});
     api_ = std::make_unique<OpenAiApi>(ApiModel{.id = "m",
                                                 .created = 1,
-                                                .vocab_size = kFakeVocab,
                                                 .tokenizer = std::make_shared<ByteTokenizer>(),
                                                 .chat_template = std::make_shared<PlainTemplate>(),
                                                 .stop_token_ids = {kFakeEos}},
@@ -248,6 +248,20 @@ TEST_F(ApiTest, AnErrorBeforeTheFirstTokenIsAPlainAnswerWithoutInternals) {
   }
 }
 
+TEST_F(ApiTest, TheCauseOfAFailureIsLoggedWithTheRequest) {
+  ConfigureLog({.level = "error", .json = false});
+  const std::string cause = "request test failed: scripted failure in secret_function()";
+  testing::internal::CaptureStderr();
+  Refusal(false, {{"prompt", "#"}}, 500);
+  EXPECT_NE(testing::internal::GetCapturedStderr().find(cause), std::string::npos);
+  testing::internal::CaptureStderr();
+  Stream(false, {{"prompt", "\""}, {"max_tokens", 9}}, /*done=*/false);
+  EXPECT_NE(testing::internal::GetCapturedStderr().find(cause), std::string::npos);
+  testing::internal::CaptureStderr();
+  Refusal(false, {{"prompt", "a"}, {"temperature", 3}}, 400);
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "") << "a client's mistake is no failure";
+}
+
 TEST_F(ApiTest, AnErrorAfterTheFirstTokenEndsTheStreamWithoutDone) {
   // '"' is followed by '#', on which the model fails.
   const auto failed = Stream(false, {{"prompt", "\""}, {"max_tokens", 9}}, /*done=*/false);
@@ -281,7 +295,7 @@ TEST_F(ApiTest, RangesOfSamplingAndTokenIdsAreChecked) {
   EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"logit_bias", {{"258", 1}}}}, 400)["param"],
             "logit_bias");
   EXPECT_EQ(Refusal(true, {{"messages", {{{"role", "bard"}, {"content", "x"}}}}}, 400)["param"],
-            "messages");
+            "messages[0].role");
 }
 
 TEST_F(ApiTest, AnUnknownModelIsNotFound) {

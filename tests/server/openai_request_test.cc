@@ -81,6 +81,18 @@ TEST(ApiRequest, UnknownAndUnsupportedParametersAreRefusedByName) {
   ExpectRefused(With(false, "prompt", {"a", "b"}), "prompt", "unsupported_parameter");
 }
 
+TEST(ApiRequest, AnUnknownNameIsRefusedEvenWithoutAValue) {
+  for (const bool chat : {false, true}) {
+    ExpectRefused(With(chat, "temprature", nullptr), "temprature", "unsupported_parameter");
+    ExpectRefused(With(chat, chat ? "suffix" : "tools", nullptr), chat ? "suffix" : "tools",
+                  "unsupported_parameter");
+    ExpectRefused(With(chat, "stream_options", {{"x", nullptr}}), "stream_options.x",
+                  "unsupported_parameter");
+  }
+  const auto message = json::parse(R"([{"role": "user", "content": "a", "nam": null}])");
+  ExpectRefused(With(true, "messages", message), "messages[0].nam", "unsupported_parameter");
+}
+
 TEST(ApiRequest, ParametersThatAskForNothingPass) {
   const auto accepted = [](const std::variant<ApiRequest, ApiError>& result) {
     return std::holds_alternative<ApiRequest>(result);
@@ -94,6 +106,15 @@ TEST(ApiRequest, ParametersThatAskForNothingPass) {
   EXPECT_TRUE(accepted(With(false, "echo", false)));
   EXPECT_TRUE(accepted(With(false, "suffix", nullptr)));
   EXPECT_TRUE(accepted(With(true, "top_k", -1)));
+  EXPECT_TRUE(accepted(With(true, "stream_options", nullptr)));
+  for (const char* name : {"audio", "function_call", "functions", "metadata", "modalities", "n",
+                           "parallel_tool_calls", "reasoning_effort", "service_tier"}) {
+    EXPECT_TRUE(accepted(With(true, name, nullptr))) << name;
+  }
+  const auto message = json::parse(R"([{"role": "assistant", "content": "a", "refusal": null,
+      "annotations": null, "audio": null, "function_call": null, "tool_calls": null, "name": null,
+      "tool_call_id": null}])");
+  EXPECT_TRUE(accepted(With(true, "messages", message)));
 }
 
 TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
@@ -121,6 +142,7 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
       {"stop", json(std::vector<std::string>(17, "a")), "invalid_value"},
       {"stop_token_ids", {-1}, "invalid_value"},
       {"stop_token_ids", 1, "invalid_type"},
+      {"stop_token_ids", json(std::vector<int>(129, 7)), "invalid_value"},
       {"ignore_eos", 1, "invalid_type"},
       {"stream", "true", "invalid_type"},
       {"stream_options", {{"include_usage", true}}, "invalid_value"},  // without stream
@@ -153,8 +175,46 @@ TEST(ApiRequest, WhatIsNotAnObjectOfJsonIsRefused) {
                            "{\"temperature\": 1e999}", "{\"model\": \"\xFF\"}"}) {
     ExpectRefused(ParseApiRequest(body, false), "", "invalid_json");
   }
-  const std::string deep(200'000, '[');
-  ExpectRefused(ParseApiRequest(deep, false), "", "invalid_json");
+}
+
+// Copying, comparing or printing such a tree recurses once per level: it must never come to be.
+TEST(ApiRequest, DeepNestingIsRefusedWhereverItIs) {
+  const auto nested = [](int depth) {
+    const auto n = static_cast<size_t>(depth);
+    return std::string(n, '[') + std::string(n, ']');
+  };
+  const std::string deep = nested(200'000);
+  std::string objects;
+  for (int i = 0; i < 200'000; ++i) objects += R"({"a":)";
+  objects += "1" + std::string(200'000, '}');
+  for (const std::string& body :
+       {deep, objects, std::string(200'000, '['), R"({"model": "m", "stop": )" + deep + "}",
+        R"({"messages": [{"role": "user", "content": [{"type": )" + deep + "}]}]}",
+        R"({"messages": [{"role": "user", "content": [{"type": "text", "text": )" + deep + "}]}]}",
+        R"({"messages": [{"role": "user", "content": )" + objects + "}]}",
+        R"({"logit_bias": )" + deep + "}", R"({"logit_bias": {"1": )" + deep + "}}",
+        R"({"prompt": )" + deep + "}", R"({"prompt": [)" + deep + "]}",
+        R"({"unknown": )" + deep + "}", R"({"response_format": )" + objects + "}"}) {
+    for (const bool chat : {false, true}) {
+      const auto result = ParseApiRequest(body, chat);
+      ExpectRefused(result, "", "invalid_json");
+      EXPECT_NE(std::get<ApiError>(result).message.find("64 levels"), std::string::npos);
+    }
+  }
+  ExpectRefused(ParseApiRequest(R"({"stop": )" + nested(63) + "}", false), "stop", "invalid_type");
+  ExpectRefused(ParseApiRequest(R"({"stop": )" + nested(64) + "}", false), "", "invalid_json");
+}
+
+TEST(ApiRequest, AKeyThatStandsTwiceIsRefusedByItsPath) {
+  ExpectRefused(ParseApiRequest(R"({"model": "m", "prompt": "a", "\u0070rompt": "b"})", false),
+                "prompt", "duplicate_parameter");
+  ExpectRefused(ParseApiRequest(R"({"messages": [{"role": "user", "content": "a"},
+      {"role": "user", "content": [{"type": "text", "text": "a"},
+                                   {"type": "text", "text": "a", "text": "b"}]}]})",
+                                true),
+                "messages[1].content[1].text", "duplicate_parameter");
+  ExpectRefused(ParseApiRequest(R"({"logit_bias": {"1": 2, "1": 3}})", true), "logit_bias.1",
+                "duplicate_parameter");
 }
 
 TEST(ApiRequest, MessagesTakeTextAndListsOfTextParts) {

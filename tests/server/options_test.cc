@@ -108,7 +108,14 @@ TEST(Options, WrongTypesRangesAndChoicesAreRefusedWithTheirPath) {
   EXPECT_EQ(Refusal(R"({"log": {"level": "loud"}})").param, "log.level");
   EXPECT_NE(Refusal("[]").message.find("JSON object"), std::string::npos);
   EXPECT_NE(Refusal("{").message.find("not JSON"), std::string::npos);
-  EXPECT_NE(Refusal(R"({"log": {}, "log": {}})").message.find("twice"), std::string::npos);
+  EXPECT_EQ(Refusal(R"({"log": {}, "log": {}})").message,
+            "log: the key stands twice in one object");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"key": {}, "layers": [{"range": "0"},
+      {"range": "1", "key": {"bits": 2, "bits": 2}}]}})")
+                .param,
+            "kv_cache.layers.1.key.bits");
+  EXPECT_NE(Refusal(std::string(100, '[') + std::string(100, ']')).message.find("64 levels"),
+            std::string::npos);
 }
 
 TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
@@ -117,6 +124,9 @@ TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
   EXPECT_NE(error.message.find("not supported by this build"), std::string::npos);
   EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "variant": "avx2"}})").param,
             "backend.variant");
+  EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "threads": 2}})").param,
+            "backend.threads");
+  Accepted(R"({"backend": {"device": "reference", "threads": 1}})");
   EXPECT_EQ(Refusal(R"({"scheduler": {"max_sequences": 64, "max_batch_tokens": 63}})").param,
             "scheduler.max_batch_tokens");
   EXPECT_EQ(Refusal(R"({"server": {"max_body": "2GiB"}})").param, "server.max_body");
