@@ -70,12 +70,14 @@ class Checker : public nlohmann::json_sax<Json> {
   std::string Path() const {
     std::string path;
     for (const Level& level : levels_) {
-      if (level.index >= 0 && style_ == IndexStyle::kBrackets) {
-        path += "[" + std::to_string(level.index) + "]";
-      } else {
-        path += (path.empty() ? "" : ".") +
-                (level.index >= 0 ? std::to_string(level.index) : level.key);
+      const bool in_brackets = level.index >= 0 && style_ == IndexStyle::kBrackets;
+      if (in_brackets) {
+        path += '[';
+      } else if (!path.empty()) {
+        path += '.';
       }
+      path += level.index >= 0 ? std::to_string(level.index) : level.key;
+      if (in_brackets) path += ']';
     }
     return path;
   }

@@ -49,10 +49,9 @@ struct ApiRequest {
 // logit_bias, logprobs, top_logprobs (chat), stop (up to 16), stop_token_ids (up to 128),
 // ignore_eos, stream, stream_options.include_usage. `user` is accepted: by definition it does not
 // change the answer. null means "not given". Parameters of OpenAI's that are not implemented pass
-// only with null or the value that asks for nothing (n: 1, echo: false, response_format: {"type":
-// "text"},
-// ...); every other name is refused with the code "unsupported_parameter". Beyond JSON's own rules,
-// keys must not repeat and nesting is bounded (CheckJson).
+// only with null or with the value that asks for nothing, such as n: 1, echo: false or a
+// response_format of text; every other name is refused with the code "unsupported_parameter".
+// Beyond JSON's own rules, keys must not repeat and nesting is bounded (CheckJson).
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat);
 
 }  // namespace innerq
