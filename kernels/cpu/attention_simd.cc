@@ -203,16 +203,15 @@ void Dot(const DotArgs& args) { args.wide ? DotAll<true>(args) : DotAll<false>(a
 #endif  // HWY_TARGET == HWY_SCALAR
 
 // kVectors of outer elements for all rows. kGroups: the number of groups if it is small, so that
-// their scales stay in registers, or 0.
+// their scales stay in registers, or 0. `sums` [R][groups]: those of args or, where zeros are
+// implied, times the code that stands for zero.
 template <int kVectors, int kGroups, bool kZeros>
-HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
+HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, const int32_t* sums, int64_t o) {
   const int64_t groups = kGroups > 0 ? kGroups : args.groups;
   const int64_t outer = args.outer, num_rows = args.num_rows;
   const float* keep = args.keep;
   const float* add = args.add;
   const int32_t* dots = args.dots + o;
-  const int32_t* sums = args.sums;
-  const int32_t* offsets = args.offsets;
   const float* scales = args.scales + o;
   const float* zeros = args.zeros + (kZeros ? o : 0);
   float* out = args.out + o;
@@ -220,17 +219,18 @@ HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
     Vector total[kVectors];
     HWY_UNROLL(4) for (Vector& t : total) t = hn::Zero(kF32);
     HWY_UNROLL(4) for (int64_t g = 0; g < groups; ++g) {
-      const auto offset = hn::Set(kI32, *offsets++);
+      const int32_t sum = *sums++;
       HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
-        const auto dot = hn::Sub(hn::LoadU(kI32, dots + v * kLanes), offset);
+        auto dot = hn::LoadU(kI32, dots + v * kLanes);
+        if constexpr (!kZeros) dot = hn::Sub(dot, hn::Set(kI32, sum));
         const Vector scale = hn::LoadU(kF32, scales + g * outer + v * kLanes);
         total[v] = hn::MulAdd(hn::ConvertTo(kF32, dot), scale, total[v]);
       }
       if constexpr (kZeros) {
-        const Vector sum = hn::Set(kF32, static_cast<float>(*sums++));
+        const Vector factor = hn::Set(kF32, static_cast<float>(sum));
         HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
           const Vector zero = hn::LoadU(kF32, zeros + g * outer + v * kLanes);
-          total[v] = hn::MulAdd(sum, zero, total[v]);
+          total[v] = hn::MulAdd(factor, zero, total[v]);
         }
       }
       dots += outer;
@@ -252,27 +252,33 @@ HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
 }
 
 template <int kVectors, bool kZeros>
-HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
+HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, const int32_t* sums, int64_t o) {
   if (args.groups == 1) {
-    ScaleInnerColumns<kVectors, 1, kZeros>(args, o);
+    ScaleInnerColumns<kVectors, 1, kZeros>(args, sums, o);
   } else if (args.groups == 2) {
-    ScaleInnerColumns<kVectors, 2, kZeros>(args, o);
+    ScaleInnerColumns<kVectors, 2, kZeros>(args, sums, o);
   } else if (args.groups == 4) {
-    ScaleInnerColumns<kVectors, 4, kZeros>(args, o);
+    ScaleInnerColumns<kVectors, 4, kZeros>(args, sums, o);
   } else {
-    ScaleInnerColumns<kVectors, 0, kZeros>(args, o);
+    ScaleInnerColumns<kVectors, 0, kZeros>(args, sums, o);
   }
 }
 
 template <bool kZeros>
-HWY_INLINE void ScaleInnerAll(const InnerScaleArgs& args) {
+HWY_INLINE void ScaleInnerAll(const InnerScaleArgs& args, const int32_t* sums) {
   int64_t o = 0;
-  for (; o + 2 * kLanes <= args.outer; o += 2 * kLanes) ScaleInnerColumns<2, kZeros>(args, o);
-  for (; o < args.outer; o += kLanes) ScaleInnerColumns<1, kZeros>(args, o);
+  for (; o + 2 * kLanes <= args.outer; o += 2 * kLanes) ScaleInnerColumns<2, kZeros>(args, sums, o);
+  for (; o < args.outer; o += kLanes) ScaleInnerColumns<1, kZeros>(args, sums, o);
 }
 
 void ScaleInner(const InnerScaleArgs& args) {
-  args.zeros != nullptr ? ScaleInnerAll<true>(args) : ScaleInnerAll<false>(args);
+  if (args.zeros != nullptr) return ScaleInnerAll<true>(args, args.sums);
+  alignas(64) int32_t offsets[kTileRows * kMaxInner / 8];
+  const auto offset = hn::Set(kI32, args.offset);
+  for (int64_t i = 0; i < args.num_rows * args.groups; i += kLanes) {
+    hn::Store(hn::Mul(hn::LoadU(kI32, args.sums + i), offset), kI32, offsets + i);
+  }
+  ScaleInnerAll<false>(args, offsets);
 }
 
 void ScaleOuter(const OuterScaleArgs& args) {

@@ -233,15 +233,13 @@ void TileAttention::MultiplyInner(const CodedSide& side, const IntegerRows& rows
   scale.scales = scratch_.scales;
   scale.zeros = side.spec.has_zero() ? scratch_.zeros : nullptr;
   const int64_t row_step = RowStep(dot);
-  const int32_t offset = CodeOffset(side.spec);
-  for (int64_t i = 0; i < num_rows_ * scale.groups; ++i) scratch_.offsets[i] = offset * sums[i];
+  scale.offset = CodeOffset(side.spec);
   for (int64_t row = 0; row < num_rows_; row += row_step) {
     dot.row_begin = row;
     dot.row_end = std::min(row + row_step, num_rows_);
     ops_.dot(dot);
     PrefetchMore();
     scale.sums = sums + row * scale.groups;
-    scale.offsets = scratch_.offsets + row * scale.groups;
     scale.num_rows = dot.row_end - row;
     scale.keep = target.keep != nullptr ? target.keep + row : nullptr;
     scale.add = target.add + row;
@@ -310,7 +308,8 @@ void TileAttention::Finish(const AttentionState& state) const {
     float* to = args_.out.As<float>() + (tile_.first_row + r / head_rows_) * args_.num_heads * dim +
                 (tile_.kv_head * head_rows_ + r % head_rows_) * dim;
     const float* from = state.out + r * padded_dim_;
-    for (int64_t c = 0; c < dim; ++c) to[c] = from[c] / state.sum[r];
+    const float inverse = 1.0f / state.sum[r];
+    for (int64_t c = 0; c < dim; ++c) to[c] = from[c] * inverse;
   }
 }
 

@@ -46,7 +46,6 @@ struct alignas(64) TileScratch {
   float folded_constants[kTileRows];
   int8_t weight_bytes[2 * kTileRows * kMaxPageTokens];
   int32_t weight_sums[kTileRows * kMaxPageTokens / 8];
-  int32_t offsets[kTileRows * kMaxInner / 8];
   float scores[kTileRows * kMaxPageTokens];
   float keep[kTileRows];
   float add[kTileRows];
