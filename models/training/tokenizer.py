@@ -3,6 +3,7 @@
 python tokenizer.py --out work/tokenizer.model
 """
 import argparse
+import io
 import os
 
 import sentencepiece as spm
@@ -11,13 +12,16 @@ import data
 
 
 def train(path, vocab=1024, documents=24000):
+    model = io.BytesIO()  # with a model_prefix the file would name a path of this machine
     spm.SentencePieceTrainer.train(
-        sentence_iterator=data.sample_text(documents), model_prefix=path.removesuffix(".model"),
-        model_type="bpe", vocab_size=vocab, byte_fallback=True, split_digits=True,
+        sentence_iterator=data.sample_text(documents), model_writer=model, model_type="bpe",
+        vocab_size=vocab, byte_fallback=True, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=False, user_defined_symbols=["\n"],
         control_symbols=[data.IM_START, data.IM_END], unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         character_coverage=1.0, num_threads=1, minloglevel=1)
+    with open(path, "wb") as f:
+        f.write(model.getvalue())
 
 
 class Tokenizer:
