@@ -99,9 +99,9 @@ struct DotArgs {
 //          scales[g] * (dots[r][g] - offset * sums[r][g]) + zeros[g] * sums[r][g],
 // the offset only where there are no zeros.
 struct InnerScaleArgs {
-  const int32_t* dots = nullptr;     // [R][groups][outer]
-  const int32_t* sums = nullptr;     // [R][groups], readable up to the next multiple of 16
-  int32_t offset = 0;                // the code that stands for zero where zeros are implied
+  const int32_t* dots = nullptr;  // [R][groups][outer]
+  const int32_t* sums = nullptr;  // [R][groups], readable up to the next multiple of 16
+  int32_t offset = 0;             // the code that stands for zero where zeros are implied
   int64_t groups = 0;
   int64_t outer = 0;              // a multiple of 16
   const float* scales = nullptr;  // [groups][outer]
