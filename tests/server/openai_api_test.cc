@@ -385,7 +385,9 @@ TEST_F(ApiTest, AnswersWithoutSeedDifferAndWithSeedDoNot) {
   };
   EXPECT_EQ(text({{"seed", 5}}), text({{"seed", 5}}));
   EXPECT_NE(text({{"seed", 5}}), text({{"seed", 6}}));
-  EXPECT_NE(text({}), text({}));
+  std::set<std::string> texts;  // two of them are equal now and then
+  for (int i = 0; i < 20; ++i) texts.insert(text({}));
+  EXPECT_GT(texts.size(), 1u);
 }
 
 TEST_F(ApiTest, MetricsAreValidAndCountWhatHappened) {
