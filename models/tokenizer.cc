@@ -1,5 +1,6 @@
 #include "models/tokenizer.h"
 
+#include "models/bpe_tokenizer.h"
 #include "models/sentencepiece_tokenizer.h"
 
 namespace innerq {
@@ -10,11 +11,9 @@ Result<std::shared_ptr<const Tokenizer>> Tokenizer::Load(const std::filesystem::
     return LoadSentencePieceTokenizer(directory);
   }
   if (std::filesystem::exists(directory / "tokenizer.json", ignored)) {
-    return InvalidArgument((directory / "tokenizer.json").string() +
-                           ": this kind of tokenizer is not supported; expected a SentencePiece "
-                           "tokenizer.model beside it");
+    return LoadBpeTokenizer(directory);
   }
-  return Error{ErrorCode::kNotFound, directory.string() + ": no tokenizer.model"};
+  return Error{ErrorCode::kNotFound, directory.string() + ": no tokenizer.model or tokenizer.json"};
 }
 
 std::vector<int32_t> Tokenizer::EncodeSegments(std::span<const TextSegment> segments,

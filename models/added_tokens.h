@@ -1,0 +1,39 @@
+// AddedTokens: the tokens of a tokenizer.json that are found in a text by their spelling.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace innerq {
+
+struct AddedToken {
+  int32_t id = 0;
+  std::string content;      // 1 to 1000 bytes
+  bool lstrip = false;      // takes the white space before it
+  bool rstrip = false;      // takes the white space after it
+  bool normalized = false;  // searched for after those that are not
+  bool special = false;
+};
+
+// Bytes of Unicode white space (White_Space) at the start and at the end of a text.
+size_t SpaceAtStart(std::string_view text);
+size_t SpaceAtEnd(std::string_view text);
+
+// A set of added tokens, by their texts. Filled, then sorted, then searched by any thread.
+class AddedTokens {
+ public:
+  void Add(AddedToken token);
+  void Sort();
+  // The longest token that `text` begins with, or null. O(length of the token * log(tokens)).
+  const AddedToken* Find(std::string_view text) const;
+
+ private:
+  std::vector<AddedToken> tokens_;  // by text
+  std::array<bool, 256> begins_{};  // by the first byte of their texts
+};
+
+}  // namespace innerq
