@@ -1,0 +1,366 @@
+// The filters of templates.
+#include <algorithm>
+#include <bit>
+#include <charconv>
+#include <cmath>
+
+#include "models/jinja_program.h"
+
+namespace innerq::jinja {
+namespace {
+
+using Kind = Value::Kind;
+using Flavor = Sequence::Flavor;
+
+// A text that says the same as `source` in other characters.
+Value Like(std::string bytes, const Text& source) {
+  return Value::String(Text::From(bytes, source.any_untrusted()));
+}
+
+Result<Text> InputText(Call& call) {
+  RETURN_IF_ERROR(call.budget.SpendOn(call.input()));
+  return Str(call.input());
+}
+
+template <std::string (*kMap)(std::string_view)>
+Result<Value> MapText(Call& call) {
+  ASSIGN_OR_RETURN(const Text text, InputText(call));
+  RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(text.bytes.size())));
+  return Like(kMap(text.bytes), text);
+}
+
+Result<Value> TrimFilter(Call& call) {
+  ASSIGN_OR_RETURN(const Text text, InputText(call));
+  if (!call.has(1) || call.arg(1).is_none()) return Value::String(Strip(text, nullptr, {}));
+  ASSIGN_OR_RETURN(const std::string chars, call.String(1, ""));
+  RETURN_IF_ERROR(
+      call.budget.Spend(static_cast<int64_t>(text.bytes.size() / 64 * (1 + chars.size()))));
+  return Value::String(Strip(text, &chars, {}));
+}
+
+Result<Value> LengthFilter(Call& call) {
+  ASSIGN_OR_RETURN(const int64_t length, Length(call.input()));
+  return Value::Int(length);
+}
+
+Result<Value> DefaultFilter(Call& call) {
+  const bool absent = call.input().is_undefined() || (call.Flag(2) && !Truthy(call.input()));
+  if (!absent) return call.input();
+  return call.has(1) ? call.arg(1) : Value::String("");
+}
+
+Result<Value> JoinFilter(Call& call) {
+  Text separator;
+  if (call.has(1)) {
+    RETURN_IF_ERROR(call.budget.SpendOn(call.arg(1)));
+    ASSIGN_OR_RETURN(separator, Str(call.arg(1)));
+  }
+  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
+  Text out;
+  for (size_t i = 0; i < items->size(); ++i) {
+    Value item = (*items)[i];
+    if (call.has(2)) {
+      ASSIGN_OR_RETURN(item, GetPath(item, call.arg(2)));
+    }
+    RETURN_IF_ERROR(call.budget.SpendOn(item));
+    ASSIGN_OR_RETURN(const Text text, Str(item));
+    if (i > 0) out.Append(separator);
+    RETURN_IF_ERROR(
+        call.budget.Spend(static_cast<int64_t>((separator.bytes.size() + text.bytes.size()) / 64)));
+    out.Append(text);
+    if (static_cast<int64_t>(out.bytes.size()) > call.budget.limits().max_output_bytes) {
+      RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(out.bytes.size())));
+    }
+  }
+  return Value::String(std::move(out));
+}
+
+Result<Value> ListFilter(Call& call) {
+  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
+  RETURN_IF_ERROR(call.budget.Spend(static_cast<int64_t>(items->size())));
+  return Value::List(*items);
+}
+
+Result<Value> FirstFilter(Call& call) {
+  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
+  return items->empty() ? Value::Undefined("no first item, the sequence is empty") : items->front();
+}
+
+Result<Value> LastFilter(Call& call) {
+  if (call.input().is(Kind::kSequence) && call.input().sequence()->flavor == Flavor::kIterator) {
+    return InvalidArgument("last expects a list, found an iterator (use the filter list)");
+  }
+  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
+  return items->empty() ? Value::Undefined("no last item, the sequence is empty") : items->back();
+}
+
+Result<Value> ReplaceFilter(Call& call) {
+  ASSIGN_OR_RETURN(Text text, InputText(call));
+  call.args[0] = Value::String(std::move(text));
+  for (size_t i : {1, 2}) {
+    RETURN_IF_ERROR(call.budget.SpendOn(call.arg(i)));
+    ASSIGN_OR_RETURN(Text argument, Str(call.arg(i)));
+    call.args[i] = Value::String(std::move(argument));
+  }
+  return FindMethod("replace")->function(call);
+}
+
+Result<Value> ToJsonFilter(Call& call) {
+  RETURN_IF_ERROR(call.budget.SpendOn(call.input()));
+  JsonStyle style;
+  style.ensure_ascii = call.Flag(1);
+  style.sort_keys = call.Flag(4);
+  if (call.has(2) && !call.arg(2).is_none()) {
+    ASSIGN_OR_RETURN(const int64_t indent, call.Int(2, -1));
+    constexpr int64_t kIndentMax = 32;
+    if (indent < 0 || indent > kIndentMax) {
+      return InvalidArgument("tojson expects an indent of 0 to 32, found " +
+                             std::to_string(indent));
+    }
+    style.indent = static_cast<int>(indent);
+    style.item_separator = ",";
+  }
+  if (call.has(3) && !call.arg(3).is_none()) {
+    const Value& pair = call.arg(3);
+    const bool fits = pair.is_list() && pair.sequence()->items.size() == 2 &&
+                      pair.sequence()->items[0].is_string() &&
+                      pair.sequence()->items[1].is_string();
+    if (!fits) return InvalidArgument("tojson expects two texts as separators");
+    style.item_separator = pair.sequence()->items[0].text().bytes;
+    style.key_separator = pair.sequence()->items[1].text().bytes;
+    const size_t bytes = style.item_separator.size() + style.key_separator.size();
+    if (bytes > 64) return InvalidArgument("tojson expects separators of at most 64 bytes");
+  }
+  const Extent extent = call.input().extent();
+  const int64_t per_value = std::max(style.indent, 0) * extent.depth +
+                            static_cast<int64_t>(style.item_separator.size()) +
+                            static_cast<int64_t>(style.key_separator.size());
+  RETURN_IF_ERROR(call.budget.SpendBytes(extent.weight * per_value));
+  ASSIGN_OR_RETURN(Text text, ToJson(call.input(), style));
+  RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(text.bytes.size())));
+  return Value::String(std::move(text));
+}
+
+Result<Value> StringFilter(Call& call) {
+  ASSIGN_OR_RETURN(Text text, InputText(call));
+  return Value::String(std::move(text));
+}
+
+Result<Value> IntFilter(Call& call) {
+  const Value& input = call.input();
+  const Value absent = call.has(1) ? call.arg(1) : Value::Int(0);
+  ASSIGN_OR_RETURN(const int64_t base, call.Int(2, 10));
+  if (base < 2 || base > 36) return InvalidArgument("int expects a base of 2 to 36");
+  if (input.is_undefined()) return InvalidArgument(input.why_undefined());
+  if (input.is_integral()) return Value::Int(input.integer());
+  double number = 0;
+  if (input.is_string()) {
+    std::string_view text = TrimSpace(input.text().bytes, {});
+    if (text.starts_with('+') && !text.starts_with("+-")) text.remove_prefix(1);
+    const bool hex = base == 16 && (text.starts_with("0x") || text.starts_with("0X"));
+    if (hex) text.remove_prefix(2);
+    int64_t value = 0;
+    const char* end = text.data() + text.size();
+    auto parsed = std::from_chars(text.data(), end, value, static_cast<int>(base));
+    if (parsed.ec == std::errc() && parsed.ptr == end) return Value::Int(value);
+    parsed = std::from_chars(text.data(), end, number);
+    if (parsed.ec != std::errc() || parsed.ptr != end || std::isinf(number)) return absent;
+  } else if (input.is(Kind::kFloat)) {
+    number = input.number();
+  } else {
+    return absent;
+  }
+  constexpr double kTwo63 = 9223372036854775808.0;
+  if (std::isnan(number)) return absent;  // as int(float("nan"))
+  if (!(std::fabs(number) < kTwo63)) return InvalidArgument("int expects a value of 64 bits");
+  return Value::Int(static_cast<int64_t>(number));
+}
+
+Result<Value> FloatFilter(Call& call) {
+  const Value& input = call.input();
+  if (input.is_undefined()) return InvalidArgument(input.why_undefined());
+  if (input.is_number()) return Value::Float(input.number());
+  const Value absent = call.has(1) ? call.arg(1) : Value::Float(0);
+  if (!input.is_string()) return absent;
+  std::string_view text = TrimSpace(input.text().bytes, {});
+  if (text.starts_with('+') && !text.starts_with("+-")) text.remove_prefix(1);
+  double number = 0;
+  const char* end = text.data() + text.size();
+  const auto parsed = std::from_chars(text.data(), end, number);
+  return parsed.ec == std::errc() && parsed.ptr == end ? Value::Float(number) : absent;
+}
+
+Result<Value> AbsFilter(Call& call) {
+  const Value& input = call.input();
+  if (input.is(Kind::kFloat)) return Value::Float(std::fabs(input.number()));
+  if (!input.is_integral()) {
+    return InvalidArgument("abs expects a number, found " + TypeName(input));
+  }
+  if (input.integer() >= 0) return Value::Int(input.integer());
+  return Binary("-", Value::Int(0), input, call.budget);
+}
+
+Result<Value> ItemsFilter(Call& call) {
+  if (call.input().is_undefined()) return Value::Of(Flavor::kIterator, {});
+  if (!call.input().is(Kind::kDict)) {
+    return InvalidArgument("items expects a dict, found " + TypeName(call.input()));
+  }
+  std::vector<Value> out;
+  for (const auto& [key, value] : call.input().dict().items()) {
+    RETURN_IF_ERROR(call.budget.Spend(4));
+    out.push_back(Value::Tuple({key, value}));
+  }
+  return Value::Of(Flavor::kIterator, std::move(out));
+}
+
+// What sort and unique compare: the item or its attribute, in lower case unless that matters.
+Result<Value> Key(Call& call, const Value& item, bool case_sensitive, size_t attribute) {
+  Value key = item;
+  if (call.has(attribute) && !call.arg(attribute).is_none()) {
+    ASSIGN_OR_RETURN(key, GetPath(item, call.arg(attribute)));
+  }
+  if (case_sensitive || !key.is_string()) return key;
+  RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(key.text().bytes.size())));
+  return Value::String(Lower(key.text().bytes));
+}
+
+struct Keyed {
+  Value key;
+  Value item;
+};
+
+Result<std::vector<Keyed>> Keys(Call& call, bool case_sensitive, size_t attribute) {
+  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
+  std::vector<Keyed> out;
+  for (const Value& item : *items) {
+    RETURN_IF_ERROR(call.budget.Spend(1));
+    ASSIGN_OR_RETURN(Value key, Key(call, item, case_sensitive, attribute));
+    out.push_back({std::move(key), item});
+  }
+  return out;
+}
+
+Result<void> StableSort(std::vector<Keyed>& items, bool descending, Budget& budget) {
+  int64_t weight = 0;
+  for (const Keyed& item : items) {
+    RETURN_IF_ERROR(budget.SpendOn(item.key));  // so the sum is below the limit of steps
+    weight += item.key.extent().weight;
+  }
+  RETURN_IF_ERROR(budget.Spend(weight * (1 + std::bit_width(items.size()))));
+  // A comparison that fails is remembered; the order of the rest no longer matters.
+  std::optional<Error> failed;
+  std::stable_sort(items.begin(), items.end(), [&](const Keyed& a, const Keyed& b) {
+    if (failed) return false;
+    const Result<int> order = Order(a.key, b.key);
+    if (!order.ok()) failed = order.error();
+    return order.ok() && (descending ? *order > 0 : *order < 0);
+  });
+  if (failed) return *failed;
+  return {};
+}
+
+Value Unkeyed(Flavor flavor, std::vector<Keyed> items) {
+  std::vector<Value> out;
+  for (Keyed& item : items) out.push_back(std::move(item.item));
+  return Value::Of(flavor, std::move(out));
+}
+
+Result<Value> SortFilter(Call& call) {
+  if (call.has(3) && call.arg(3).is_string() &&
+      call.arg(3).text().bytes.find(',') != std::string::npos) {
+    return InvalidArgument("sort expects one attribute, found several");
+  }
+  ASSIGN_OR_RETURN(std::vector<Keyed> items, Keys(call, call.Flag(2), 3));
+  RETURN_IF_ERROR(StableSort(items, call.Flag(1), call.budget));
+  return Unkeyed(Flavor::kList, std::move(items));
+}
+
+Result<Value> UniqueFilter(Call& call) {
+  ASSIGN_OR_RETURN(std::vector<Keyed> items, Keys(call, call.Flag(1), 2));
+  std::vector<Keyed> out;
+  for (Keyed& item : items) {
+    bool seen = false;
+    for (const Keyed& other : out) {
+      RETURN_IF_ERROR(call.budget.Spend(1));
+      ASSIGN_OR_RETURN(const bool same, Compare("==", item.key, other.key, call.budget));
+      seen = seen || same;
+    }
+    if (!seen) out.push_back(std::move(item));
+  }
+  return Unkeyed(Flavor::kIterator, std::move(out));
+}
+
+Result<Value> ReverseFilter(Call& call) {
+  if (call.input().is_string()) {
+    const std::optional<int64_t> backwards[3] = {std::nullopt, std::nullopt, -1};
+    return Slice(call.input(), backwards, call.budget);
+  }
+  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
+  RETURN_IF_ERROR(call.budget.Spend(static_cast<int64_t>(items->size())));
+  return Value::Of(Flavor::kIterator, {items->rbegin(), items->rend()});
+}
+
+Result<Value> RoundFilter(Call& call) {
+  const Value& input = call.input();
+  if (!input.is_number()) {
+    return InvalidArgument("round expects a number, found " + TypeName(input));
+  }
+  ASSIGN_OR_RETURN(const int64_t places, call.Int(1, 0));
+  ASSIGN_OR_RETURN(const std::string method, call.String(2, "common"));
+  if (places < 0 || places > 100) return InvalidArgument("round expects a precision of 0 to 100");
+  if (method == "common") {
+    if (input.is_integral()) return Value::Int(input.integer());
+    if (!std::isfinite(input.number())) return input;
+    char buffer[512];
+    const auto end = std::to_chars(buffer, buffer + sizeof buffer, input.number(),
+                                   std::chars_format::fixed, static_cast<int>(places));
+    double rounded = 0;
+    std::from_chars(buffer, end.ptr, rounded);
+    return Value::Float(rounded);
+  }
+  if (method != "ceil" && method != "floor") {
+    return InvalidArgument("round expects the method common, ceil or floor, found " + method);
+  }
+  const double scale = std::pow(10.0, static_cast<double>(places));
+  const double scaled = input.number() * scale;
+  return Value::Float((method == "ceil" ? std::ceil(scaled) : std::floor(scaled)) / scale);
+}
+
+Result<Value> SafeFilter(Call& call) { return call.input(); }
+
+}  // namespace
+
+const Signature* FindFilter(std::string_view name) {
+  static const std::vector<Signature> kFilters = {
+      {"abs", {}, 0, AbsFilter},
+      {"capitalize", {}, 0, MapText<Capitalize>},
+      {"count", {}, 0, LengthFilter},
+      {"d", {"default_value", "boolean"}, 0, DefaultFilter},
+      {"default", {"default_value", "boolean"}, 0, DefaultFilter},
+      {"first", {}, 0, FirstFilter},
+      {"float", {"default"}, 0, FloatFilter},
+      {"int", {"default", "base"}, 0, IntFilter},
+      {"items", {}, 0, ItemsFilter},
+      {"join", {"d", "attribute"}, 0, JoinFilter},
+      {"last", {}, 0, LastFilter},
+      {"length", {}, 0, LengthFilter},
+      {"list", {}, 0, ListFilter},
+      {"lower", {}, 0, MapText<Lower>},
+      {"replace", {"old", "new", "count"}, 2, ReplaceFilter},
+      {"reverse", {}, 0, ReverseFilter},
+      {"round", {"precision", "method"}, 0, RoundFilter},
+      {"safe", {}, 0, SafeFilter},
+      {"sort", {"reverse", "case_sensitive", "attribute"}, 0, SortFilter},
+      {"string", {}, 0, StringFilter},
+      {"title", {}, 0, MapText<TitleFilter>},
+      {"tojson", {"ensure_ascii", "indent", "separators", "sort_keys"}, 0, ToJsonFilter},
+      {"trim", {"chars"}, 0, TrimFilter},
+      {"unique", {"case_sensitive", "attribute"}, 0, UniqueFilter},
+      {"upper", {}, 0, MapText<Upper>},
+  };
+  const auto found = std::find_if(kFilters.begin(), kFilters.end(),
+                                  [&](const Signature& filter) { return filter.name == name; });
+  return found == kFilters.end() ? nullptr : &*found;
+}
+
+}  // namespace innerq::jinja
