@@ -541,7 +541,7 @@ void ExpectMegabytes(const Tokenizer& tokenizer) {
   }
 }
 
-TEST(BpeTokenizerTest, MegabytesOfOneKindTakeLessThanASecond) {
+TEST(BpeTokenizerTest, MegabytesOfOneKindComeBackWhole) {
   ExpectMegabytes(*Make(ByteLevelFile()));
   ExpectMegabytes(*Make(SmallByteFallbackFile()));
   SKIP_WITHOUT(Llama3());
