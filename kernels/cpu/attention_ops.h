@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 
 #include "kernels/cpu/cpu_isa.h"
 #include "kernels/paged_kv.h"
@@ -18,23 +19,31 @@
 namespace innerq {
 
 constexpr int64_t kTileRows = 64;        // most rows R that share a page
-constexpr int64_t kRowBlock = 8;         // rows of a block of IntegerRows
-constexpr int64_t kRowAlignment = 64;    // bytes; the stride of IntegerRows is a multiple
+constexpr int64_t kRowBlock = 16;        // rows that a product with codes takes together
 constexpr int64_t kMaxPageTokens = 128;  // largest T
 constexpr int64_t kMaxInner = 256;       // largest D or T
-constexpr float kMaxRowInteger = 16256;  // 127 * 128: rows are integers of 15 bits
 
-// Rows of 15-bit integers, each as two signed bytes: x = 128 * high + low, |high| <= 127,
-// low in [-64, 64). Blocks of eight rows of high bytes, then the eight rows of low bytes, so a
-// block is one tile of 16 rows.
+// Products with codes take rows as integers of two signed bytes, x = low + (high << HighShift).
+// A code of up to 4 bits times 2^HighShift still fits a byte, so both bytes of x can go into one
+// sum of byte products: low * code + high * (code << HighShift). That leaves 14, 13 and 12 bits of
+// x for codes of 2, 3 and 4 bits, finer than F16's 11 relative to the largest of a row. Codes of 8
+// bits take two sums and 15 bits.
+constexpr int HighShift(int code_bits) { return code_bits <= 4 ? 8 - code_bits : 7; }
+constexpr int32_t MaxRowInteger(int high_shift) { return 127 << high_shift; }
+
+// Elements of a row whose low bytes, then high bytes, lie together: a divisor of every group.
+constexpr int64_t kMaxBlock = 32;
+constexpr int64_t BlockOf(int64_t group_size) { return std::gcd(group_size, kMaxBlock); }
+
+// Rows of such integers, each [inner/block][low, high][block].
 struct IntegerRows {
   int8_t* data = nullptr;
-  int64_t stride = 0;  // bytes from row to row
+  int64_t stride = 0;  // bytes from row to row, a multiple of 64
+  int64_t block = kMaxBlock;
+  int high_shift = 0;
 
-  int8_t* High(int64_t row) const {
-    return data + (row / kRowBlock * 2 * kRowBlock + row % kRowBlock) * stride;
-  }
-  int8_t* Low(int64_t row) const { return High(row) + kRowBlock * stride; }
+  static constexpr int64_t Stride(int64_t inner) { return 2 * RoundUp(inner, kMaxBlock); }
+  int8_t* Row(int64_t row) const { return data + row * stride; }
 };
 
 // scores[r][t] = q[r] . k[t].
@@ -60,7 +69,7 @@ struct HalfValuesArgs {
   float* out = nullptr;         // [R][Dp]
 };
 
-// rows[r] = round(y / scale) with y = x[r] * factors and scale = max|y| / kMaxRowInteger.
+// rows[r] = round(y / scale) with y = x[r] * factors and scale = max|y| / MaxRowInteger.
 struct QuantizeArgs {
   const float* x = nullptr;  // [R][stride], zero from n to stride
   int64_t stride = 0;        // a multiple of 16
@@ -69,57 +78,70 @@ struct QuantizeArgs {
   const float* factors = nullptr;  // [n], readable (and finite) up to stride; null: all one
   const float* zeros = nullptr;    // likewise; null: no constants
   int64_t group_size = 0;          // N
-  // [R][n]; bytes from n to the next multiple of 16 become zero, those up to one of 32 may.
-  IntegerRows rows;
-  float* scales = nullptr;     // [R]
-  int32_t* sums = nullptr;     // [R][n/N] sums of the integers of a group
-  float* constants = nullptr;  // [R] sum of x[r] * zeros; written if zeros is set
+  IntegerRows rows;                // [R][n]
+  float* scales = nullptr;         // [R]
+  int32_t* sums = nullptr;         // [R][n/N] sums of the integers of a group
+  float* constants = nullptr;      // [R] sum of x[r] * zeros; written if zeros is set
 };
 
-// dots[r - row_begin][g][o] = sum over i in group g of codes(o, i) * rows[r][i], for outer elements
-// o of the panels and rows r of the range.
+// codes = those of a bit string for DotArgs, whose `dot` alone knows their layout. May read 64
+// bytes beyond the string.
+struct UnpackArgs {
+  const uint8_t* packed = nullptr;  // [outer/16][inner/4][16 outer][4 inner] codes of `bits`
+  int bits = 0;
+  int64_t inner = 0;         // extent of the inner axis
+  int64_t outer = 0;         // a multiple of 16
+  int64_t group_size = 0;    // N, divides inner, a multiple of 4
+  int32_t offset = 0;        // the code that stands for zero where zeros are implied, else 0
+  int64_t num_rows = 0;      // R of the products to come
+  uint8_t* codes = nullptr;  // [kCodeBytes * outer * inner]
+
+  static constexpr int64_t kCodeBytes = 3;  // of an unpacked code, at most
+};
+
+// dots[r - row_begin][g][o] = sum over i in group g of (codes(o, i) - offset) * rows[r][i], for
+// outer elements o of the panels and rows r of the range. May write garbage to the rows of dots up
+// to the next multiple of kRowBlock.
 struct DotArgs {
-  const uint8_t* codes = nullptr;  // [outer/16][inner/4][16 outer][4 inner], one code a byte
-  bool wide = false;               // codes may exceed 15
-  int64_t inner = 0;               // extent of the inner axis
-  int64_t group_size = 0;          // N, divides inner, a multiple of 4
+  UnpackArgs side;                         // as the codes were unpacked
   int64_t panel_begin = 0, panel_end = 0;  // of [outer/16]
   IntegerRows rows;                        // [R][inner]
+  const int32_t* sums = nullptr;           // [R][inner/N] sums of the integers of a group
   int64_t row_begin = 0, row_end = 0;      // row_begin is a multiple of kRowBlock
-  int64_t outer = 0;                       // of dots, a multiple of 16
   int32_t* dots = nullptr;                 // [R][inner/N][outer]
 
-  int64_t groups() const { return inner / group_size; }
+  int64_t groups() const { return side.inner / side.group_size; }
+  int64_t row_dots() const { return groups() * side.outer; }
   int32_t* Dots(int64_t row, int64_t group, int64_t panel) const {
-    return dots + ((row - row_begin) * groups() + group) * outer + panel * kPanelWidth;
+    return dots + (row - row_begin) * row_dots() + group * side.outer + panel * kPanelWidth;
+  }
+  // What the code that stands for zero adds to a sum of plain codes.
+  int32_t Excess(int64_t row, int64_t group) const {
+    return side.offset * sums[row * groups() + group];
   }
 };
 
-// out[r] = keep[r] * out[r] + add[r] * sum over g of
-//          scales[g] * (dots[r][g] - offset * sums[r][g]) + zeros[g] * sums[r][g],
-// the offset only where there are no zeros.
+// total[r] = sum over g of scales[g] * dots[r][g] + zeros[g] * sums[r][g]; out[r] = total[r] or,
+// with `add`, keep[r] * out[r] + add[r] * total[r].
 struct InnerScaleArgs {
   const int32_t* dots = nullptr;  // [R][groups][outer]
-  const int32_t* sums = nullptr;  // [R][groups], readable up to the next multiple of 16
-  int32_t offset = 0;             // the code that stands for zero where zeros are implied
+  const int32_t* sums = nullptr;  // [R][groups]; read if there are zeros
   int64_t groups = 0;
   int64_t outer = 0;              // a multiple of 16
   const float* scales = nullptr;  // [groups][outer]
   const float* zeros = nullptr;   // likewise, or null
   int64_t num_rows = 0;           // R
-  const float* keep = nullptr;    // [R]; null: out is overwritten
-  const float* add = nullptr;     // [R]
+  const float* keep = nullptr;    // [R], with `add`
+  const float* add = nullptr;     // [R], or null
   float* out = nullptr;           // [R][outer]
 };
 
 // For outer elements [begin, end) alone, which share the group's folded scale:
-// out[r] = keep[r] * out[r] + add[r] * (scales[r] * (dots[r] - offset * sums[r]) + constants[r]).
+// out[r] = keep[r] * out[r] + add[r] * (scales[r] * dots[r] + constants[r]).
 struct OuterScaleArgs {
   const int32_t* dots = nullptr;  // [R][outer]
-  const int32_t* sums = nullptr;  // [R]
   int64_t outer = 0;
-  int64_t begin = 0, end = 0;  // multiples of 8
-  int32_t offset = 0;
+  int64_t begin = 0, end = 0;        // multiples of 8
   const float* scales = nullptr;     // [R]
   const float* constants = nullptr;  // [R], or null
   int64_t num_rows = 0;              // R
@@ -140,14 +162,15 @@ struct AttentionState {
 // the state's sum, and says how to add the page's output:
 // out = keep * out + add * sum p v.
 struct SoftmaxArgs {
-  float* scores = nullptr;           // [R][T]; SoftmaxToFloat writes p here
+  float* scores = nullptr;           // [R][T] in units of `scales`; SoftmaxToFloat writes p here
+  const float* scales = nullptr;     // [R], not negative; null: one
   int64_t num_tokens = 0;            // T
   const int32_t* visible = nullptr;  // [R] tokens that a row sees, at least 1; null: all
   int64_t num_rows = 0;              // R
   AttentionState state;
   float* keep = nullptr;   // [kTileRows]
   float* add = nullptr;    // [kTileRows]
-  IntegerRows rows;        // SoftmaxToIntegers: p in units of 1 / kMaxRowInteger (as is `add`)
+  IntegerRows rows;        // SoftmaxToIntegers: p in units of 1 / MaxRowInteger (as is `add`)
   int64_t group_size = 0;  // likewise: N
   // Likewise: [R][T/N] sums of the integers of a group, writable up to the next multiple of 16.
   int32_t* sums = nullptr;
@@ -161,8 +184,9 @@ struct AttentionOps {
   void (*half_scores)(const HalfScoresArgs& args);
   void (*half_values)(const HalfValuesArgs& args);
   void (*quantize)(const QuantizeArgs& args);
-  // One code a byte from a bit string; num_codes is a multiple of 64. May read 64 bytes beyond.
-  void (*unpack)(const uint8_t* packed, int bits, int64_t num_codes, uint8_t* codes);
+  void (*begin)();  // a thread calls these around its calls of unpack and dot
+  void (*end)();
+  void (*unpack)(const UnpackArgs& args);
   void (*dot)(const DotArgs& args);
   void (*scale_inner)(const InnerScaleArgs& args);
   void (*scale_outer)(const OuterScaleArgs& args);
@@ -176,8 +200,12 @@ struct AttentionOps {
 // The functions for one instruction set that this machine supports.
 AttentionOps AttentionOpsFor(CpuIsa isa);
 
-// Overlays for the integer products.
-void UnpackVnni(const uint8_t* packed, int bits, int64_t num_codes, uint8_t* codes);
+// Overlays for the integer products: those with AMX tiles need enough rows, else they are VNNI's.
+void UnpackVnni(const UnpackArgs& args);
+void UnpackSigned(const UnpackArgs& args);  // as VNNI's, less the offset: signed bytes
+void BeginAmx();
+void EndAmx();
+void UnpackAmx(const UnpackArgs& args);
 void DotVnni(const DotArgs& args);
 void DotAmx(const DotArgs& args);
 

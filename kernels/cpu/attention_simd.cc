@@ -23,6 +23,7 @@ void Quantize(const QuantizeArgs& args) {
   alignas(64) float scaled[kMaxInner];
   alignas(64) int32_t integers[kMaxInner + kPanelWidth] = {};
   const int64_t extent = RoundUp(args.n, kPanelWidth);
+  const auto max_integer = static_cast<float>(MaxRowInteger(args.rows.high_shift));
   for (int64_t r = 0; r < args.num_rows; ++r) {
     const float* x = args.x + r * args.stride;
     Vector largest = hn::Zero(kF32), constant = hn::Zero(kF32);
@@ -35,15 +36,15 @@ void Quantize(const QuantizeArgs& args) {
       largest = hn::Max(hn::Abs(y), largest);
     }
     const float max = MaxOf(largest);
-    constexpr float kTiny = 1e-30f;  // its reciprocal times kMaxRowInteger is finite
-    const float inverse = max < kTiny ? 0.0f : kMaxRowInteger / max;
+    constexpr float kTiny = 1e-30f;  // its reciprocal times the largest integer is finite
+    const float inverse = max < kTiny ? 0.0f : max_integer / max;
     for (int64_t i = 0; i < extent; i += kLanes) {
       const Vector y = hn::Mul(hn::Load(kF32, scaled + i), hn::Set(kF32, inverse));
-      const Vector finite = hn::Min(y, hn::Set(kF32, kMaxRowInteger));  // NaN becomes the largest
+      const Vector finite = hn::Min(y, hn::Set(kF32, max_integer));  // NaN becomes the largest
       hn::Store(RoundToInt(finite), kI32, integers + i);
     }
-    SplitBytes(integers, extent, args.rows.High(r), args.rows.Low(r));
-    args.scales[r] = max < kTiny ? 0.0f : max / kMaxRowInteger;
+    SplitBytes(integers, args.n, args.rows, r);
+    args.scales[r] = max < kTiny ? 0.0f : max / max_integer;
     if (args.zeros != nullptr) args.constants[r] = SumOf(constant);
     SumGroups(integers, args.n, args.group_size, args.sums + r * (args.n / args.group_size));
   }
@@ -51,9 +52,9 @@ void Quantize(const QuantizeArgs& args) {
 
 #if HWY_TARGET == HWY_SCALAR
 
-void Unpack(const uint8_t* packed, int bits, int64_t num_codes, uint8_t* codes) {
-  for (int64_t i = 0; i < num_codes; ++i) {
-    codes[i] = static_cast<uint8_t>(ReadCode(packed, bits, i));
+void Unpack(const UnpackArgs& args) {
+  for (int64_t i = 0; i < args.outer * args.inner; ++i) {
+    args.codes[i] = static_cast<uint8_t>(ReadCode(args.packed, args.bits, i));
   }
 }
 
@@ -89,32 +90,39 @@ HWY_INLINE void UnpackBits(const uint8_t* packed, int64_t num_codes, uint8_t* co
   }
 }
 
-void Unpack(const uint8_t* packed, int bits, int64_t num_codes, uint8_t* codes) {
-  if (bits == 2) return UnpackBits<2>(packed, num_codes, codes);
-  if (bits == 3) return UnpackBits<3>(packed, num_codes, codes);
-  if (bits == 4) return UnpackBits<4>(packed, num_codes, codes);
-  std::copy(packed, packed + num_codes, codes);
+void Unpack(const UnpackArgs& args) {
+  const int64_t num_codes = args.outer * args.inner;
+  if (args.bits == 2) return UnpackBits<2>(args.packed, num_codes, args.codes);
+  if (args.bits == 3) return UnpackBits<3>(args.packed, num_codes, args.codes);
+  if (args.bits == 4) return UnpackBits<4>(args.packed, num_codes, args.codes);
+  std::copy(args.packed, args.packed + num_codes, args.codes);
 }
 
 #endif  // HWY_TARGET == HWY_SCALAR
 
+// Codes are unpacked as they are packed, one a byte.
+HWY_INLINE const uint8_t* PanelCodes(const DotArgs& args, int64_t panel) {
+  return args.side.codes + panel * args.side.inner * kPanelWidth;
+}
+
 #if HWY_TARGET == HWY_SCALAR
 
 void Dot(const DotArgs& args) {
-  const int64_t panel_bytes = args.inner * kPanelWidth;
+  const int64_t block = args.rows.block, group_size = args.side.group_size;
   for (int64_t r = args.row_begin; r < args.row_end; ++r) {
     int32_t x[kMaxInner];
-    for (int64_t i = 0; i < args.inner; ++i) {
-      x[i] = 128 * args.rows.High(r)[i] + args.rows.Low(r)[i];
+    for (int64_t i = 0; i < args.side.inner; ++i) {
+      const int8_t* low = args.rows.Row(r) + i / block * 2 * block + i % block;
+      x[i] = *low + (low[block] << args.rows.high_shift);
     }
     for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
       for (int64_t g = 0; g < args.groups(); ++g) {
-        int32_t sums[kPanelWidth] = {};
-        for (int64_t i = g * args.group_size; i < (g + 1) * args.group_size; ++i) {
-          const uint8_t* codes = args.codes + panel * panel_bytes + i / 4 * 64 + i % 4;
-          for (int64_t o = 0; o < kPanelWidth; ++o) sums[o] += codes[o * 4] * x[i];
+        int32_t* dots = args.Dots(r, g, panel);
+        std::fill(dots, dots + kPanelWidth, -args.Excess(r, g));
+        for (int64_t i = g * group_size; i < (g + 1) * group_size; ++i) {
+          const uint8_t* codes = PanelCodes(args, panel) + i / 4 * 64 + i % 4;
+          for (int64_t o = 0; o < kPanelWidth; ++o) dots[o] += codes[o * 4] * x[i];
         }
-        std::copy(sums, sums + kPanelWidth, args.Dots(r, g, panel));
       }
     }
   }
@@ -156,33 +164,41 @@ HWY_INLINE hn::Vec<I32> DotQuads(hn::Vec<U8> codes, hn::Vec<U8> x) {
 
 template <int kRows, bool kWide>
 HWY_INLINE void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
-  const int64_t quads = args.group_size / 4;
-  const uint8_t* codes = args.codes + panel * args.inner * kPanelWidth;
+  const int64_t block = args.rows.block, group_size = args.side.group_size;
+  const uint8_t* codes = PanelCodes(args, panel);
   for (int64_t g = 0; g < args.groups(); ++g) {
     hn::Vec<I32> high[kRows][kPanelVectors], low[kRows][kPanelVectors];
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kPanelVectors; ++v) high[r][v] = low[r][v] = hn::Zero(kI32);
+      const auto none = hn::Set(kI32, -args.Excess(row + r, g));
+      for (int v = 0; v < kPanelVectors; ++v) {
+        low[r][v] = none;
+        high[r][v] = hn::Zero(kI32);
+      }
     }
-    for (int64_t quad = g * quads; quad < (g + 1) * quads; ++quad) {
-      HWY_UNROLL(4)
-      for (int r = 0; r < kRows; ++r) {
-        int32_t high_quad, low_quad;
-        __builtin_memcpy(&high_quad, args.rows.High(row + r) + quad * 4, 4);
-        __builtin_memcpy(&low_quad, args.rows.Low(row + r) + quad * 4, 4);
-        const auto x_high = hn::BitCast(U8(), hn::Set(kI32, high_quad));
-        const auto x_low = hn::BitCast(U8(), hn::Set(kI32, low_quad));
+    for (int64_t begin = g * group_size; begin < (g + 1) * group_size; begin += block) {
+      for (int64_t i = 0; i < block; i += 4) {
         HWY_UNROLL(4)
-        for (int v = 0; v < kPanelVectors; ++v) {
-          const auto code = hn::LoadU(U8(), codes + quad * 64 + v * kLanes * 4);
-          high[r][v] = hn::Add(high[r][v], DotQuads<kWide>(code, x_high));
-          low[r][v] = hn::Add(low[r][v], DotQuads<kWide>(code, x_low));
+        for (int r = 0; r < kRows; ++r) {
+          const int8_t* bytes = args.rows.Row(row + r) + begin * 2 + i;
+          int32_t high_quad, low_quad;
+          __builtin_memcpy(&low_quad, bytes, 4);
+          __builtin_memcpy(&high_quad, bytes + block, 4);
+          const auto x_high = hn::BitCast(U8(), hn::Set(kI32, high_quad));
+          const auto x_low = hn::BitCast(U8(), hn::Set(kI32, low_quad));
+          HWY_UNROLL(4)
+          for (int v = 0; v < kPanelVectors; ++v) {
+            const auto code = hn::LoadU(U8(), codes + (begin + i) * 16 + v * kLanes * 4);
+            high[r][v] = hn::Add(high[r][v], DotQuads<kWide>(code, x_high));
+            low[r][v] = hn::Add(low[r][v], DotQuads<kWide>(code, x_low));
+          }
         }
       }
     }
     for (int r = 0; r < kRows; ++r) {
       int32_t* out = args.Dots(row + r, g, panel);
       for (int v = 0; v < kPanelVectors; ++v) {
-        hn::StoreU(hn::Add(hn::ShiftLeft<7>(high[r][v]), low[r][v]), kI32, out + v * kLanes);
+        const auto shifted = hn::ShiftLeftSame(high[r][v], args.rows.high_shift);
+        hn::StoreU(hn::Add(shifted, low[r][v]), kI32, out + v * kLanes);
       }
     }
   }
@@ -198,20 +214,20 @@ void DotAll(const DotArgs& args) {
   }
 }
 
-void Dot(const DotArgs& args) { args.wide ? DotAll<true>(args) : DotAll<false>(args); }
+void Dot(const DotArgs& args) { args.side.bits > 4 ? DotAll<true>(args) : DotAll<false>(args); }
 
 #endif  // HWY_TARGET == HWY_SCALAR
 
 // kVectors of outer elements for all rows. kGroups: the number of groups if it is small, so that
-// their scales stay in registers, or 0. `sums` [R][groups]: those of args or, where zeros are
-// implied, times the code that stands for zero.
+// their scales stay in registers, or 0.
 template <int kVectors, int kGroups, bool kZeros>
-HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, const int32_t* sums, int64_t o) {
+HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
   const int64_t groups = kGroups > 0 ? kGroups : args.groups;
   const int64_t outer = args.outer, num_rows = args.num_rows;
   const float* keep = args.keep;
   const float* add = args.add;
   const int32_t* dots = args.dots + o;
+  const int32_t* sums = args.sums;
   const float* scales = args.scales + o;
   const float* zeros = args.zeros + (kZeros ? o : 0);
   float* out = args.out + o;
@@ -219,15 +235,13 @@ HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, const int32_t* sum
     Vector total[kVectors];
     HWY_UNROLL(4) for (Vector& t : total) t = hn::Zero(kF32);
     HWY_UNROLL(4) for (int64_t g = 0; g < groups; ++g) {
-      const int32_t sum = *sums++;
       HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
-        auto dot = hn::LoadU(kI32, dots + v * kLanes);
-        if constexpr (!kZeros) dot = hn::Sub(dot, hn::Set(kI32, sum));
+        const Vector dot = hn::ConvertTo(kF32, hn::LoadU(kI32, dots + v * kLanes));
         const Vector scale = hn::LoadU(kF32, scales + g * outer + v * kLanes);
-        total[v] = hn::MulAdd(hn::ConvertTo(kF32, dot), scale, total[v]);
+        total[v] = hn::MulAdd(dot, scale, total[v]);
       }
       if constexpr (kZeros) {
-        const Vector factor = hn::Set(kF32, static_cast<float>(sum));
+        const Vector factor = hn::Set(kF32, static_cast<float>(*sums++));
         HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
           const Vector zero = hn::LoadU(kF32, zeros + g * outer + v * kLanes);
           total[v] = hn::MulAdd(factor, zero, total[v]);
@@ -235,16 +249,20 @@ HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, const int32_t* sum
       }
       dots += outer;
     }
-    const Vector factor = hn::Set(kF32, add[r]);
-    if (keep == nullptr) {
-      HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
-        hn::StoreU(hn::Mul(factor, total[v]), kF32, out + v * kLanes);
-      }
+    if (add == nullptr) {
+      HWY_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) hn::StoreU(total[v], kF32, out + v * kLanes);
     } else {
-      const Vector of_old = hn::Set(kF32, keep[r]);
+      const Vector factor = hn::Set(kF32, add[r]);
+      Vector kept[kVectors];
+      HWY_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) kept[v] = hn::LoadU(kF32, out + v * kLanes);
+      if (keep[r] != 1.0f) {  // seldom: most pages do not raise the largest score
+        const Vector of_old = hn::Set(kF32, keep[r]);
+        HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) kept[v] = hn::Mul(of_old, kept[v]);
+      }
       HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
-        const Vector kept = hn::Mul(of_old, hn::LoadU(kF32, out + v * kLanes));
-        hn::StoreU(hn::MulAdd(factor, total[v], kept), kF32, out + v * kLanes);
+        hn::StoreU(hn::MulAdd(factor, total[v], kept[v]), kF32, out + v * kLanes);
       }
     }
     out += outer;
@@ -252,33 +270,27 @@ HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, const int32_t* sum
 }
 
 template <int kVectors, bool kZeros>
-HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, const int32_t* sums, int64_t o) {
+HWY_INLINE void ScaleInnerColumns(const InnerScaleArgs& args, int64_t o) {
   if (args.groups == 1) {
-    ScaleInnerColumns<kVectors, 1, kZeros>(args, sums, o);
+    ScaleInnerColumns<kVectors, 1, kZeros>(args, o);
   } else if (args.groups == 2) {
-    ScaleInnerColumns<kVectors, 2, kZeros>(args, sums, o);
+    ScaleInnerColumns<kVectors, 2, kZeros>(args, o);
   } else if (args.groups == 4) {
-    ScaleInnerColumns<kVectors, 4, kZeros>(args, sums, o);
+    ScaleInnerColumns<kVectors, 4, kZeros>(args, o);
   } else {
-    ScaleInnerColumns<kVectors, 0, kZeros>(args, sums, o);
+    ScaleInnerColumns<kVectors, 0, kZeros>(args, o);
   }
 }
 
 template <bool kZeros>
-HWY_INLINE void ScaleInnerAll(const InnerScaleArgs& args, const int32_t* sums) {
+HWY_INLINE void ScaleInnerAll(const InnerScaleArgs& args) {
   int64_t o = 0;
-  for (; o + 2 * kLanes <= args.outer; o += 2 * kLanes) ScaleInnerColumns<2, kZeros>(args, sums, o);
-  for (; o < args.outer; o += kLanes) ScaleInnerColumns<1, kZeros>(args, sums, o);
+  for (; o + 2 * kLanes <= args.outer; o += 2 * kLanes) ScaleInnerColumns<2, kZeros>(args, o);
+  for (; o < args.outer; o += kLanes) ScaleInnerColumns<1, kZeros>(args, o);
 }
 
 void ScaleInner(const InnerScaleArgs& args) {
-  if (args.zeros != nullptr) return ScaleInnerAll<true>(args, args.sums);
-  alignas(64) int32_t offsets[kTileRows * kMaxInner / 8];
-  const auto offset = hn::Set(kI32, args.offset);
-  for (int64_t i = 0; i < args.num_rows * args.groups; i += kLanes) {
-    hn::Store(hn::Mul(hn::LoadU(kI32, args.sums + i), offset), kI32, offsets + i);
-  }
-  ScaleInnerAll<false>(args, offsets);
+  args.zeros != nullptr ? ScaleInnerAll<true>(args) : ScaleInnerAll<false>(args);
 }
 
 void ScaleOuter(const OuterScaleArgs& args) {
@@ -288,10 +300,9 @@ void ScaleOuter(const OuterScaleArgs& args) {
     const auto scale = hn::Set(d, args.scales[r]);
     const auto constant = hn::Set(d, args.constants == nullptr ? 0.0f : args.constants[r]);
     const auto add = hn::Set(d, args.add == nullptr ? 1.0f : args.add[r]);
-    const auto offset = hn::Set(di, args.offset * args.sums[r]);
     float* out = args.out + r * args.outer;
     for (int64_t o = args.begin; o < args.end; o += kLanesOf8) {
-      const auto dot = hn::Sub(hn::LoadU(di, args.dots + r * args.outer + o), offset);
+      const auto dot = hn::LoadU(di, args.dots + r * args.outer + o);
       auto total = hn::Mul(add, hn::MulAdd(hn::ConvertTo(d, dot), scale, constant));
       if (args.keep != nullptr) {
         total = hn::MulAdd(hn::Set(d, args.keep[r]), hn::LoadU(d, out + o), total);
@@ -309,6 +320,7 @@ AttentionOps MakeAttentionOps() {
   ops.half_scores = HalfScores;
   ops.half_values = HalfValues;
   ops.quantize = Quantize;
+  ops.begin = ops.end = [] {};
   ops.unpack = Unpack;
   ops.dot = Dot;
   ops.scale_inner = ScaleInner;
@@ -333,7 +345,13 @@ AttentionOps AttentionOpsFor(CpuIsa isa) {
     AttentionOps ops = N_AVX3::MakeAttentionOps();
     if (isa >= CpuIsa::kAvx512Vnni) {
       ops.unpack = UnpackVnni;
-      ops.dot = isa >= CpuIsa::kAmx ? DotAmx : DotVnni;
+      ops.dot = DotVnni;
+    }
+    if (isa >= CpuIsa::kAmx) {
+      ops.begin = BeginAmx;
+      ops.end = EndAmx;
+      ops.unpack = UnpackAmx;
+      ops.dot = DotAmx;
     }
     return ops;
   }

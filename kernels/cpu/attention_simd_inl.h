@@ -1,5 +1,5 @@
 // What the Highway files of AttentionOps share, compiled once per instruction set: vector types,
-// integers of 15 bits, and the functions that attention_simd.cc takes from the other files.
+// integers of two bytes, and the functions that attention_simd.cc takes from the other files.
 
 // Not a plain include guard: the file is read anew for every instruction set.
 #if defined(INNERQ_KERNELS_CPU_ATTENTION_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -8,6 +8,8 @@
 #else
 #define INNERQ_KERNELS_CPU_ATTENTION_SIMD_INL_H_
 #endif
+
+#include <algorithm>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/attention_ops.h"
@@ -49,47 +51,81 @@ HWY_INLINE hn::Vec<I32> RoundToInt(Vector x) {
 
 #if HWY_TARGET == HWY_SCALAR
 
-HWY_INLINE void SplitBytes(const int32_t* x, int64_t n, int8_t* high, int8_t* low) {
+HWY_INLINE void SplitBytes(const int32_t* x, int64_t n, const IntegerRows& rows, int64_t row) {
+  const int shift = rows.high_shift, half = 1 << shift >> 1;
   for (int64_t i = 0; i < n; ++i) {
-    high[i] = static_cast<int8_t>((x[i] + 64) >> 7);
-    low[i] = static_cast<int8_t>(((x[i] + 64) & 127) - 64);
+    int8_t* low = rows.Row(row) + i / rows.block * 2 * rows.block + i % rows.block;
+    const int32_t high = (x[i] + half) >> shift;
+    low[rows.block] = static_cast<int8_t>(high);
+    *low = static_cast<int8_t>(x[i] - (high << shift));
   }
 }
 
 #else
 
-// Both to bytes, in each 128-bit block first those of a, then those of b.
 using I16 = hn::Repartition<int16_t, I32>;
-HWY_INLINE hn::Vec<hn::Repartition<int8_t, I32>> PackBytes(hn::Vec<I16> a, hn::Vec<I16> b) {
+using I8 = hn::Repartition<int8_t, I32>;
+
+// Both to bytes, in each 128-bit block first those of a, then those of b.
+HWY_INLINE hn::Vec<I8> PackBytes(hn::Vec<I16> a, hn::Vec<I16> b) {
 #if HWY_TARGET == HWY_AVX2
-  return hn::Vec<hn::Repartition<int8_t, I32>>{_mm256_packs_epi16(a.raw, b.raw)};
+  return hn::Vec<I8>{_mm256_packs_epi16(a.raw, b.raw)};
 #else
-  return hn::Vec<hn::Repartition<int8_t, I32>>{_mm512_packs_epi16(a.raw, b.raw)};
+  return hn::Vec<I8>{_mm512_packs_epi16(a.raw, b.raw)};
 #endif
 }
 
-// Splits integers of 15 bits into IntegerRows' bytes. Reads x and writes bytes up to the next
-// multiple of 2 * kLanes.
-HWY_INLINE void SplitBytes(const int32_t* x, int64_t n, int8_t* high, int8_t* low) {
-  constexpr int kBlocks = kLanes / 4;
-  alignas(64) int32_t places[kLanes];  // of quads: high bytes of both vectors, then low ones
-  for (int i = 0; i < kLanes; ++i) {
-    places[i] = i % kBlocks * 4 + i / (kLanes / 2) * 2 + i % (kLanes / 2) / kBlocks;
+constexpr int64_t kSplitStep = 2 * kLanes;  // integers that SplitVectors takes
+
+// Splits two vectors of integers of an IntegerRows: low bytes in the lower half of the result, high
+// ones in the upper.
+class ByteSplitter {
+ public:
+  explicit ByteSplitter(int high_shift)
+      : shift_(high_shift), half_(hn::Set(I16(), static_cast<int16_t>(1 << high_shift >> 1))) {
+    constexpr int kBlocks = kLanes / 4;
+    alignas(64) int32_t places[kLanes];  // of quads: low bytes of both vectors, then high ones
+    for (int i = 0; i < kLanes; ++i) {
+      places[i] = i % kBlocks * 4 + i / (kLanes / 2) * 2 + i % (kLanes / 2) / kBlocks;
+    }
+    hn::Store(hn::Load(kI32, places), kI32, places_);
   }
-  const auto place = hn::SetTableIndices(kI32, places);
-  const hn::Half<hn::Repartition<int8_t, I32>> half;
-  const I16 d16;
-  const auto bias = hn::Set(d16, 64);
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    const auto both =
-        hn::ReorderDemote2To(d16, hn::LoadU(kI32, x + i), hn::LoadU(kI32, x + i + kLanes));
-    const auto biased = hn::Add(both, bias);
-    const auto h = hn::ShiftRight<7>(biased);
-    const auto l = hn::Sub(hn::And(biased, hn::Set(d16, 127)), bias);
-    const auto bytes = hn::BitCast(hn::Repartition<int8_t, I32>(),
-                                   hn::TableLookupLanes(hn::BitCast(kI32, PackBytes(h, l)), place));
-    hn::StoreU(hn::LowerHalf(half, bytes), half, high + i);
-    hn::StoreU(hn::UpperHalf(half, bytes), half, low + i);
+
+  HWY_INLINE hn::Vec<I8> Split(hn::Vec<I32> a, hn::Vec<I32> b) const {
+    const auto x = hn::ReorderDemote2To(I16(), a, b);
+    const auto high = hn::ShiftRightSame(hn::Add(x, half_), shift_);
+    const auto low = hn::Sub(x, hn::ShiftLeftSame(high, shift_));
+    const auto place = hn::SetTableIndices(kI32, places_);
+    return hn::BitCast(I8(), hn::TableLookupLanes(hn::BitCast(kI32, PackBytes(low, high)), place));
+  }
+
+ private:
+  int shift_;
+  hn::Vec<I16> half_;
+  alignas(64) int32_t places_[kLanes];
+};
+
+// Integers [0, n) of an IntegerRows' row. Reads x up to the next multiple of kSplitStep.
+HWY_INLINE void SplitBytes(const int32_t* x, int64_t n, const IntegerRows& rows, int64_t row) {
+  const ByteSplitter splitter(rows.high_shift);
+  const hn::Half<I8> half;
+  const int64_t block = rows.block;
+  int8_t* to = rows.Row(row);
+  for (int64_t i = 0; i < n; i += kSplitStep) {
+    const auto bytes = splitter.Split(hn::LoadU(kI32, x + i), hn::LoadU(kI32, x + i + kLanes));
+    if (block >= kSplitStep) {
+      int8_t* low = to + i / block * 2 * block + i % block;
+      hn::StoreU(hn::LowerHalf(half, bytes), half, low);
+      hn::StoreU(hn::UpperHalf(half, bytes), half, low + block);
+    } else {
+      alignas(64) int8_t split[2][kSplitStep];
+      hn::Store(bytes, I8(), split[0]);
+      const int64_t count = std::min(n - i, kSplitStep);
+      for (int64_t j = 0; j < count; j += block) {
+        std::copy_n(split[0] + j, block, to + (i + j) * 2);
+        std::copy_n(split[1] + j, block, to + (i + j) * 2 + block);
+      }
+    }
   }
 }
 

@@ -153,6 +153,8 @@ HWY_INLINE void PageMax(const SoftmaxArgs& args, float* page_max) {
   }
   const auto max = [](Vector a, Vector b) HWY_ATTR { return hn::Max(a, b); };
   ReduceRows(kF32, lanes, args.num_rows, max, page_max);
+  if (args.scales == nullptr) return;
+  for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] *= args.scales[r];
 }
 
 // add *= unit; the state's sum += add * sums; lanes are rows.
@@ -173,9 +175,10 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
     float* scores = args.scores + r * args.num_tokens;
     const int64_t visible = VisibleTokens(args, r);
     const Vector max = hn::Set(kF32, page_max[r]);
+    const Vector scale = hn::Set(kF32, args.scales == nullptr ? 1.0f : args.scales[r]);
     Vector sum = hn::Zero(kF32);
     for (int64_t t = 0; t < args.num_tokens; t += kLanes) {
-      const Vector p = Exp2(hn::Sub(VisibleScores(scores, t, visible), max));
+      const Vector p = Exp2(hn::MulSub(VisibleScores(scores, t, visible), scale, max));
       hn::StoreU(p, kF32, scores + t);
       sum = hn::Add(sum, p);
     }
@@ -184,35 +187,76 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
   AddSums(sums, 1.0f, args);
 }
 
+#if HWY_TARGET == HWY_AVX3
+
+// x = round(2^x), 0 for x < -1: a polynomial of degree 4 with the least relative error (2.6e-6) on
+// the fraction, in [0, 1).
+template <int N>
+HWY_INLINE void RoundedExp2(const Vector (&x)[N], hn::Vec<I32> (&out)[N]) {
+  constexpr float kCoefficients[] = {0.052011460065841675f, 0.2414427548646927f,
+                                     0.6930038332939148f, 1.0000026226043701f};
+  Vector f[N], y[N];
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
+    f[i] = Vector{_mm512_reduce_ps(x[i].raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+    y[i] = hn::Set(kF32, 0.013534167781472206f);
+  }
+  HWY_UNROLL(4) for (const float coefficient : kCoefficients) {
+    HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
+      y[i] = hn::MulAdd(y[i], f[i], hn::Set(kF32, coefficient));
+    }
+  }
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
+    out[i] = hn::Vec<I32>{_mm512_cvtps_epi32(_mm512_scalef_ps(y[i].raw, x[i].raw))};
+  }
+}
+
+#else
+
+// x = round(2^x), 0 for x < -1.
+template <int N>
+HWY_INLINE void RoundedExp2(const Vector (&x)[N], hn::Vec<I32> (&out)[N]) {
+  Vector y[N];
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) y[i] = hn::Max(x[i], hn::Set(kF32, -127.0f));
+  Exp2InRange(y);
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) out[i] = RoundToInt(y[i]);
+}
+
+#endif  // HWY_TARGET == HWY_AVX3
+
 void SoftmaxToIntegers(const SoftmaxArgs& args) {
   constexpr int kBatch = 4;  // vectors; a multiple of those of a page's tokens, or they of it
-  constexpr float kLog2MaxRowInteger = 13.988684686772166f;
   alignas(64) float page_max[kTileRows] = {}, sums[kTileRows] = {};
   alignas(64) int32_t integers[(kTileRows + kBatch) * kMaxPageTokens];  // [R][T]
   alignas(64) int32_t lanes[kTileRows * kMaxPageTokens];  // [R][T/span][kLanes] sums of a span
   PageMax<true>(args, page_max);
   RaiseMax(page_max, args.num_rows, args.state, args.keep, args.add);
+  const auto max_integer = static_cast<float>(MaxRowInteger(args.rows.high_shift));
+  const float log2_max_integer =
+      6.988684687f + static_cast<float>(args.rows.high_shift);  // log2 127
+  for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] -= log2_max_integer;
   const int64_t num_tokens = args.num_tokens;
   const int64_t row_vectors = num_tokens / kLanes, num_vectors = args.num_rows * row_vectors;
   const int shift = hwy::Num0BitsBelowLS1Bit_Nonzero64(static_cast<uint64_t>(row_vectors));
   for (int64_t v = 0; v < num_vectors; v += kBatch) {
-    Vector p[kBatch];
+    Vector x[kBatch];
+    hn::Vec<I32> p[kBatch];
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
-      // 2^(score - max) * kMaxRowInteger
-      const Vector max = hn::Set(kF32, page_max[(v + i) >> shift] - kLog2MaxRowInteger);
-      const Vector x = hn::Sub(hn::LoadU(kF32, args.scores + (v + i) * kLanes), max);
-      p[i] = hn::Max(x, hn::Set(kF32, -127.0f));
+      // 2^(score - max) * max_integer
+      const int64_t r = (v + i) >> shift;
+      const Vector scale = hn::Set(kF32, args.scales == nullptr ? 1.0f : args.scales[r]);
+      const Vector score = hn::LoadU(kF32, args.scores + (v + i) * kLanes);
+      x[i] = hn::MulSub(score, scale, hn::Set(kF32, page_max[r]));
     }
-    Exp2InRange(p);
+    RoundedExp2(x, p);
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
-      hn::Store(RoundToInt(p[i]), kI32, integers + (v + i) * kLanes);
+      hn::Store(p[i], kI32, integers + (v + i) * kLanes);
     }
   }
   const int64_t span = std::max<int64_t>(args.group_size, kLanes);
   int32_t* of_span = lanes;
   for (int64_t r = 0; r < args.num_rows; ++r) {
     const int32_t* of_row = integers + r * num_tokens;
-    SplitBytes(of_row, num_tokens, args.rows.High(r), args.rows.Low(r));
+    SplitBytes(of_row, num_tokens, args.rows, r);
     for (int64_t begin = 0; begin < num_tokens; begin += span, of_span += kLanes) {
       auto total = hn::Zero(kI32);
       for (int64_t t = begin; t < begin + span; t += kLanes) {
@@ -240,7 +284,7 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
       sums[r] = static_cast<float>(std::accumulate(of_row, of_row + groups, int32_t{0}));
     }
   }
-  AddSums(sums, 1.0f / kMaxRowInteger, args);
+  AddSums(sums, 1.0f / max_integer, args);
 }
 
 void Merge(const AttentionState& from, int64_t num_rows, int64_t padded_dim,

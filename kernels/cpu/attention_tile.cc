@@ -14,9 +14,8 @@ int32_t CodeOffset(const QuantSpec& spec) { return spec.has_zero() ? 0 : 1 << (s
 // Rows whose products fit TileScratch::dots and, where that leaves enough rows, the L1 cache.
 int64_t RowStep(const DotArgs& dot) {
   constexpr int64_t kCachedDots = 8 << 10;
-  const int64_t row_dots = dot.groups() * dot.outer;
-  const int64_t cached = kCachedDots / row_dots / kRowBlock * kRowBlock;
-  return std::clamp<int64_t>(cached, 2 * kRowBlock, kTileRows);
+  const int64_t cached = kCachedDots / dot.row_dots() / kRowBlock * kRowBlock;
+  return std::clamp<int64_t>(cached, kRowBlock, kTileRows);
 }
 
 const uint16_t* Halves(const std::byte* memory) {
@@ -43,10 +42,10 @@ TileAttention::TileAttention(const AttentionOps& ops, const AttentionArgs& args,
       last_page_(args.layout->PageOf(tile.first_position)),
       sealed_(args.layout->SealedPages(tile.first_position, tile.slice->exact_before)),
       padded_dim_(layer_.padded_dim()),
-      query_rows_{scratch.query_bytes, RoundUp(layer_.head_dim, kRowAlignment)},
-      folded_rows_{scratch.folded_bytes,
-                   RoundUp(std::max(layer_.head_dim, layer_.page_tokens), kRowAlignment)},
-      weight_rows_{scratch.weight_bytes, RoundUp(layer_.page_tokens, kRowAlignment)} {
+      query_rows_{scratch.query_bytes, IntegerRows::Stride(layer_.head_dim),
+                  BlockOf(layer_.key.group_size), HighShift(layer_.key.bits)},
+      weight_rows_{scratch.weight_bytes, IntegerRows::Stride(layer_.page_tokens),
+                   BlockOf(layer_.value.group_size), HighShift(layer_.value.bits)} {
   LoadQueries();
 }
 
@@ -86,10 +85,12 @@ void TileAttention::LoadQueries() {
 }
 
 void TileAttention::Attend(int64_t begin, int64_t end, const AttentionState& state) {
+  ops_.begin();
   for (int64_t page = begin; page < end; ++page) {
     if (page < last_page_) StartPrefetch(page + 1);
     AttendPage(page, state);
   }
+  ops_.end();
 }
 
 // Asks for the page's bytes of this head while the one before it is worked on, a part at a time:
@@ -140,6 +141,9 @@ void TileAttention::AttendPage(int64_t page, const AttentionState& state) {
   SoftmaxArgs softmax;
   softmax.scores = scratch_.scores;
   softmax.num_tokens = layer_.page_tokens;
+  const bool integer_scores =
+      sealed && layer_.key.quantized() && layer_.key.axis == QuantAxis::kInner;
+  softmax.scales = integer_scores ? scratch_.query_scales : nullptr;
   softmax.visible = last_page ? scratch_.visible : nullptr;
   softmax.num_rows = num_rows_;
   softmax.state = state;
@@ -165,7 +169,7 @@ void TileAttention::Score(const PageRef& page, bool sealed) {
   const std::byte* head = sealed ? args_.kv.SealedHead(page.sealed_id, tile_.kv_head) : nullptr;
   if (sealed && layer_.key.quantized()) {
     if (layer_.key.axis == QuantAxis::kInner) {
-      const Target target{nullptr, scratch_.query_scales, scratch_.scores};
+      const Target target{nullptr, nullptr, scratch_.scores};  // the softmax scales by query
       return MultiplyInner(Keys(head), query_rows_, scratch_.query_sums, target);
     }
     const Target target{nullptr, nullptr, scratch_.scores};
@@ -201,39 +205,42 @@ void TileAttention::AddHalfValues(const uint16_t* values, bool last_page,
   }
 }
 
-void TileAttention::Unpack(const CodedSide& side) {
+UnpackArgs TileAttention::Unpack(const CodedSide& side) {
   const QuantSpec& spec = side.spec;
-  const int64_t padded = RoundUp(side.outer, kPanelWidth);
-  ops_.unpack(reinterpret_cast<const uint8_t*>(side.codes), spec.bits, padded * side.inner,
-              scratch_.codes);
-  const int64_t num_scales = spec.axis == QuantAxis::kInner
-                                 ? side.inner / spec.group_size * padded
-                                 : side.outer / spec.group_size * side.inner;
+  const bool inner = spec.axis == QuantAxis::kInner;
+  UnpackArgs unpack;
+  unpack.packed = reinterpret_cast<const uint8_t*>(side.codes);
+  unpack.bits = spec.bits;
+  unpack.inner = side.inner;
+  unpack.outer = RoundUp(side.outer, kPanelWidth);
+  unpack.group_size = inner ? spec.group_size : side.inner;
+  unpack.offset = CodeOffset(spec);
+  unpack.num_rows = num_rows_;
+  unpack.codes = scratch_.codes;
+  ops_.unpack(unpack);
+  const int64_t num_scales = inner ? side.inner / spec.group_size * unpack.outer
+                                   : side.outer / spec.group_size * side.inner;
   ops_.half_to_float(Halves(side.scales), num_scales, scratch_.scales);
   if (spec.has_zero()) ops_.half_to_float(Halves(side.zeros), num_scales, scratch_.zeros);
+  return unpack;
 }
 
 void TileAttention::MultiplyInner(const CodedSide& side, const IntegerRows& rows,
                                   const int32_t* sums, const Target& target) {
-  Unpack(side);
-  PrefetchMore();
   DotArgs dot;
-  dot.codes = scratch_.codes;
-  dot.wide = side.spec.bits > 4;
-  dot.inner = side.inner;
-  dot.group_size = side.spec.group_size;
+  dot.side = Unpack(side);
+  PrefetchMore();
   dot.rows = rows;
-  dot.outer = RoundUp(side.outer, kPanelWidth);
-  dot.panel_end = dot.outer / kPanelWidth;
+  dot.sums = sums;
+  dot.panel_end = dot.side.outer / kPanelWidth;
   dot.dots = scratch_.dots;
   InnerScaleArgs scale;
   scale.dots = scratch_.dots;
   scale.groups = dot.groups();
-  scale.outer = dot.outer;
+  scale.outer = dot.side.outer;
   scale.scales = scratch_.scales;
   scale.zeros = side.spec.has_zero() ? scratch_.zeros : nullptr;
   const int64_t row_step = RowStep(dot);
-  scale.offset = CodeOffset(side.spec);
   for (int64_t row = 0; row < num_rows_; row += row_step) {
     dot.row_begin = row;
     dot.row_end = std::min(row + row_step, num_rows_);
@@ -242,7 +249,7 @@ void TileAttention::MultiplyInner(const CodedSide& side, const IntegerRows& rows
     scale.sums = sums + row * scale.groups;
     scale.num_rows = dot.row_end - row;
     scale.keep = target.keep != nullptr ? target.keep + row : nullptr;
-    scale.add = target.add + row;
+    scale.add = target.add != nullptr ? target.add + row : nullptr;
     scale.out = target.out + row * scale.outer;
     ops_.scale_inner(scale);
   }
@@ -252,7 +259,8 @@ void TileAttention::MultiplyInner(const CodedSide& side, const IntegerRows& rows
 // for each span of outer elements the rows are multiplied by the scales and quantized again.
 void TileAttention::MultiplyOuter(const CodedSide& side, const float* rows, int64_t stride,
                                   const Target& target) {
-  Unpack(side);
+  DotArgs dot;
+  dot.side = Unpack(side);
   PrefetchMore();
   QuantizeArgs fold;
   fold.x = rows;
@@ -260,23 +268,18 @@ void TileAttention::MultiplyOuter(const CodedSide& side, const float* rows, int6
   fold.num_rows = num_rows_;
   fold.n = side.inner;
   fold.group_size = side.inner;
-  fold.rows = folded_rows_;
+  fold.rows = {scratch_.folded_bytes, IntegerRows::Stride(side.inner), BlockOf(side.inner),
+               HighShift(side.spec.bits)};
   fold.scales = scratch_.folded_scales;
   fold.sums = scratch_.folded_sums;
   fold.constants = scratch_.folded_constants;
-  DotArgs dot;
-  dot.codes = scratch_.codes;
-  dot.wide = side.spec.bits > 4;
-  dot.inner = side.inner;
-  dot.group_size = side.inner;
-  dot.rows = folded_rows_;
-  dot.outer = RoundUp(side.outer, kPanelWidth);
+  dot.rows = fold.rows;
+  dot.sums = fold.sums;
   dot.dots = scratch_.dots;
   const int64_t row_step = RowStep(dot);
   OuterScaleArgs scale;
   scale.dots = scratch_.dots;
-  scale.outer = dot.outer;
-  scale.offset = CodeOffset(side.spec);
+  scale.outer = dot.side.outer;
   for (int64_t begin = 0; begin < side.outer; begin += side.spec.group_size) {
     const int64_t first = begin / side.spec.group_size * side.inner;
     fold.factors = scratch_.scales + first;
@@ -290,7 +293,6 @@ void TileAttention::MultiplyOuter(const CodedSide& side, const float* rows, int6
       dot.row_begin = row;
       dot.row_end = std::min(row + row_step, num_rows_);
       ops_.dot(dot);
-      scale.sums = scratch_.folded_sums + row;
       scale.scales = scratch_.folded_scales + row;
       scale.constants = side.spec.has_zero() ? scratch_.folded_constants + row : nullptr;
       scale.num_rows = dot.row_end - row;

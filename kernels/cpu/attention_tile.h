@@ -35,9 +35,9 @@ struct alignas(64) TileScratch {
   static constexpr int64_t kDots = 64 << 10;  // of a call of AttentionOps::dot
   static constexpr int64_t kSlack = 64;       // elements read beyond the end
 
-  float q[kTileRows * kMaxInner];         // [R][Dp] times scale * log2(e)
-  float sealed_q[kTileRows * kMaxInner];  // times the key norm as well
-  int8_t query_bytes[2 * kTileRows * kMaxInner];
+  float q[kTileRows * kMaxInner];                 // [R][Dp] times scale * log2(e)
+  float sealed_q[kTileRows * kMaxInner];          // times the key norm as well
+  int8_t query_bytes[2 * kTileRows * kMaxInner];  // of IntegerRows
   float query_scales[kTileRows];
   int32_t query_sums[kTileRows * kMaxInner / 8];
   int8_t folded_bytes[2 * kTileRows * kMaxInner];  // q or p times the scales of an outer group
@@ -50,7 +50,7 @@ struct alignas(64) TileScratch {
   float keep[kTileRows];
   float add[kTileRows];
   int32_t visible[kTileRows];  // tokens of the last page that a row sees
-  uint8_t codes[kMaxInner * kMaxPageTokens + kSlack * kPanelWidth];
+  uint8_t codes[UnpackArgs::kCodeBytes * kMaxInner * kMaxPageTokens];
   float scales[kMaxScales + kSlack];
   float zeros[kMaxScales + kSlack];
   int32_t dots[kDots];
@@ -82,8 +82,8 @@ class TileAttention {
     const std::byte* zeros;
     int64_t inner, outer;  // extents; outer without padding
   };
-  // Where products with codes go: out[r] = keep[r] * out[r] + add[r] * product, or, with keep null,
-  // out[r] = add[r] * product (add null: one).
+  // Where products with codes go: out[r] = keep[r] * out[r] + add[r] * product, or, with both null,
+  // out[r] = product.
   struct Target {
     const float* keep;  // [R]
     const float* add;   // [R]
@@ -99,7 +99,8 @@ class TileAttention {
   void AttendPage(int64_t page, const AttentionState& state);
   void Score(const PageRef& page, bool sealed);
   void AddHalfValues(const uint16_t* values, bool last_page, const AttentionState& state);
-  void Unpack(const CodedSide& side);
+  // Codes, scales and zeros into scratch memory.
+  UnpackArgs Unpack(const CodedSide& side);
   // Products with integer rows [R][inner] and the sums of their groups.
   void MultiplyInner(const CodedSide& side, const IntegerRows& rows, const int32_t* sums,
                      const Target& target);
@@ -117,7 +118,7 @@ class TileAttention {
   const int64_t last_page_;
   const PageRange sealed_;
   const int64_t padded_dim_;
-  const IntegerRows query_rows_, folded_rows_, weight_rows_;
+  const IntegerRows query_rows_, weight_rows_;
   const std::byte* prefetch_at_ = nullptr;  // of the next page's bytes, those not yet asked for
   int64_t prefetch_bytes_ = 0;
 };

@@ -81,9 +81,9 @@ std::string Compare(Guarded& expected, Guarded& actual, int64_t n, const std::st
 }
 
 // The bound of an element adds up the worst of every rounding. Errors of independent sign add as
-// squares, so all outputs together must be far closer: well below one byte's 2^-8.
+// squares, so all outputs together must be far closer: within F16's unit of 2^-10.
 std::string CompareRms(Guarded& expected, Guarded& actual, int64_t n, const std::string& what) {
-  constexpr double kRelative = 4e-4;
+  constexpr double kRelative = 0x1p-10;
   double squares = 0, errors = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double want = expected.data()[i], difference = want - actual.data()[i];
@@ -564,15 +564,19 @@ std::string CheckAttention(Backend& candidate, const CacheCase& c) {
         most.norm = std::max<double>(most.norm, want.view().KeyNorm(1, g)[d]);
       }
     }
-    // A query may be held in 15 bits relative to its largest (normalized) element, probabilities
-    // likewise relative to their page's largest; a score's error acts twice (numerator, sum).
+    // A query may be held in integers of two bytes relative to its largest (normalized) element,
+    // the more bits the fewer those codes have that it meets, probabilities likewise relative to
+    // their page's largest; a score's error acts twice (numerator, sum).
     double q_max = 0;
     for (const float v : q) q_max = std::max<double>(q_max, std::fabs(v));
-    const bool quantized = want.layout.quantized();
-    const double step = quantized ? 0x1p-14 : 0.0;
-    const double score_error =
-        scale * q_max * most.norm * most.key_sum * (step / 2 + 2 * static_cast<double>(dim) * kU);
-    const double bound = 2 * most.value * (score_error + 32 * step / 2 + 64 * kU);
+    const auto step = [](const QuantSpec& spec) {
+      if (!spec.quantized()) return 0.0;
+      return 1.0 / (127 << (spec.bits <= 4 ? 8 - spec.bits : 7));
+    };
+    const KvCacheSpec::Layer& layer = c.spec.layers[0];
+    const double score_error = scale * q_max * most.norm * most.key_sum *
+                               (step(layer.key) / 2 + 2 * static_cast<double>(dim) * kU);
+    const double bound = 2 * most.value * (score_error + 32 * step(layer.value) / 2 + 64 * kU);
     RETURN_IF_WRONG(Compare(expected, actual, shape.num_elements(),
                             "Attention " + c.name + " at " + std::to_string(first),
                             [&](int64_t) { return bound; }));

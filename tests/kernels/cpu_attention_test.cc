@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/attention_ops.h"
 #include "kernels/float16.h"
 
 namespace innerq {
@@ -234,11 +235,14 @@ double CodeReach(Cache& cache, const QuantSpec& spec, int64_t scales_at, int64_t
   return reach;
 }
 
-// Bound on |out - exact| from the 15-bit integers of q and p, whose errors are at most half a unit
-// of max / 16256, and from F32 sums (u = 2^-24, unit errors of the sum of magnitudes).
+// Half a unit of integers of two bytes that meet codes of `spec`, relative to their largest.
+double HalfUnit(const QuantSpec& spec) { return 0.5 / MaxRowInteger(HighShift(spec.bits)); }
+
+// Bound on |out - exact| from the integers of q and p, whose errors are at most half a unit, and
+// from F32 sums (u = 2^-24, unit errors of the sum of magnitudes).
 double ErrorBound(Cache& reference, const Case& c, const std::vector<float>& q,
                   const std::vector<PageRef>& pages, int64_t last) {
-  constexpr double kHalfUnit = 0.5 / 16256, kU = 0x1p-24;
+  constexpr double kU = 0x1p-24;
   const KvLayerLayout& layer = reference.layout.layer(0);
   const PageRange sealed = reference.layout.SealedPages(last);
   const double dim = static_cast<double>(c.head_dim), tokens = static_cast<double>(c.page_tokens);
@@ -260,13 +264,14 @@ double ErrorBound(Cache& reference, const Case& c, const std::vector<float>& q,
   const double largest_q = Largest(q), largest_k = 40, largest_v = 8;  // of RandomInput
   const double scale = 1 / std::sqrt(dim);
   const double score_error = scale * dim *
-                             (kHalfUnit * largest_q * norm * key_reach +
+                             (HalfUnit(c.key) * largest_q * norm * key_reach +
                               4 * kU * dim * largest_q * std::max(largest_k, norm * key_reach));
   const double value_scale = std::max(largest_v, value_reach);
   // Weights change by a factor exp(+-score_error), both in the sum and in the norm; rounding of p
   // moves the sum, the norm and, folded with outer scales, the product.
-  return value_scale * (2 * std::expm1(score_error) + 3 * tokens * kHalfUnit * (value_reach > 0) +
-                        4 * kU * static_cast<double>(last + 1));
+  return value_scale *
+         (2 * std::expm1(score_error) + 3 * tokens * HalfUnit(c.value) * (value_reach > 0) +
+          4 * kU * static_cast<double>(last + 1));
 }
 
 class CpuAttentionTest : public testing::TestWithParam<CpuIsa> {};
@@ -315,9 +320,9 @@ TEST_P(CpuAttentionTest, AgreesWithTheReferenceOverConfigurationsAndPositions) {
         errors += difference * difference;
       }
     }
-    // Rounding errors of independent sign add as squares: well below one byte's 2^-8.
+    // Rounding errors of independent sign add as squares: within F16's unit of 2^-10.
     const double relative = std::sqrt(errors / squares);
-    const bool small = relative <= 4e-4;
+    const bool small = relative <= 0x1p-10;
     EXPECT_TRUE(small) << "relative RMS error " << relative;
     RecordProperty(c.name, std::to_string(relative));
   }
