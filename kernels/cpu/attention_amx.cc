@@ -1,8 +1,10 @@
 // The integer products of codes with AMX tiles.
 //
-// Codes are unpacked as for VNNI, less the code that stands for zero where zeros are implied, so a
-// block of a panel, [plain, shifted][8][16 outer][4 inner], is a B tile as it lies, and a block of
-// 16 IntegerRows, [16][low, high][32], is an A tile. Codes of 8 bits lie between planes of zeros.
+// Codes are unpacked less the code that stands for zero where zeros are implied, and those of up to
+// 4 bits a second time, shifted as the high bytes of rows are worth. So a block of a panel, [plain,
+// shifted][8][16 outer][4 inner], is a B tile as it lies, a block of 16 IntegerRows, [16][low,
+// high][32], is an A tile, and one tile of sums takes both bytes. Codes of 8 bits, which cannot be
+// shifted, lie between planes of zeros.
 #include "kernels/cpu/amx_tiles.h"
 #include "kernels/cpu/attention_ops.h"
 
@@ -190,6 +192,28 @@ void DotAll(const DotArgs& args) {
   }
 }
 
+// Codes of up to 4 bits less the offset, [outer/16][inner/32][plain, shifted][8][16 outer][4
+// inner].
+INNERQ_TARGET void UnpackPlanes(const UnpackArgs& args) {
+  const int64_t num_codes = args.outer * args.inner;
+  UnpackArgs plain = args;  // behind those to come
+  plain.codes = args.codes + kPlanes * num_codes;
+  UnpackVnni(plain);
+  const int high_shift = HighShift(args.bits);
+  const __m128i shift = _mm_cvtsi32_si128(high_shift);
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(args.offset));
+  const __m512i shifted_offset = _mm512_set1_epi8(static_cast<char>(args.offset << high_shift));
+  uint8_t* codes = args.codes;
+  for (int64_t at = 0; at < num_codes; at += kPlaneBytes, codes += kPlanes * kPlaneBytes) {
+    for (int64_t i = 0; i < kPlaneBytes; i += 64) {
+      const __m512i code = _mm512_load_si512(plain.codes + at + i);
+      const __m512i shifted = _mm512_sll_epi16(code, shift);  // every code stays in its byte
+      _mm512_store_si512(codes + i, _mm512_sub_epi8(code, offset));
+      _mm512_store_si512(codes + kPlaneBytes + i, _mm512_sub_epi8(shifted, shifted_offset));
+    }
+  }
+}
+
 // Codes of 8 bits less the offset, [outer/16][inner/32][zeros, codes, zeros][8][16 outer][4 inner].
 INNERQ_TARGET void UnpackWide(const UnpackArgs& args) {
   const __m512i zero = _mm512_setzero_si512();
@@ -213,7 +237,7 @@ INNERQ_TARGET void EndAmx() { _tile_release(); }
 
 void UnpackAmx(const UnpackArgs& args) {
   if (!UsesTiles(args)) return UnpackVnni(args);
-  args.bits > 4 ? UnpackWide(args) : UnpackSigned(args);
+  args.bits > 4 ? UnpackWide(args) : UnpackPlanes(args);
 }
 
 void DotAmx(const DotArgs& args) {

@@ -96,7 +96,7 @@ struct UnpackArgs {
   int64_t num_rows = 0;      // R of the products to come
   uint8_t* codes = nullptr;  // [kCodeBytes * outer * inner]
 
-  static constexpr int64_t kCodeBytes = 3;  // of an unpacked code, at most
+  static constexpr int64_t kCodeBytes = 3;  // that `codes` has for each
 };
 
 // dots[r - row_begin][g][o] = sum over i in group g of (codes(o, i) - offset) * rows[r][i], for
@@ -202,7 +202,6 @@ AttentionOps AttentionOpsFor(CpuIsa isa);
 
 // Overlays for the integer products: those with AMX tiles need enough rows, else they are VNNI's.
 void UnpackVnni(const UnpackArgs& args);
-void UnpackSigned(const UnpackArgs& args);  // as VNNI's, less the offset: signed bytes
 void BeginAmx();
 void EndAmx();
 void UnpackAmx(const UnpackArgs& args);
