@@ -196,4 +196,17 @@ Result<TokenEvent> Sample(const SampleArgs& args, SamplerScratch& scratch) {
   return event;
 }
 
+Result<TokenEvent> Score(std::span<const float> logits, int32_t token, int32_t num_top,
+                         SamplerScratch& scratch) {
+  RETURN_IF_ERROR(CheckFinite(logits));
+  TokenEvent event;
+  event.token_id = token;
+  AddLogprobs(logits, num_top, event, scratch.candidates);
+  return event;
+}
+
+uint64_t SeedOfChoice(uint64_t seed, int64_t choice) {
+  return choice == 0 ? seed : Mix(Mix(seed) + static_cast<uint64_t>(choice));
+}
+
 }  // namespace innerq
