@@ -161,30 +161,45 @@ TEST(Engine, EndsAtMaxTokensOrAStopTokenAndCountsIt) {
 
 // Scoring is preempted in its middle, and goes on where it was when its tokens are back.
 TEST(Engine, APreemptedPromptIsScoredOnce) {
+  constexpr int32_t kFirst = 95;  // token of the prompt that is scored, and not of the elder
   const KvLayout layout = TestLayout();
   EngineOptions options = OptionsOf();
   options.max_context = 310;
-  bool preempted_while_scoring = false;
-  const auto engine =
-      EngineOf(options, WorstPeakPages(layout, options.max_context, false) + PageCounts{2, 0, 1},
-               nullptr, layout, 36);
+  Gate gate;
+  int num_starts = 0;
+  int64_t num_computed = 0;  // of the prompt, before it was preempted
+  const auto engine = EngineOf(
+      options, WorstPeakPages(layout, options.max_context, false) + PageCounts{2, 0, 1},
+      [&](const ForwardBatch& batch) {
+        gate.Pass();
+        for (const SequenceSlice& slice : batch.slices) {
+          const int32_t token = batch.token_ids[static_cast<size_t>(slice.row_begin)];
+          if (slice.first_position == 0 && token == kFirst) ++num_starts;
+          const bool prefill = num_starts == 1 && slice.num_rows > 1;  // the elder decodes
+          if (prefill) num_computed = slice.first_position + slice.num_rows;
+        }
+        return Result<void>();
+      },
+      layout, 36);
   Request scoring = RequestOf(300, 0, 3);
+  scoring.prompt[0] = kFirst;
   scoring.prompt_logprobs = 1;
-  // When the elder reaches its fourth page, the prompt, half scored, has to make room.
-  const ResponseReader elder = engine->Submit(RequestOf(60, 200, 2)).value();
+  Request elder = RequestOf(60, 200, 2);
+  elder.prompt[0] = kFirst - 1;
+  const ResponseReader other = engine->Submit(elder).value();
+  gate.AwaitArrivals(1);
   const ResponseReader reader = engine->Submit(scoring).value();
-  Response response;
-  while (!response.finish) {
-    for (TokenEvent& event : reader->NextBatch(kLong)) response.events.push_back(std::move(event));
-    preempted_while_scoring |= response.events.size() < 299 && engine->Stats().preemptions > 0;
-    response.finish = reader->finish();
-  }
+  gate.Open();
+  // When the elder reaches its fourth page, the prompt has to make room.
+  const Response response = ReadAll(reader);
   ExpectSameEvents(response.events, OracleAnswer(scoring, layout, false));
-  EXPECT_TRUE(preempted_while_scoring) << "the pools were too large";
   EXPECT_EQ(response.finish->reason, FinishReason::kLength);
   EXPECT_EQ(response.finish->usage.completion_tokens, 0);
-  ReadAll(elder);
+  ExpectSameEvents(ReadAll(other).events, OracleAnswer(elder, layout, false));
   ExpectAtRest(*engine);
+  EXPECT_EQ(num_starts, 2) << "the pools have the wrong size";
+  EXPECT_GT(num_computed, 100);
+  EXPECT_LT(num_computed, 299);
 }
 
 TEST(Engine, AnAnswerOfNoTokensEndsByItself) {

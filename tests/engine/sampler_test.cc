@@ -333,9 +333,8 @@ TEST(Score, ReportsATokenAsSampleReportsIt) {
   }
   EXPECT_TRUE(Score(logits, 3, 0, scratch).value().top.empty());
   std::vector<int32_t> ids;  // of equals the lowest
-  for (const TokenLogprob& top : Score(std::vector<float>{5, 7, 5, 5, 7, 6}, 0, 4, scratch)->top) {
-    ids.push_back(top.token_id);
-  }
+  const TokenEvent tied = Score(std::vector<float>{5, 7, 5, 5, 7, 6}, 0, 4, scratch).value();
+  for (const TokenLogprob& top : tied.top) ids.push_back(top.token_id);
   EXPECT_EQ(ids, (std::vector<int32_t>{1, 4, 5, 0}));
   EXPECT_EQ(Score(std::vector<float>{0, kNaN}, 0, 0, scratch).error().code, ErrorCode::kInternal);
 }
