@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <deque>
+#include <iterator>
 #include <mutex>
 #include <stop_token>
 #include <string>
@@ -26,6 +27,12 @@ using Lock = std::unique_lock<std::mutex>;
 
 Error Unavailable(std::string message) { return {ErrorCode::kUnavailable, std::move(message)}; }
 
+// What a request can bring: every prompt token but the first, and its answer.
+int64_t MaxEvents(const Request& request) {
+  const auto prompt_length = static_cast<int64_t>(request.prompt.size());
+  return request.max_tokens + (request.prompt_logprobs >= 0 ? prompt_length - 1 : 0);
+}
+
 EngineStats EmptyStats(const PageCounts& pools) {
   EngineStats stats;
   stats.open_pages = pools.open;
@@ -41,12 +48,16 @@ class ThreadedEngine final : public Engine {
       : options_(options),
         model_(std::move(model)),
         vocab_size_(model_->vocab_size()),
-        scheduler_({options.max_sequences, options.max_batch_tokens, pools}, model_->layout()),
+        scheduler_({.max_sequences = options.max_sequences,
+                    .max_batch_tokens = options.max_batch_tokens,
+                    .pools = pools,
+                    .max_logit_rows = model_->max_logit_rows()},
+                   model_->layout()),
         stats_(EmptyStats(pools)),
         finish_rate_(/*seconds=*/60, Clock::now()),
         thread_([this](std::stop_token stop) noexcept { Run(std::move(stop)); }) {}
 
-  Result<ResponseReader> Submit(Request request) override;
+  Result<ResponseGroup> SubmitGroup(std::vector<Request> requests) override;
   bool Drain(std::chrono::milliseconds timeout) override;
   bool ready() const override;
   EngineStats Stats() const override;
@@ -55,13 +66,12 @@ class ThreadedEngine final : public Engine {
  private:
   enum class State { kServing, kDraining, kStopped };
 
-  Result<void> Check(const Request& request) const;
-
   // The engine thread's loop and its parts.
   void Run(std::stop_token stop) noexcept;
   bool WaitForWork(const std::stop_token& stop);
   void EndCancelled();
   Result<void> Step();
+  void TakeScores(const ScheduledChunk& chunk, std::span<const float> logits);
   bool TakeToken(Sequence& sequence, std::span<const float> logits);
   void DeliverFinished();
   void Stop(const Error& error);
@@ -87,48 +97,26 @@ class ThreadedEngine final : public Engine {
   std::jthread thread_;  // last: stops and joins before the rest goes
 };
 
-Result<void> ThreadedEngine::Check(const Request& request) const {
-  if (request.prompt.empty()) return InvalidArgument("the prompt has no tokens", "prompt");
-  const auto outside = [this](int32_t id) { return id < 0 || id >= vocab_size_; };
-  const std::string vocabulary =
-      ", outside the vocabulary [0, " + std::to_string(vocab_size_) + ")";
-  for (const int32_t id : request.prompt) {
-    if (outside(id)) {
-      return InvalidArgument("the prompt holds token " + std::to_string(id) + vocabulary, "prompt");
-    }
+Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests) {
+  const auto count = static_cast<int64_t>(requests.size());
+  if (count < 1 || count > options_.max_queue) {
+    return InvalidArgument("a group of " + std::to_string(count) +
+                               " requests; the queue holds from 1 to " +
+                               std::to_string(options_.max_queue),
+                           "n");
   }
-  for (const int32_t id : request.stop_token_ids) {
-    if (outside(id)) {
-      return InvalidArgument("stop_token_ids holds token " + std::to_string(id) + vocabulary,
-                             "stop_token_ids");
-    }
+  for (const Request& request : requests) {
+    RETURN_IF_ERROR(ValidateRequest(request, vocab_size_, options_.max_context));
   }
-  RETURN_IF_ERROR(ValidateSamplingParams(request.sampling, vocab_size_));
-  if (request.max_tokens < 1) {
-    return InvalidArgument(
-        "max_tokens must be at least 1, not " + std::to_string(request.max_tokens), "max_tokens");
+  ResponseGroup group{.readers = {}, .signal = std::make_shared<ResponseSignal>()};
+  std::vector<std::unique_ptr<Sequence>> sequences;
+  for (Request& request : requests) {
+    const int64_t capacity = MaxEvents(request);
+    auto stream = std::make_shared<ResponseStream>(capacity, group.signal);
+    group.readers.emplace_back(stream);
+    sequences.push_back(
+        std::make_unique<Sequence>(std::move(request), std::move(stream), options_.exact_prefill));
   }
-  if (request.min_tokens < 0 || request.min_tokens > request.max_tokens) {
-    return InvalidArgument(
-        "min_tokens must be in [0, max_tokens = " + std::to_string(request.max_tokens) + "], not " +
-            std::to_string(request.min_tokens),
-        "min_tokens");
-  }
-  const int64_t prompt_length = static_cast<int64_t>(request.prompt.size());
-  // Subtracting keeps clear of overflow for any max_tokens.
-  if (request.max_tokens > options_.max_context - prompt_length) {
-    return InvalidArgument("the context holds " + std::to_string(options_.max_context) +
-                               " tokens; the prompt has " + std::to_string(prompt_length) +
-                               " and max_tokens is " + std::to_string(request.max_tokens),
-                           "max_tokens");
-  }
-  return {};
-}
-
-Result<ResponseReader> ThreadedEngine::Submit(Request request) {
-  RETURN_IF_ERROR(Check(request));
-  auto stream = std::make_shared<ResponseStream>(request.max_tokens);
-  auto sequence = std::make_unique<Sequence>(std::move(request), stream, options_.exact_prefill);
   {
     const Lock lock(mutex_);
     if (state_ != State::kServing) {
@@ -136,16 +124,17 @@ Result<ResponseReader> ThreadedEngine::Submit(Request request) {
                                                     : "the engine has stopped");
     }
     const int64_t waiting = static_cast<int64_t>(queue_.size()) + stats_.waiting;
-    if (waiting >= options_.max_queue) {
-      return Error{ErrorCode::kResourceExhausted, "the queue is full: " + std::to_string(waiting) +
-                                                      " requests wait, at most " +
-                                                      std::to_string(options_.max_queue) + " may"};
+    if (waiting + count > options_.max_queue) {
+      return Error{ErrorCode::kResourceExhausted,
+                   "the queue has no room for " + std::to_string(count) +
+                       " more: " + std::to_string(waiting) + " requests wait, at most " +
+                       std::to_string(options_.max_queue) + " may"};
     }
-    ++stats_.accepted;
-    queue_.push_back(std::move(sequence));
+    stats_.accepted += count;
+    std::move(sequences.begin(), sequences.end(), std::back_inserter(queue_));
   }
   work_.notify_one();
-  return ResponseReader(std::move(stream));
+  return group;
 }
 
 bool ThreadedEngine::Drain(std::chrono::milliseconds timeout) {
@@ -229,11 +218,16 @@ Result<void> ThreadedEngine::Step() {
   }
   scheduler_.Commit(batch);
   int64_t generated = 0;
-  size_t row = 0;
+  std::span<const float> rest = *logits;
+  const auto next_rows = [&](int64_t count) {
+    const auto size = static_cast<size_t>(count * vocab_size_);
+    const std::span<const float> rows = rest.first(size);
+    rest = rest.subspan(size);
+    return rows;
+  };
   for (const ScheduledChunk& chunk : batch.chunks) {
-    if (!chunk.samples) continue;
-    const size_t width = static_cast<size_t>(vocab_size_);
-    generated += TakeToken(*chunk.sequence, logits->subspan(row++ * width, width)) ? 1 : 0;
+    TakeScores(chunk, next_rows(chunk.num_scores));
+    if (chunk.samples && TakeToken(*chunk.sequence, next_rows(1))) ++generated;
   }
   const Lock lock(mutex_);
   ++stats_.steps;
@@ -242,8 +236,29 @@ Result<void> ThreadedEngine::Step() {
   return {};
 }
 
+// Passes on the log-probabilities of the prompt tokens that a chunk scored, from the logits
+// [num_scores][V] before them.
+void ThreadedEngine::TakeScores(const ScheduledChunk& chunk, std::span<const float> logits) {
+  Sequence& sequence = *chunk.sequence;
+  const Request& request = sequence.request;
+  const auto width = static_cast<size_t>(vocab_size_);
+  for (int64_t i = 0; i < chunk.num_scores; ++i) {
+    const int32_t token = request.prompt[static_cast<size_t>(chunk.first_score + i + 1)];
+    Result<TokenEvent> event = Score(logits.subspan(static_cast<size_t>(i) * width, width), token,
+                                     request.prompt_logprobs, scratch_);
+    if (!event.ok()) return sequence.End(FinishReason::kError, event.error());
+    event->is_prompt = true;
+    sequence.stream->Push(std::move(*event));
+    sequence.num_scored = chunk.first_score + i + 1;
+  }
+  if (request.max_tokens == 0 && sequence.num_uncomputed() == 0) {
+    sequence.End(FinishReason::kLength);
+  }
+}
+
 // Samples the next token of a sequence from its logits [V] and passes it on. False: it failed.
 bool ThreadedEngine::TakeToken(Sequence& sequence, std::span<const float> logits) {
+  if (sequence.finish.has_value()) return false;
   const Request& request = sequence.request;
   SampleArgs args{.logits = logits,
                   .params = &request.sampling,
@@ -308,6 +323,13 @@ void ThreadedEngine::PublishGauges(const Lock&) {
 }
 
 }  // namespace
+
+Result<ResponseReader> Engine::Submit(Request request) {
+  std::vector<Request> requests;
+  requests.push_back(std::move(request));
+  ASSIGN_OR_RETURN(ResponseGroup group, SubmitGroup(std::move(requests)));
+  return std::move(group.readers.front());
+}
 
 Result<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
                                                std::unique_ptr<StepModel> model) {

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "engine/request.h"
 #include "engine/step_model.h"
@@ -50,10 +51,13 @@ class Engine {
   // Stops at once: every request in flight ends as an error (unavailable).
   virtual ~Engine() = default;
 
-  // Accepts a request or refuses it, atomically. Errors: invalid argument (prompt empty, ids out of
-  // range, prompt + max_tokens beyond the context), resource exhausted (queue full), unavailable
-  // (draining, device lost).
-  virtual Result<ResponseReader> Submit(Request request) = 0;
+  // Accepts all requests or none, atomically; each counts as one in the queue. Errors: invalid
+  // argument (none or more than the queue ever holds, prompt empty, ids out of range, prompt +
+  // max_tokens beyond the context), resource exhausted (queue full), unavailable (draining, device
+  // lost).
+  virtual Result<ResponseGroup> SubmitGroup(std::vector<Request> requests) = 0;
+  // The same for one.
+  Result<ResponseReader> Submit(Request request);
 
   // No new requests from now on; waits until all accepted ones have finished or the time is over,
   // then ends the rest as errors (unavailable). Returns whether all finished by themselves.

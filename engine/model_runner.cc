@@ -11,6 +11,15 @@
 namespace innerq {
 namespace {
 
+// Rows of a step, beyond one per sequence, that may have logits: what scores a prompt. More would
+// take memory (4 bytes per row and token of the vocabulary) and save little: so many rows already
+// cost more than reading the weights once.
+constexpr int64_t kScoreRows = 128;
+
+int64_t MaxLogitRows(const EngineOptions& options) {
+  return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
+}
+
 class LlamaRunner final : public ModelRunner {
  public:
   // The backend first, so that it outlives what it allocated.
@@ -28,6 +37,7 @@ class LlamaRunner final : public ModelRunner {
   int64_t num_open_pages() const override { return parts_.cache->plan().open_pages; }
   int64_t num_sealed_pages() const override { return parts_.cache->plan().sealed_pages; }
   int64_t num_norm_slots() const override { return parts_.cache->plan().norm_slots; }
+  int64_t max_logit_rows() const override { return MaxLogitRows(options_); }
   const ModelReport& report() const override { return report_; }
   const EngineOptions& engine_options() const override { return options_; }
 
@@ -79,10 +89,9 @@ Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
   parts.backend = std::move(plan.backend);
   Backend* backend = parts.backend.get();
   ASSIGN_OR_RETURN(parts.cache, KvCache::Create(backend, std::move(plan.layout), plan.pools));
-  const int64_t max_logit_rows = std::min(engine.max_sequences, engine.max_batch_tokens);
   ASSIGN_OR_RETURN(parts.model, LlamaModel::Load(std::move(checkpoint), backend,
                                                  {.max_rows = engine.max_batch_tokens,
-                                                  .max_logit_rows = max_logit_rows,
+                                                  .max_logit_rows = MaxLogitRows(engine),
                                                   .format = options.dtype,
                                                   .progress = options.progress}));
 

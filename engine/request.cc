@@ -17,6 +17,20 @@ Result<void> CheckRange(const char* name, double value, double low, double high,
 
 }  // namespace
 
+void ResponseSignal::Raise() {
+  {
+    const std::lock_guard lock(mutex_);
+    raised_ = true;
+  }
+  changed_.notify_one();
+}
+
+void ResponseSignal::Wait(std::chrono::milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, timeout, [this] { return raised_; });
+  raised_ = false;
+}
+
 void ResponseStream::Push(TokenEvent event) {
   {
     const std::lock_guard lock(mutex_);
@@ -24,7 +38,7 @@ void ResponseStream::Push(TokenEvent event) {
     CHECK(static_cast<int64_t>(events_.size()) < capacity_, "response stream over its capacity");
     events_.push_back(std::move(event));
   }
-  ready_.notify_one();
+  Notify();
 }
 
 void ResponseStream::Close(Finish finish) {
@@ -33,7 +47,12 @@ void ResponseStream::Close(Finish finish) {
     CHECK(!finish_.has_value(), "a request finished twice");
     finish_ = std::move(finish);
   }
+  Notify();
+}
+
+void ResponseStream::Notify() {
   ready_.notify_one();
+  if (signal_) signal_->Raise();
 }
 
 std::vector<TokenEvent> ResponseStream::NextBatch(std::chrono::milliseconds timeout) {
@@ -71,7 +90,49 @@ Result<void> ValidateSamplingParams(const SamplingParams& params, int64_t vocab_
     }
     RETURN_IF_ERROR(CheckRange("logit_bias", bias, -100, 100));
   }
-  RETURN_IF_ERROR(CheckRange("top_logprobs", params.num_logprobs, -1, 20));
+  RETURN_IF_ERROR(CheckRange("top_logprobs", params.num_logprobs, -1, kMaxLogprobs));
+  return {};
+}
+
+Result<void> ValidateRequest(const Request& request, int64_t vocab_size, int64_t max_context) {
+  if (request.prompt.empty()) return InvalidArgument("the prompt has no tokens", "prompt");
+  const auto outside = [vocab_size](int32_t id) { return id < 0 || id >= vocab_size; };
+  const std::string vocabulary = ", outside the vocabulary [0, " + std::to_string(vocab_size) + ")";
+  for (const int32_t id : request.prompt) {
+    if (outside(id)) {
+      return InvalidArgument("the prompt holds token " + std::to_string(id) + vocabulary, "prompt");
+    }
+  }
+  for (const int32_t id : request.stop_token_ids) {
+    if (outside(id)) {
+      return InvalidArgument("stop_token_ids holds token " + std::to_string(id) + vocabulary,
+                             "stop_token_ids");
+    }
+  }
+  RETURN_IF_ERROR(ValidateSamplingParams(request.sampling, vocab_size));
+  if (request.prompt_logprobs < -1 || request.prompt_logprobs > kMaxLogprobs) {
+    return InvalidArgument("prompt_logprobs must be in [-1, " + std::to_string(kMaxLogprobs) +
+                               "], not " + std::to_string(request.prompt_logprobs),
+                           "prompt_logprobs");
+  }
+  if (request.max_tokens < 0) {
+    return InvalidArgument(
+        "max_tokens must be at least 0, not " + std::to_string(request.max_tokens), "max_tokens");
+  }
+  if (request.min_tokens < 0 || request.min_tokens > request.max_tokens) {
+    return InvalidArgument(
+        "min_tokens must be in [0, max_tokens = " + std::to_string(request.max_tokens) + "], not " +
+            std::to_string(request.min_tokens),
+        "min_tokens");
+  }
+  const int64_t prompt_length = static_cast<int64_t>(request.prompt.size());
+  // Subtracting keeps clear of overflow for any max_tokens.
+  if (request.max_tokens > max_context - prompt_length) {
+    return InvalidArgument("the context holds " + std::to_string(max_context) +
+                               " tokens; the prompt has " + std::to_string(prompt_length) +
+                               " and max_tokens is " + std::to_string(request.max_tokens),
+                           "max_tokens");
+  }
   return {};
 }
 

@@ -1,5 +1,5 @@
-// Request, SamplingParams, TokenEvent, Finish, ResponseStream: what crosses between the server's
-// threads and the engine's.
+// Request, SamplingParams, TokenEvent, Finish, ResponseStream, ResponseGroup: what crosses between
+// the server's threads and the engine's.
 #pragma once
 
 #include <atomic>
@@ -18,6 +18,8 @@
 
 namespace innerq {
 
+constexpr int32_t kMaxLogprobs = 20;  // alternatives that a request may ask for at each token
+
 // How the next token is chosen. Ranges are checked by ValidateSamplingParams.
 struct SamplingParams {
   float temperature = 1.0f;         // [0, 2]; 0 is greedy
@@ -30,17 +32,19 @@ struct SamplingParams {
   float frequency_penalty = 0.0f;   // [-2, 2]: subtracted per occurrence in the answer
   std::map<int32_t, float> logit_bias;  // token id to [-100, 100], added to logits
   uint64_t seed = 0;                    // same seed, request and configuration give the same tokens
-  int32_t num_logprobs = -1;  // -1: none; k >= 0: the chosen token's and the k best, at most 20
+  int32_t num_logprobs = -1;            // -1: none; k >= 0: the chosen token's and the k best
 };
 
 // A prompt and what to do with it. Immutable once submitted.
 struct Request {
   std::vector<int32_t> prompt;  // at least one token
   SamplingParams sampling;
-  int64_t max_tokens = 16;              // of the answer, >= 1
+  int64_t max_tokens = 16;              // of the answer; 0: nothing but what the prompt gives
   int64_t min_tokens = 0;               // stop tokens are not chosen before so many
   std::vector<int32_t> stop_token_ids;  // end the answer (reason stop); the token itself is
                                         // reported as an event with `is_stop`
+  int32_t prompt_logprobs = -1;  // -1: none; k >= 0: those of all prompt tokens but the first, each
+                                 // with the k best in its place
 };
 
 struct TokenLogprob {
@@ -49,9 +53,10 @@ struct TokenLogprob {
       0;  // natural logarithm, of the model's distribution before temperature and filters
 };
 
-// One generated token.
+// One generated token, or a prompt token with its log-probability.
 struct TokenEvent {
   int32_t token_id = 0;
+  bool is_prompt = false;         // not part of the answer; comes before whatever is
   bool is_stop = false;           // a stop token: ends the answer and is not part of its text
   float logprob = 0;              // valid if logprobs were asked for
   std::vector<TokenLogprob> top;  // most likely first
@@ -72,12 +77,27 @@ struct Finish {
   std::optional<Error> error;  // with kError
 };
 
+// Wakes the reader of several streams. Thread-safe; one waiter.
+class ResponseSignal {
+ public:
+  void Raise();
+  // Waits until it is raised, at most `timeout`, and lowers it. What was raised before counts.
+  void Wait(std::chrono::milliseconds timeout);
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool raised_ = false;
+};
+
 // The channel of one request: the engine writes TokenEvents and exactly one Finish, the server
-// reads. Bounded by the request's max_tokens, so the writer never waits. Closing the reader's end
+// reads. Bounded by what the request may bring, so the writer never waits. Closing the reader's end
 // cancels the request. Thread-safe; one reader, one writer.
 class ResponseStream {
  public:
-  explicit ResponseStream(int64_t capacity) : capacity_(capacity) {}
+  // Room for `capacity` events. `signal` may be null; else it is raised at every change.
+  explicit ResponseStream(int64_t capacity, std::shared_ptr<ResponseSignal> signal = nullptr)
+      : capacity_(capacity), signal_(std::move(signal)) {}
 
   // Reader: takes all events at hand, waiting for at least one, the end, or the timeout. None: the
   // stream has ended (then `finish()` is set) or the timeout passed (then it is not).
@@ -93,7 +113,10 @@ class ResponseStream {
   bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
 
  private:
+  void Notify();
+
   const int64_t capacity_;
+  const std::shared_ptr<ResponseSignal> signal_;
   std::atomic<bool> cancelled_{false};
   mutable std::mutex mutex_;
   std::condition_variable ready_;
@@ -117,7 +140,16 @@ class ResponseReader {
   std::shared_ptr<ResponseStream> stream_;
 };
 
+// The handles of requests that were submitted together, in their order, and what wakes whoever
+// reads them all.
+struct ResponseGroup {
+  std::vector<ResponseReader> readers;
+  std::shared_ptr<ResponseSignal> signal;
+};
+
 // Errors: invalid argument with the parameter's name in `param` (OpenAI's names).
 Result<void> ValidateSamplingParams(const SamplingParams& params, int64_t vocab_size);
+// The same for all of a request, which must fit a context of `max_context` tokens.
+Result<void> ValidateRequest(const Request& request, int64_t vocab_size, int64_t max_context);
 
 }  // namespace innerq

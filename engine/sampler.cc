@@ -71,6 +71,21 @@ void List(std::span<const float> logits, std::vector<Candidate>& candidates) {
   }
 }
 
+// Makes `candidates` the k most likely tokens, the best first. For small k: one comparison per
+// token.
+void ListBest(std::span<const float> logits, int32_t k, std::vector<Candidate>& candidates) {
+  candidates.clear();
+  if (k == 0) return;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const bool full = candidates.size() == static_cast<size_t>(k);
+    if (full && logits[i] <= candidates.back().logit) continue;  // of equals the lower id stays
+    if (full) candidates.pop_back();
+    const Candidate candidate{logits[i], static_cast<int32_t>(i), 0};
+    candidates.insert(std::upper_bound(candidates.begin(), candidates.end(), candidate, MoreLikely),
+                      candidate);
+  }
+}
+
 // Sets the weights to exp((logit - max) / temperature).
 void Weigh(float max, float temperature, std::span<Candidate> candidates) {
   for (Candidate& candidate : candidates) {
@@ -159,10 +174,7 @@ void AddLogprobs(std::span<const float> logits, int32_t num_top, TokenEvent& eve
   const double log_sum = max + std::log(sum);
   const auto logprob = [log_sum](float logit) { return static_cast<float>(logit - log_sum); };
   event.logprob = logprob(logits[static_cast<size_t>(event.token_id)]);
-  if (num_top == 0) return;
-  List(logits, candidates);
-  KeepTopK(num_top, candidates);
-  std::sort(candidates.begin(), candidates.end(), MoreLikely);
+  ListBest(logits, num_top, candidates);
   for (const Candidate& candidate : candidates) {
     event.top.push_back({candidate.id, logprob(candidate.logit)});
   }
@@ -194,6 +206,19 @@ Result<TokenEvent> Sample(const SampleArgs& args, SamplerScratch& scratch) {
     AddLogprobs(args.logits, args.params->num_logprobs, event, scratch.candidates);
   }
   return event;
+}
+
+Result<TokenEvent> Score(std::span<const float> logits, int32_t token, int32_t num_top,
+                         SamplerScratch& scratch) {
+  RETURN_IF_ERROR(CheckFinite(logits));
+  TokenEvent event;
+  event.token_id = token;
+  AddLogprobs(logits, num_top, event, scratch.candidates);
+  return event;
+}
+
+uint64_t SeedOfChoice(uint64_t seed, int64_t choice) {
+  return choice == 0 ? seed : Mix(Mix(seed) + static_cast<uint64_t>(choice));
 }
 
 }  // namespace innerq

@@ -56,4 +56,13 @@ struct SamplerScratch {
 // Errors: internal if a logit is not finite or no token is left to choose.
 Result<TokenEvent> Sample(const SampleArgs& args, SamplerScratch& scratch);
 
+// The log-probability of `token` where the model gave `logits` [V], and the `num_top` best ones, as
+// Sample reports them. Errors: internal if a logit is not finite.
+Result<TokenEvent> Score(std::span<const float> logits, int32_t token, int32_t num_top,
+                         SamplerScratch& scratch);
+
+// The seed of one of several answers to the same prompt. Answer 0 has the request's own seed; none
+// depends on how many there are.
+uint64_t SeedOfChoice(uint64_t seed, int64_t choice);
+
 }  // namespace innerq

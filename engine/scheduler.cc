@@ -9,7 +9,18 @@ namespace {
 bool Decodes(const Sequence& sequence) { return sequence.num_uncomputed() == 1; }
 
 PageCounts KnownNeed(const KvLayout& layout, const Sequence& sequence) {
-  return PeakPages(layout, sequence.num_tokens(), sequence.exact_before);
+  return PeakPages(layout, sequence.num_to_compute(), sequence.exact_before);
+}
+
+// The first position of the sequence's next chunk that scores.
+int64_t FirstScore(const Sequence& sequence) {
+  return std::max(sequence.num_computed, sequence.num_scored);
+}
+
+// Positions that score in the sequence's next chunk if that ends at `end`.
+int64_t NumScores(const Sequence& sequence, int64_t end) {
+  const int64_t scores_end = std::min(end, sequence.num_to_score());
+  return std::max<int64_t>(scores_end - FirstScore(sequence), 0);
 }
 
 }  // namespace
@@ -21,6 +32,8 @@ Scheduler::Scheduler(const SchedulerLimits& limits, const KvLayout& layout)
       sealed_(limits.pools.sealed),
       norms_(limits.pools.norms) {
   CHECK(limits.max_sequences > 0 && limits.max_batch_tokens > 0, "a step needs room");
+  CHECK(limits.max_logit_rows >= std::min(limits.max_sequences, limits.max_batch_tokens),
+        "every sequence may sample");
 }
 
 void Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
@@ -36,33 +49,45 @@ ScheduledBatch Scheduler::Schedule() {
       running_.begin(), running_.end(), [](const auto& sequence) { return Decodes(*sequence); });
   int64_t decode_rows = std::min(num_decodes, limits_.max_batch_tokens);
   int64_t prefill_rows = limits_.max_batch_tokens - decode_rows;
+  int64_t logit_rows = limits_.max_logit_rows - decode_rows;  // of prefill; a decode wants one
+  bool whole = true;                                          // no chunk had to shrink
 
   // Oldest first, so that whoever is preempted has not been planned yet.
   for (size_t i = 0; i < running_.size(); ++i) {
     Sequence* sequence = running_[i].get();
-    int64_t& rows = Decodes(*sequence) ? decode_rows : prefill_rows;
-    const int64_t wanted = std::min(sequence->num_uncomputed(), rows);
+    const bool decodes = Decodes(*sequence);
+    int64_t& rows = decodes ? decode_rows : prefill_rows;
+    int64_t wanted = std::min(sequence->num_uncomputed(), rows);
+    if (!decodes) wanted = ChunkWithin(*sequence, wanted, logit_rows);
+    whole &= wanted == sequence->num_uncomputed();
     if (wanted == 0) continue;
     int64_t num_tokens = LongestChunk(*sequence, wanted);
     while (num_tokens == 0 && running_.size() > i + 1) {
       PreemptYoungest();
       num_tokens = LongestChunk(*sequence, wanted);
     }
+    whole &= num_tokens == wanted;
     if (num_tokens == 0) continue;  // the youngest: waits for the older ones' pages
     rows -= num_tokens;
     batch.chunks.push_back(TakePages(sequence, num_tokens));
+    if (!decodes) logit_rows -= batch.chunks.back().num_logit_rows();
   }
 
   int64_t rows = decode_rows + prefill_rows;
-  while (!waiting_.empty() && rows > 0 &&
+  logit_rows += decode_rows;
+  while (!waiting_.empty() && rows > 0 && whole &&
          static_cast<int64_t>(running_.size()) < limits_.max_sequences) {
     Sequence* sequence = waiting_.front().get();
     const PageCounts need = CommittedPages() + KnownNeed(layout_, *sequence);
     if (!need.FitsIn(limits_.pools)) break;
-    const int64_t num_tokens = LongestChunk(*sequence, std::min(sequence->num_uncomputed(), rows));
+    const int64_t wanted =
+        ChunkWithin(*sequence, std::min(sequence->num_uncomputed(), rows), logit_rows);
+    const int64_t num_tokens = LongestChunk(*sequence, wanted);
     if (num_tokens == 0) break;
+    whole = num_tokens == sequence->num_uncomputed();
     rows -= num_tokens;
     batch.chunks.push_back(TakePages(sequence, num_tokens));
+    logit_rows -= batch.chunks.back().num_logit_rows();
     running_.push_back(std::move(waiting_.front()));
     waiting_.pop_front();
   }
@@ -115,6 +140,14 @@ int64_t Scheduler::LongestChunk(const Sequence& sequence, int64_t wanted) const 
   return std::max<int64_t>(end - begin, 0);
 }
 
+int64_t Scheduler::ChunkWithin(const Sequence& sequence, int64_t wanted, int64_t logit_rows) const {
+  int64_t end = sequence.num_computed + wanted;
+  // The row that samples is the last one, those before it score.
+  if (end == sequence.num_tokens() && NumScores(sequence, end) + 1 > logit_rows) --end;
+  end -= std::max<int64_t>(NumScores(sequence, end) - logit_rows, 0);
+  return end - sequence.num_computed;
+}
+
 ScheduledChunk Scheduler::TakePages(Sequence* sequence, int64_t num_tokens) {
   const int64_t begin = sequence->num_computed;
   const int64_t end = begin + num_tokens;
@@ -131,6 +164,8 @@ ScheduledChunk Scheduler::TakePages(Sequence* sequence, int64_t num_tokens) {
   chunk.computes_norm = need.norms > 0;
   if (chunk.computes_norm) sequence->norm = norms_.Allocate();
   chunk.samples = end == sequence->num_tokens();
+  chunk.first_score = FirstScore(*sequence);
+  chunk.num_scores = NumScores(*sequence, end);
   return chunk;
 }
 
@@ -171,6 +206,10 @@ ForwardBatch BuildForwardBatch(const ScheduledBatch& batch, const KvLayout& layo
     for (int64_t position = begin; position < end; ++position) {
       forward.token_ids.push_back(sequence.tokens[static_cast<size_t>(position)]);
       forward.positions.push_back(position);
+    }
+    const int64_t first_score_row = forward.num_rows() - end + chunk.first_score;
+    for (int64_t i = 0; i < chunk.num_scores; ++i) {
+      forward.logit_rows.push_back(first_score_row + i);
     }
     if (chunk.samples) forward.logit_rows.push_back(forward.num_rows() - 1);
     if (chunk.computes_norm) {

@@ -18,6 +18,7 @@ struct SchedulerLimits {
   int64_t max_sequences = 64;      // running at once
   int64_t max_batch_tokens = 512;  // rows of one step
   PageCounts pools;                // sizes
+  int64_t max_logit_rows = 512;    // rows of one step whose logits are wanted
 };
 
 // One sequence's part of a step: positions [num_computed, num_computed + num_tokens).
@@ -27,6 +28,10 @@ struct ScheduledChunk {
   PageRange seals;             // logical pages that this step seals
   bool computes_norm = false;  // before it seals
   bool samples = false;        // reaches the end of the tokens: its last row yields the next one
+  int64_t first_score = 0;     // positions [first_score, first_score + num_scores), for the first
+  int64_t num_scores = 0;      // time here, score the prompt token after them
+
+  int64_t num_logit_rows() const { return num_scores + (samples ? 1 : 0); }
 };
 
 // The decisions of one step. Pages are already held.
@@ -40,11 +45,12 @@ struct ScheduledBatch {
 // All sequences stand in one line by arrival: the running ones in front, the waiting ones behind.
 //   - Running sequences with one token left to compute ("decodes") get theirs first; the rest of
 //     the step's rows goes to prefill chunks, oldest first, so neither starves the other.
-//   - A chunk shrinks to what free pages allow. If not one token fits, the youngest running
-//     sequence is preempted: it gives up all pages, becomes the first of the waiting and computes
-//     its tokens again later.
-//   - A waiting sequence starts if rows are left and the pools hold the tokens known today of all
-//     running ones and its own. So only the youngest running one can be in the middle of a prefill.
+//   - A chunk shrinks to what free pages and rows with logits allow. If the pages do not hold one
+//     token, the youngest running sequence is preempted: it gives up all pages, becomes the first
+//     of the waiting and computes its tokens again later.
+//   - A waiting sequence starts if rows are left, no chunk had to shrink, and the pools hold the
+//     tokens known today of all running ones and its own. So only the youngest running one can be
+//     in the middle of a prefill.
 // Hence the oldest sequence computes at least one token in every step, provided that each sequence
 // would fit alone (PeakPages), and every sequence becomes the oldest.
 class Scheduler {
@@ -74,6 +80,8 @@ class Scheduler {
   PageCounts free_pages() const { return limits_.pools - used(); }
   // The longest chunk of up to `wanted` tokens that the free pages allow; may be 0.
   int64_t LongestChunk(const Sequence& sequence, int64_t wanted) const;
+  // The longest chunk of up to `wanted` tokens that wants at most `logit_rows` rows with logits.
+  int64_t ChunkWithin(const Sequence& sequence, int64_t wanted, int64_t logit_rows) const;
   ScheduledChunk TakePages(Sequence* sequence, int64_t num_tokens);
   void PreemptYoungest();
   // What the tokens known today of all running sequences will need.

@@ -9,7 +9,13 @@ Sequence::Sequence(Request from, std::shared_ptr<ResponseStream> to, bool exact_
       stream(std::move(to)),
       exact_before(exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0),
       tokens(request.prompt),
-      seen(UsesPenalties(request.sampling) ? SeenTokens::InPrompt(request.prompt) : SeenTokens()) {}
+      seen(UsesPenalties(request.sampling) ? SeenTokens::InPrompt(request.prompt) : SeenTokens()) {
+  if (num_to_compute() == 0) End(FinishReason::kLength);
+}
+
+int64_t Sequence::num_to_compute() const {
+  return request.max_tokens > 0 ? num_tokens() : num_to_score();
+}
 
 void Sequence::Append(int32_t token) {
   tokens.push_back(token);

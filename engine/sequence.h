@@ -16,7 +16,8 @@ namespace innerq {
 // then used by the engine thread alone. The scheduler changes `num_computed` and pages, the engine
 // the rest.
 struct Sequence {
-  // `exact_prefill`: the prompt attends to unquantized K and V.
+  // `exact_prefill`: the prompt attends to unquantized K and V. Ended at once if the request asks
+  // for nothing that must be computed.
   Sequence(Request request, std::shared_ptr<ResponseStream> stream, bool exact_prefill);
 
   const Request request;
@@ -25,6 +26,8 @@ struct Sequence {
 
   std::vector<int32_t> tokens;  // prompt, then answer
   int64_t num_computed = 0;     // positions [0, num_computed) are in the cache
+  int64_t num_scored = 0;  // positions [0, num_scored) have scored the prompt token after them;
+                           // survives preemption
   BlockTable pages;
   BlockRef norm;                 // slot of the key norm, from the first sealed page on
   SeenTokens seen;               // for penalties
@@ -33,7 +36,11 @@ struct Sequence {
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
   int64_t prompt_length() const { return static_cast<int64_t>(request.prompt.size()); }
   int64_t num_generated() const { return num_tokens() - prompt_length(); }
-  int64_t num_uncomputed() const { return num_tokens() - num_computed; }
+  // Positions [0, num_to_compute) are needed for what comes next.
+  int64_t num_to_compute() const;
+  int64_t num_uncomputed() const { return num_to_compute() - num_computed; }
+  // Positions [0, num_to_score) score the prompt token after them.
+  int64_t num_to_score() const { return request.prompt_logprobs >= 0 ? prompt_length() - 1 : 0; }
 
   // Takes one more token of the answer.
   void Append(int32_t token);
@@ -41,8 +48,8 @@ struct Sequence {
   void End(FinishReason reason, std::optional<Error> error = std::nullopt);
 };
 
-// Positions that a request of these lengths computes: the last token of an answer is never fed
-// back.
+// Positions that a request of these lengths computes: the last token, of an answer or of a prompt
+// without one, is never fed back.
 constexpr int64_t NumPositions(int64_t prompt_length, int64_t max_tokens) {
   return prompt_length + max_tokens - 1;
 }

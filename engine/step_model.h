@@ -18,6 +18,8 @@ class StepModel {
   virtual int64_t num_open_pages() const = 0;    // size of the F16 pool
   virtual int64_t num_sealed_pages() const = 0;  // size of the quantized pool
   virtual int64_t num_norm_slots() const = 0;    // sequences that can hold a key norm
+  // Rows of a step whose logits it can return; at least one per sequence that runs.
+  virtual int64_t max_logit_rows() const = 0;
   // Runs the step and waits for it. Returns logits [R][V] F32, valid until the next call.
   // Errors: internal for a failed step; unavailable if the device is lost for good.
   virtual Result<std::span<const float>> Step(const ForwardBatch& batch) = 0;

@@ -1,5 +1,9 @@
 #include "server/generation.h"
 
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
 namespace innerq {
 namespace {
 
@@ -15,29 +19,37 @@ Generation::Generation(ResponseReader reader, const Tokenizer* tokenizer, Metric
       tokenizer_(tokenizer),
       metrics_(metrics),
       options_(std::move(options)),
-      text_(tokenizer, options_.stops),
-      usage_{.prompt_tokens = options_.prompt_tokens} {}
+      text_(tokenizer, options_.text),
+      usage_{.prompt_tokens = options_.prompt_tokens} {
+  if (options_.echo == nullptr || !options_.logprobs) return;
+  // No distribution comes before the first token.
+  const PromptEcho::Token& first = options_.echo->tokens.front();
+  TokenEvent event;
+  event.token_id = first.id;
+  prompt_.push_back(Describe(event, first.first, first.offset));
+  prompt_.back().logprob.reset();
+}
 
 Generation::~Generation() {
   metrics_->CountFinished(ended() ? finish_reason_ : "abort",
                           Seconds(std::chrono::steady_clock::now() - options_.arrival));
 }
 
-Generation::Piece Generation::Next(std::chrono::milliseconds timeout) {
-  CHECK(!ended(), "a generation was read beyond its end");
-  Piece piece;
-  const std::vector<TokenEvent> events = (*reader_)->NextBatch(timeout);
-  Measure(static_cast<int64_t>(events.size()));
+void Generation::Read() {
+  if (ended()) return;
+  const std::vector<TokenEvent> events = (*reader_)->NextBatch(std::chrono::milliseconds(0));
+  Measure(std::count_if(events.begin(), events.end(),
+                        [](const TokenEvent& event) { return !event.is_prompt; }));
   for (const TokenEvent& event : events) {
-    Take(event, &piece);
-    if (text_.stopped()) {
-      Close("stop", &piece);
-      return piece;
-    }
+    Take(event);
+    if (text_.stopped()) return Close("stop");
   }
-  ReleaseTokens(false, &piece);
-  if (const auto finish = (*reader_)->finish()) End(*finish, &piece);
-  return piece;
+  ReleaseTokens(false);
+  if (const auto finish = (*reader_)->finish()) End(*finish);
+}
+
+double Generation::mean_logprob() const {
+  return started() ? logprob_sum_ / static_cast<double>(usage_.completion_tokens) : 0;
 }
 
 void Generation::Measure(int64_t num_tokens) {
@@ -53,49 +65,73 @@ void Generation::Measure(int64_t num_tokens) {
   last_token_ = now;
 }
 
-void Generation::Take(const TokenEvent& event, Piece* piece) {
-  ++usage_.completion_tokens;
-  if (event.is_stop) return;
-  if (options_.logprobs) {
-    const auto bytes = [this](int32_t id) {
-      return tokenizer_->TokenBytes(id, /*first=*/false, /*special=*/true);
-    };
-    TokenText token{.bytes = bytes(event.token_id),
-                    .logprob = event.logprob,
-                    .offset = text_.next_offset(),
-                    .top = {}};
-    for (const TokenLogprob& top : event.top) {
-      token.top.emplace_back(bytes(top.token_id), top.logprob);
-    }
-    held_.push_back(std::move(token));
+void Generation::Take(const TokenEvent& event) {
+  if (event.is_prompt) {
+    const PromptEcho::Token& token = options_.echo->tokens[prompt_.size()];
+    prompt_.push_back(Describe(event, token.first, token.offset));
+    return;
   }
-  piece->text += text_.Push(event.token_id);
+  BeginAnswer();
+  ++usage_.completion_tokens;
+  logprob_sum_ += event.logprob;
+  const bool has_text = !event.is_stop || options_.text.include_stop;
+  if (options_.logprobs && (has_text || options_.stop_logprobs)) {
+    held_.push_back(Describe(event, /*first=*/false, echo_characters_ + text_.next_offset()));
+  }
+  if (!has_text) return;
+  piece_.text += text_.Push(event.token_id, usage_.completion_tokens > options_.min_tokens);
 }
 
-void Generation::End(const Finish& finish, Piece* piece) {
-  usage_.cached_tokens = finish.usage.cached_tokens;
+// The echo leaves as a whole, when nothing more will come for it.
+void Generation::BeginAnswer() {
+  if (std::exchange(answer_begun_, true) || options_.echo == nullptr) return;
+  echo_characters_ = CountCharacters(options_.echo->text);
+  piece_.text += options_.echo->text;
+  std::move(prompt_.begin(), prompt_.end(), std::back_inserter(piece_.tokens));
+  prompt_.clear();
+}
+
+TokenText Generation::Describe(const TokenEvent& event, bool first, int64_t offset) const {
+  const auto bytes = [&](int32_t id) {
+    return tokenizer_->TokenBytes(id, first, /*special=*/true);
+  };
+  TokenText token{.id = event.token_id,
+                  .bytes = bytes(event.token_id),
+                  .logprob = event.logprob,
+                  .offset = offset,
+                  .top = {}};
+  for (const TokenLogprob& top : event.top) {
+    token.top.push_back({.id = top.token_id, .bytes = bytes(top.token_id), .logprob = top.logprob});
+  }
+  return token;
+}
+
+void Generation::End(const Finish& finish) {
+  if (options_.prompt_tokens > 0) usage_.cached_tokens = finish.usage.cached_tokens;
   switch (finish.reason) {
     case FinishReason::kStop:
-      return Close("stop", piece);
+      return Close("stop");
     case FinishReason::kLength:
-      return Close("length", piece);
+      return Close("length");
     case FinishReason::kCancelled:  // not by us: we are still here
     case FinishReason::kError:
       error_ = finish.error.value_or(Error{ErrorCode::kInternal, "the request was cancelled"});
-      return Close("error", piece);
+      return Close("error");
   }
 }
 
-void Generation::Close(std::string reason, Piece* piece) {
+void Generation::Close(std::string reason) {
+  BeginAnswer();
   finish_reason_ = std::move(reason);
-  piece->text += text_.Flush();
-  ReleaseTokens(!text_.stopped(), piece);
+  piece_.text += text_.Flush();
+  ReleaseTokens(!text_.stopped());
   reader_.reset();
 }
 
-void Generation::ReleaseTokens(bool all, Piece* piece) {
-  while (!held_.empty() && (all || held_.front().offset < text_.released_characters())) {
-    piece->tokens.push_back(std::move(held_.front()));
+void Generation::ReleaseTokens(bool all) {
+  const int64_t released = echo_characters_ + text_.released_characters();
+  while (!held_.empty() && (all || held_.front().offset < released)) {
+    piece_.tokens.push_back(std::move(held_.front()));
     held_.pop_front();
   }
 }

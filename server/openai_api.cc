@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/sampler.h"
 #include "server/openai_response.h"
 
 namespace innerq {
@@ -31,34 +32,59 @@ bool EqualsInConstantTime(std::string_view given, std::string_view key) {
   return difference == 0;
 }
 
+int64_t Index(size_t i) { return static_cast<int64_t>(i); }
+
 bool SendEvent(HttpWriter& out, const std::string& json) {
   return out.Write("data: " + json + "\n\n");
 }
 
-// Streams a generation that has begun or ended; `first` is its first piece.
-void Stream(const AnswerHead& head, Generation& generation, Generation::Piece first,
+// Streams an answer that has begun or ended.
+void Stream(const AnswerHead& head, Answer& answer,
             const std::function<ApiError(const Error&)>& describe, HttpWriter& out) {
-  if (head.chat && !SendEvent(out, RoleChunkJson(head))) return;
+  for (size_t i = 0; head.chat && i < answer.size(); ++i) {
+    if (!SendEvent(out, RoleChunkJson(head, Index(i), answer.usage()))) return;
+  }
+  std::vector<bool> closed(answer.size());
   auto last_sent = steady_clock::now();
-  for (Generation::Piece piece = std::move(first);; piece = generation.Next(kPatience)) {
-    if (!piece.empty()) {
-      if (!SendEvent(out, TextChunkJson(head, piece.text, piece.tokens))) return;
-      last_sent = steady_clock::now();
+  const auto send = [&](const std::string& json) {
+    last_sent = steady_clock::now();
+    return SendEvent(out, json);
+  };
+  for (;; answer.Read(kPatience)) {
+    for (size_t i = 0; i < answer.size(); ++i) {
+      Generation& choice = answer.choice(i);
+      const AnswerPiece piece = choice.TakePiece();
+      if (!piece.empty() && !send(TextChunkJson(head, Index(i), piece, answer.usage()))) return;
+      if (closed[i] || !choice.ended() || choice.error()) continue;
+      closed[i] = true;
+      if (!send(EndChunkJson(head, Index(i), choice.finish_reason(), answer.usage()))) return;
     }
-    if (generation.ended()) break;
+    if (answer.ended()) break;
     if (out.client_gone()) return;
     if (steady_clock::now() - last_sent >= kPingInterval) {
       if (!out.Write(": ping\n\n")) return;
       last_sent = steady_clock::now();
     }
   }
-  if (generation.error()) {
-    SendEvent(out, ErrorResponse(describe(*generation.error())).body);
+  if (const auto error = answer.error()) {
+    SendEvent(out, ErrorResponse(describe(*error)).body);
     return;
   }
-  if (!SendEvent(out, EndChunkJson(head, generation.finish_reason()))) return;
-  if (head.include_usage && !SendEvent(out, UsageChunkJson(head, generation.usage()))) return;
+  if (head.include_usage && !SendEvent(out, UsageChunkJson(head, answer.usage()))) return;
   SendEvent(out, "[DONE]");
+}
+
+// An answer that has ended well: of each prompt's candidates the best, or all as they are.
+std::string PlainAnswer(const AnswerHead& head, Answer& answer, const ApiRequest& api) {
+  const auto best_of = static_cast<size_t>(api.best_of), n = static_cast<size_t>(api.n);
+  std::vector<AnswerChoice> choices;
+  for (size_t begin = 0; begin < answer.size(); begin += best_of) {
+    for (const size_t i : answer.Best(begin, best_of, n)) {
+      Generation& choice = answer.choice(i);
+      choices.push_back({choice.TakePiece(), choice.finish_reason()});
+    }
+  }
+  return AnswerJson(head, choices, answer.usage());
 }
 
 }  // namespace
@@ -169,21 +195,22 @@ ApiError OpenAiApi::ReportFailure(const Error& error, const std::string& request
   return ToApiError(error);
 }
 
-std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api) {
-  Request request;
-  if (api.chat) {
-    if (!model_.chat_template) {
-      return ApiError{.message = "The model '" + model_.id + "' has no chat template.",
-                      .param = "messages",
-                      .code = "unsupported_parameter"};
-    }
-    auto prompt = EncodeChat(api.messages, *model_.tokenizer, *model_.chat_template);
-    if (!prompt) return ToApiError(prompt.error());
-    request.prompt = std::move(prompt).value();
-  } else {
-    request.prompt =
-        api.prompt_ids.empty() ? model_.tokenizer->Encode(api.prompt, {}) : api.prompt_ids;
+std::variant<std::vector<int32_t>, ApiError> OpenAiApi::EncodeMessages(
+    const std::vector<ChatMessage>& messages) const {
+  if (!model_.chat_template) {
+    return ApiError{.message = "The model '" + model_.id + "' has no chat template.",
+                    .param = "messages",
+                    .code = "unsupported_parameter"};
   }
+  auto prompt = EncodeChat(messages, *model_.tokenizer, *model_.chat_template);
+  if (!prompt) return ToApiError(prompt.error());
+  return std::move(prompt).value();
+}
+
+std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api,
+                                                           std::vector<int32_t> prompt) const {
+  Request request;
+  request.prompt = std::move(prompt);
   const int64_t context = engine_->options().max_context;
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
   request.max_tokens = api.max_tokens.value_or(
@@ -202,15 +229,65 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
   }
   request.min_tokens = api.min_tokens;
   request.sampling = api.sampling;
-  if (!api.has_seed) request.sampling.seed = RandomSeed();
+  if (api.echo) request.prompt_logprobs = api.sampling.num_logprobs;
+  if (api.best_of > api.n) {  // they are compared by them
+    request.sampling.num_logprobs = std::max(request.sampling.num_logprobs, 0);
+  }
   if (!api.ignore_eos) request.stop_token_ids = model_.stop_token_ids;
   request.stop_token_ids.insert(request.stop_token_ids.end(), api.stop_token_ids.begin(),
                                 api.stop_token_ids.end());
   return request;
 }
 
+std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPrompt* prompt,
+                                             Choices* choices) {
+  std::variant<std::vector<int32_t>, ApiError> ids;
+  std::optional<std::string> text;
+  if (prompt == nullptr) {
+    ids = EncodeMessages(api.messages);
+  } else if (const auto* given = std::get_if<std::string>(prompt)) {
+    text = *given;
+    ids = model_.tokenizer->Encode(*given, {.add_bos = api.add_special_tokens});
+  } else {
+    ids = std::get<std::vector<int32_t>>(*prompt);
+  }
+  if (const auto* error = std::get_if<ApiError>(&ids)) return *error;
+  auto converted = ToEngineRequest(api, std::get<std::vector<int32_t>>(std::move(ids)));
+  if (const auto* error = std::get_if<ApiError>(&converted)) return *error;
+  Request& request = std::get<Request>(converted);
+  const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
+  choices->prompt_logprobs += api.best_of * prompt_tokens * (request.prompt_logprobs + 1);
+  if (choices->prompt_logprobs > kMaxPromptLogprobs) {
+    return ApiError{.message = "The prompts and their alternatives have more than " +
+                               std::to_string(kMaxPromptLogprobs) + " log-probabilities.",
+                    .param = "logprobs",
+                    .code = "invalid_value"};
+  }
+  const uint64_t seed = api.has_seed ? api.sampling.seed : RandomSeed();
+  const bool special = !api.skip_special_tokens;
+  Generation::Options options{
+      .text = {.stops = api.stop, .include_stop = api.include_stop, .special = special},
+      .min_tokens = api.min_tokens,
+      .logprobs = api.sampling.num_logprobs >= 0,
+      .stop_logprobs = !api.chat,
+      .prompt_tokens = prompt_tokens,
+      .echo = nullptr,
+      .arrival = choices->arrival};
+  if (api.echo) {
+    options.echo = std::make_shared<const PromptEcho>(
+        EchoPrompt(*model_.tokenizer, request.prompt, text, special));
+  }
+  for (int64_t i = 0; i < api.best_of; ++i) {
+    request.sampling.seed = SeedOfChoice(seed, i);
+    choices->requests.push_back(request);
+    choices->options.push_back(options);
+    options.prompt_tokens = 0;  // counted once
+  }
+  return std::nullopt;
+}
+
 HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
-  const auto arrival = steady_clock::now();
+  Choices choices{.arrival = steady_clock::now()};
   if (!Authorized(http)) {
     return ErrorResponse({.status = 401,
                           .message = "A valid API key is required.",
@@ -221,49 +298,48 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const ApiRequest& api = std::get<ApiRequest>(parsed);
   if (api.model != model_.id) return GetModel(api.model);
-  auto converted = ToEngineRequest(api);
-  if (const auto* error = std::get_if<ApiError>(&converted)) return ErrorResponse(*error);
-  Request& request = std::get<Request>(converted);
-  const Generation::Options options{.stops = api.stop,
-                                    .logprobs = api.sampling.num_logprobs >= 0,
-                                    .prompt_tokens = static_cast<int64_t>(request.prompt.size()),
-                                    .arrival = arrival};
-  auto reader = engine_->Submit(std::move(request));
-  if (!reader) return ErrorResponse(ToApiError(reader.error()));
-  const auto generation = std::make_shared<Generation>(std::move(reader).value(),
-                                                       model_.tokenizer.get(), metrics_, options);
+  std::optional<ApiError> refusal;
+  if (chat) refusal = AddPrompt(api, nullptr, &choices);
+  for (size_t i = 0; i < api.prompts.size() && !refusal; ++i) {
+    refusal = AddPrompt(api, &api.prompts[i], &choices);
+  }
+  if (refusal) return ErrorResponse(*refusal);
+  auto group = engine_->SubmitGroup(std::move(choices.requests));
+  if (!group) return ErrorResponse(ToApiError(group.error()));
+  return Respond(http, api,
+                 std::make_shared<Answer>(std::move(group).value(), model_.tokenizer.get(),
+                                          metrics_, std::move(choices.options)));
+}
 
-  const AnswerHead head{.chat = chat,
-                        .id = (chat ? "chatcmpl-" : "cmpl-") + http.id,
+HttpResponse OpenAiApi::Respond(const HttpRequest& http, const ApiRequest& api,
+                                std::shared_ptr<Answer> answer) const {
+  const AnswerHead head{.chat = api.chat,
+                        .id = (api.chat ? "chatcmpl-" : "cmpl-") + http.id,
                         .created = std::chrono::duration_cast<std::chrono::seconds>(
                                        std::chrono::system_clock::now().time_since_epoch())
                                        .count(),
                         .model = model_.id,
-                        .logprobs = options.logprobs,
-                        .include_usage = api.include_usage};
+                        .logprobs = api.sampling.num_logprobs >= 0,
+                        .include_usage = api.include_usage,
+                        .continuous_usage = api.continuous_usage};
   // A stream waits for its first token only: until then an error can still be a plain answer.
-  Generation::Piece answer;
-  while (!generation->ended() && !(api.stream && generation->started())) {
-    Generation::Piece piece = generation->Next(kPatience);
-    answer.text += piece.text;
-    std::move(piece.tokens.begin(), piece.tokens.end(), std::back_inserter(answer.tokens));
-    if (!generation->ended() && http.client_gone()) {
+  while (!answer->ended() && !(api.stream && answer->started())) {
+    answer->Read(kPatience);
+    if (!answer->ended() && http.client_gone()) {
       return ErrorResponse({.status = kClientClosed, .message = "The client went away."});
     }
   }
-  if (generation->error() && !(api.stream && generation->started())) {
-    return ErrorResponse(ReportFailure(*generation->error(), http.id));
+  if (const auto error = answer->error(); error && !(api.stream && answer->started())) {
+    return ErrorResponse(ReportFailure(*error, http.id));
   }
   if (api.stream) {
     return {.content_type = "text/event-stream",
-            .stream = [this, head, generation, answer, id = http.id](HttpWriter& out) {
+            .stream = [this, head, answer, id = http.id](HttpWriter& out) {
               Stream(
-                  head, *generation, answer,
-                  [&](const Error& error) { return ReportFailure(error, id); }, out);
+                  head, *answer, [&](const Error& error) { return ReportFailure(error, id); }, out);
             }};
   }
-  return {.body = AnswerJson(head, answer.text, answer.tokens, generation->finish_reason(),
-                             generation->usage())};
+  return {.body = PlainAnswer(head, *answer, api)};
 }
 
 }  // namespace innerq

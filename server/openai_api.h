@@ -4,14 +4,16 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "engine/engine.h"
 #include "models/chat_template.h"
 #include "models/tokenizer.h"
-#include "server/generation.h"
+#include "server/answer.h"
 #include "server/http_server.h"
 #include "server/metrics.h"
 #include "server/openai_request.h"
@@ -49,9 +51,26 @@ class OpenAiApi {
   HttpResponse GetModel(const std::string& id) const;
 
  private:
+  // What is to be generated for a request, prompt by prompt.
+  struct Choices {
+    std::chrono::steady_clock::time_point arrival{};
+    std::vector<Request> requests{};
+    std::vector<Generation::Options> options{};
+    int64_t prompt_logprobs = 0;  // of all, alternatives included
+  };
+
   bool Authorized(const HttpRequest& http) const;
-  // Checks what the engine does not, and fills what the client left open.
-  std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api);
+  std::variant<std::vector<int32_t>, ApiError> EncodeMessages(
+      const std::vector<ChatMessage>& messages) const;
+  // Checks what the engine does not, and fills what the client left open, but for the seed.
+  std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api,
+                                                  std::vector<int32_t> prompt) const;
+  // Adds the choices for a prompt, or for the messages if it is null.
+  std::optional<ApiError> AddPrompt(const ApiRequest& api, const ApiPrompt* prompt,
+                                    Choices* choices);
+  // Waits for the answer, or for its first token if it is streamed.
+  HttpResponse Respond(const HttpRequest& http, const ApiRequest& api,
+                       std::shared_ptr<Answer> answer) const;
   uint64_t RandomSeed();
   // What an error of the engine is to a client.
   ApiError ToApiError(const Error& error) const;

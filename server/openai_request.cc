@@ -25,7 +25,6 @@ constexpr std::string_view kOtherChat[] = {
     "metadata",
     "modalities",
     "moderation",
-    "n",
     "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
@@ -41,7 +40,7 @@ constexpr std::string_view kOtherChat[] = {
     "verbosity",
     "web_search_options",
 };
-constexpr std::string_view kOtherCompletions[] = {"best_of", "echo", "n", "suffix"};
+constexpr std::string_view kOtherCompletions[] = {"suffix"};
 // What OpenAI's messages have, in requests or answers.
 constexpr std::string_view kMessageMembers[] = {"annotations",   "audio",        "content",
                                                 "function_call", "name",         "refusal",
@@ -147,6 +146,8 @@ class Parser {
         {"model", Endpoint::kBoth, &Parser::Model},
         {"prompt", Endpoint::kCompletions, &Parser::Prompt},
         {"messages", Endpoint::kChat, &Parser::Messages},
+        {"n", Endpoint::kBoth, &Parser::N},
+        {"best_of", Endpoint::kCompletions, &Parser::BestOf},
         {"max_tokens", Endpoint::kBoth, &Parser::MaxTokens},
         {"max_completion_tokens", Endpoint::kChat, &Parser::MaxTokens},
         {"min_tokens", Endpoint::kBoth, &Parser::MinTokens},
@@ -164,8 +165,12 @@ class Parser {
         {"top_logprobs", Endpoint::kChat, &Parser::TopLogprobs},
         {"stop", Endpoint::kBoth, &Parser::Stop},
         {"stop_token_ids", Endpoint::kBoth, &Parser::StopTokenIds},
-        {"ignore_eos", Endpoint::kBoth, &Parser::IgnoreEos},
-        {"stream", Endpoint::kBoth, &Parser::Stream},
+        {"ignore_eos", Endpoint::kBoth, &Parser::Flag},
+        {"echo", Endpoint::kCompletions, &Parser::Flag},
+        {"include_stop_str_in_output", Endpoint::kBoth, &Parser::Flag},
+        {"skip_special_tokens", Endpoint::kBoth, &Parser::Flag},
+        {"add_special_tokens", Endpoint::kCompletions, &Parser::Flag},
+        {"stream", Endpoint::kBoth, &Parser::Flag},
         {"stream_options", Endpoint::kBoth, &Parser::StreamOptions},
         {"user", Endpoint::kBoth, &Parser::User},
     };
@@ -181,8 +186,7 @@ class Parser {
   // A parameter that is not implemented, with a value that is its absence.
   bool AsksForNothing(std::string_view name, const Json& value) const {
     if (out_.chat ? !Contains(kOtherChat, name) : !Contains(kOtherCompletions, name)) return false;
-    return value.is_null() || ((name == "n" || name == "best_of") && value == 1) ||
-           ((name == "store" || name == "echo") && value == false) ||
+    return value.is_null() || (name == "store" && value == false) ||
            (name == "response_format" && value == Json{{"type", "text"}}) ||
            (name == "modalities" && value == Json::array({"text"}));
   }
@@ -196,12 +200,28 @@ class Parser {
   }
 
   bool Prompt(const std::string& name, const Json& value) {
-    if (value.is_string()) return String(name, value, &out_.prompt);
-    if (!value.is_array() || value.empty()) return WrongType(name, "a string or token ids");
-    if (value[0].is_number()) return TokenIds(name, value, &out_.prompt_ids);
-    if (value.size() > 1) return Unsupported(name, " with several prompts; send one at a time");
-    if (value[0].is_array() && !value[0].empty()) return TokenIds(name, value[0], &out_.prompt_ids);
-    return String(name, value[0], &out_.prompt);
+    const bool ids = value.is_array() && !value.empty() && value[0].is_number();
+    if (value.is_string() || ids) return OnePrompt(name, value);
+    if (!value.is_array() || value.empty()) {
+      return WrongType(name, "a string, token ids, or a list of either");
+    }
+    for (const Json& item : value) {
+      if (item.type() != value[0].type()) return WrongType(name, "prompts of one kind");
+      if (!OnePrompt(name, item)) return false;
+    }
+    return true;
+  }
+  bool OnePrompt(const std::string& name, const Json& value) {
+    ApiPrompt& prompt = out_.prompts.emplace_back();
+    if (!value.is_array()) return String(name, value, &prompt.emplace<std::string>());
+    if (value.empty()) return WrongValue(name, "a prompt without tokens");
+    return TokenIds(name, value, &prompt.emplace<std::vector<int32_t>>());
+  }
+  bool N(const std::string& name, const Json& value) {
+    return Integer(name, value, 1, kMaxChoices, &out_.n);
+  }
+  bool BestOf(const std::string& name, const Json& value) {
+    return Integer(name, value, 1, kMaxChoices, &best_of_.emplace());
   }
 
   bool Messages(const std::string& name, const Json& value) {
@@ -257,7 +277,8 @@ class Parser {
 
   bool MaxTokens(const std::string& name, const Json& value) {
     int64_t count = 0;
-    if (!Integer(name, value, 1, std::numeric_limits<int32_t>::max(), &count)) return false;
+    const int64_t low = out_.chat ? 1 : 0;
+    if (!Integer(name, value, low, std::numeric_limits<int32_t>::max(), &count)) return false;
     if (out_.max_tokens && *out_.max_tokens != count) {
       return WrongValue(name, "max_tokens and max_completion_tokens differ");
     }
@@ -348,10 +369,13 @@ class Parser {
     }
     return TokenIds(name, value, &out_.stop_token_ids);
   }
-  bool IgnoreEos(const std::string& name, const Json& value) {
-    return Bool(name, value, &out_.ignore_eos);
-  }
-  bool Stream(const std::string& name, const Json& value) {
+  bool Flag(const std::string& name, const Json& value) {
+    if (name == "ignore_eos") return Bool(name, value, &out_.ignore_eos);
+    if (name == "echo") return Bool(name, value, &out_.echo);
+    if (name == "include_stop_str_in_output") return Bool(name, value, &out_.include_stop);
+    if (name == "skip_special_tokens") return Bool(name, value, &out_.skip_special_tokens);
+    if (name == "add_special_tokens") return Bool(name, value, &out_.add_special_tokens);
+    CHECK(name == "stream", name);
     return Bool(name, value, &out_.stream);
   }
   bool StreamOptions(const std::string& name, const Json& value) {
@@ -359,8 +383,13 @@ class Parser {
     for (const auto& [key, member] : value.items()) {
       const std::string at = name + "." + key;
       if (member.is_null() && key == "include_obfuscation") continue;
-      if (key != "include_usage") return Unsupported(at);
-      if (!member.is_null() && !Bool(at, member, &out_.include_usage)) return false;
+      const bool continuous = key == "continuous_usage_stats";
+      if (key != "include_usage" && !continuous) return Unsupported(at);
+      bool& flag = continuous ? out_.continuous_usage : out_.include_usage;
+      if (!member.is_null() && !Bool(at, member, &flag)) return false;
+    }
+    if (out_.continuous_usage && !out_.include_usage) {
+      return WrongValue(name + ".continuous_usage_stats", "only allowed with include_usage: true");
     }
     stream_options_ = true;
     return true;
@@ -386,11 +415,31 @@ class Parser {
     if (out_.max_tokens && out_.min_tokens > *out_.max_tokens) {
       return WrongValue("min_tokens", "greater than max_tokens");
     }
+    if (out_.max_tokens == 0 && !out_.echo) {
+      return WrongValue("max_tokens", "0 is only allowed with echo: true");
+    }
+    return CompleteChoices();
+  }
+
+  bool CompleteChoices() {
+    out_.best_of = best_of_.value_or(out_.n);
+    if (out_.best_of < out_.n) return WrongValue("best_of", "less than n");
+    if (out_.best_of > out_.n && out_.stream) {
+      return WrongValue("best_of", "an answer that is streamed cannot be chosen among several");
+    }
+    const auto prompts = static_cast<int64_t>(out_.prompts.size());
+    if (prompts * out_.best_of > kMaxChoices) {
+      return WrongValue(prompts > kMaxChoices ? "prompt"
+                        : best_of_            ? "best_of"
+                                              : "n",
+                        "more than " + std::to_string(kMaxChoices) + " choices in all");
+    }
     return true;
   }
 
   ApiRequest out_;
   std::optional<ApiError> error_;
+  std::optional<int64_t> best_of_;
   bool logprobs_ = false;
   std::optional<int32_t> top_logprobs_;
   bool stream_options_ = false;

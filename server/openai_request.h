@@ -24,33 +24,52 @@ struct ApiError {
   int64_t retry_after = 0;  // seconds; 0: no such header
 };
 
+// The most choices of one request: prompts times best_of.
+constexpr int64_t kMaxChoices = 128;
+
+// The most log-probabilities of prompt tokens that one request may ask for, alternatives included:
+// they are held until the answer begins.
+constexpr int64_t kMaxPromptLogprobs = int64_t{1} << 20;
+
+// What a completion continues: text or, not empty, ids.
+using ApiPrompt = std::variant<std::string, std::vector<int32_t>>;
+
 // A request for text, of either endpoint.
 struct ApiRequest {
   bool chat = false;
   std::string model;
-  std::string prompt;               // completions: text ...
-  std::vector<int32_t> prompt_ids;  // ... or, if not empty, ids
-  std::vector<ChatMessage> messages;
-  SamplingParams sampling;  // num_logprobs: as asked for; seed: see has_seed
+  std::vector<ApiPrompt> prompts;     // completions: at least one
+  std::vector<ChatMessage> messages;  // chat
+  int64_t n = 1;                      // choices per prompt
+  int64_t best_of = 1;                // candidates for them; at least n
+  SamplingParams sampling;            // num_logprobs: as asked for; seed: see has_seed
   bool has_seed = false;
   std::optional<int64_t> max_tokens;
   int64_t min_tokens = 0;
   std::vector<std::string> stop;
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
+  bool echo = false;                // the prompt is part of the answer
+  bool add_special_tokens = true;   // of the tokenizer, to a prompt's text
+  bool skip_special_tokens = true;  // they are no part of the answer's text
+  bool include_stop = false;        // what stopped the answer is part of it
   bool stream = false;
   bool include_usage = false;
+  bool continuous_usage = false;
 };
 
 // Parses the body of POST /v1/completions, or of /v1/chat/completions if `chat`.
 //
-// Honoured: model, prompt | messages, max_tokens, max_completion_tokens (chat), min_tokens,
-// temperature, top_p, top_k, min_p, seed, repetition_penalty, presence_penalty, frequency_penalty,
-// logit_bias, logprobs, top_logprobs (chat), stop (up to 16), stop_token_ids (up to 128),
-// ignore_eos, stream, stream_options.include_usage. `user` is accepted: by definition it does not
-// change the answer. null means "not given". Parameters of OpenAI's that are not implemented pass
-// only with null or with the value that asks for nothing, such as n: 1, echo: false or a
-// response_format of text; every other name is refused with the code "unsupported_parameter".
+// Honoured: model, prompt (text, ids, or lists of either) | messages, n, best_of (completions),
+// max_tokens, max_completion_tokens (chat), min_tokens, temperature, top_p, top_k, min_p, seed,
+// repetition_penalty, presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs
+// (chat), echo (completions), stop (up to 16), stop_token_ids (up to 128), ignore_eos,
+// include_stop_str_in_output, skip_special_tokens, add_special_tokens (completions), stream,
+// stream_options.include_usage and continuous_usage_stats. max_tokens 0 needs echo. `user` is
+// accepted: by definition it does not change the answer. null means "not given". Parameters of
+// OpenAI's that are not implemented pass only with null or with the value that asks for nothing,
+// such as a response_format of text; every other name is refused with the code
+// "unsupported_parameter".
 // Beyond JSON's own rules, keys must not repeat and nesting is bounded (CheckJson).
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat);
 

@@ -34,34 +34,54 @@ std::string CompletionToken(const std::string& bytes) {
   return text;
 }
 
-Json Logprobs(const AnswerHead& head, const std::vector<TokenText>& tokens) {
-  if (!head.logprobs) return nullptr;
-  if (head.chat) {
-    Json content = Json::array();
-    for (const TokenText& token : tokens) {
-      Json entry = ChatToken(token.bytes, token.logprob);
-      entry["top_logprobs"] = Json::array();
-      for (const auto& [bytes, logprob] : token.top) {
-        entry["top_logprobs"].push_back(ChatToken(bytes, logprob));
-      }
-      content.push_back(std::move(entry));
+// The most likely tokens and always the chosen one, which has the key that it has in `tokens`. A
+// token that would take the key of another (both spell the same text) goes by its id.
+Json CompletionTop(const TokenText& token) {
+  const std::string chosen = CompletionToken(token.bytes);
+  Json top = Json::object();
+  for (const TokenText::Alternative& other : token.top) {
+    if (other.id == token.id) {
+      top[chosen] = Logprob(*token.logprob);
+      continue;
     }
-    return {{"content", std::move(content)}, {"refusal", nullptr}};
+    const std::string key = CompletionToken(other.bytes);
+    const bool taken = key == chosen || top.contains(key);
+    top[taken ? "token_id:" + std::to_string(other.id) : key] = Logprob(other.logprob);
   }
+  top[chosen] = Logprob(*token.logprob);
+  return top;
+}
+
+Json CompletionLogprobs(const std::vector<TokenText>& tokens) {
   Json texts = Json::array(), values = Json::array(), tops = Json::array(), offsets = Json::array();
   for (const TokenText& token : tokens) {
     texts.push_back(CompletionToken(token.bytes));
-    values.push_back(Logprob(token.logprob));
+    values.push_back(token.logprob ? Json(Logprob(*token.logprob)) : Json(nullptr));
+    tops.push_back(token.logprob ? CompletionTop(token) : Json(nullptr));
     offsets.push_back(token.offset);
-    Json top = Json::object();
-    for (const auto& [bytes, logprob] : token.top) top[CompletionToken(bytes)] = Logprob(logprob);
-    top[CompletionToken(token.bytes)] = Logprob(token.logprob);  // the chosen one always
-    tops.push_back(std::move(top));
   }
   return {{"tokens", std::move(texts)},
           {"token_logprobs", std::move(values)},
           {"top_logprobs", std::move(tops)},
           {"text_offset", std::move(offsets)}};
+}
+
+Json ChatLogprobs(const std::vector<TokenText>& tokens) {
+  Json content = Json::array();
+  for (const TokenText& token : tokens) {
+    Json entry = ChatToken(token.bytes, token.logprob.value_or(0));
+    entry["top_logprobs"] = Json::array();
+    for (const TokenText::Alternative& top : token.top) {
+      entry["top_logprobs"].push_back(ChatToken(top.bytes, top.logprob));
+    }
+    content.push_back(std::move(entry));
+  }
+  return {{"content", std::move(content)}, {"refusal", nullptr}};
+}
+
+Json Logprobs(const AnswerHead& head, const std::vector<TokenText>& tokens) {
+  if (!head.logprobs) return nullptr;
+  return head.chat ? ChatLogprobs(tokens) : CompletionLogprobs(tokens);
 }
 
 Json UsageObject(const Usage& usage) {
@@ -82,10 +102,10 @@ std::string Dump(const Json& json) {
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
-std::string Chunk(const AnswerHead& head, Json choice) {
+std::string Chunk(const AnswerHead& head, Json choice, const Usage& usage) {
   Json json = Head(head, true);
   json["choices"] = Json::array({std::move(choice)});
-  if (head.include_usage) json["usage"] = nullptr;
+  if (head.include_usage) json["usage"] = head.continuous_usage ? UsageObject(usage) : nullptr;
   return Dump(json);
 }
 
@@ -99,45 +119,51 @@ Json Model(std::string_view id, int64_t created, int64_t max_context) {
 
 }  // namespace
 
-std::string AnswerJson(const AnswerHead& head, std::string_view text,
-                       const std::vector<TokenText>& tokens, std::string_view finish_reason,
+std::string AnswerJson(const AnswerHead& head, const std::vector<AnswerChoice>& choices,
                        const Usage& usage) {
   Json json = Head(head, false);
-  Json choice = {{"index", 0}};
-  if (head.chat) {
-    choice["message"] = {{"role", "assistant"}, {"content", text}, {"refusal", nullptr}};
-  } else {
-    choice["text"] = text;
+  json["choices"] = Json::array();
+  for (const AnswerChoice& choice : choices) {
+    Json entry = {{"index", json["choices"].size()}};
+    if (head.chat) {
+      entry["message"] = {
+          {"role", "assistant"}, {"content", choice.piece.text}, {"refusal", nullptr}};
+    } else {
+      entry["text"] = choice.piece.text;
+    }
+    entry["logprobs"] = Logprobs(head, choice.piece.tokens);
+    entry["finish_reason"] = choice.finish_reason;
+    json["choices"].push_back(std::move(entry));
   }
-  choice["logprobs"] = Logprobs(head, tokens);
-  choice["finish_reason"] = finish_reason;
-  json["choices"] = Json::array({std::move(choice)});
   json["usage"] = UsageObject(usage);
   return Dump(json);
 }
 
-std::string RoleChunkJson(const AnswerHead& head) {
-  return Chunk(head, {{"index", 0},
-                      {"delta", {{"role", "assistant"}, {"content", ""}}},
-                      {"logprobs", nullptr},
-                      {"finish_reason", nullptr}});
+std::string RoleChunkJson(const AnswerHead& head, int64_t index, const Usage& usage) {
+  return Chunk(head,
+               {{"index", index},
+                {"delta", {{"role", "assistant"}, {"content", ""}}},
+                {"logprobs", nullptr},
+                {"finish_reason", nullptr}},
+               usage);
 }
 
-std::string TextChunkJson(const AnswerHead& head, std::string_view text,
-                          const std::vector<TokenText>& tokens) {
-  Json choice = {{"index", 0}};
+std::string TextChunkJson(const AnswerHead& head, int64_t index, const AnswerPiece& piece,
+                          const Usage& usage) {
+  Json choice = {{"index", index}};
   if (head.chat) {
-    choice["delta"] = {{"content", text}};
+    choice["delta"] = {{"content", piece.text}};
   } else {
-    choice["text"] = text;
+    choice["text"] = piece.text;
   }
-  choice["logprobs"] = Logprobs(head, tokens);
+  choice["logprobs"] = Logprobs(head, piece.tokens);
   choice["finish_reason"] = nullptr;
-  return Chunk(head, std::move(choice));
+  return Chunk(head, std::move(choice), usage);
 }
 
-std::string EndChunkJson(const AnswerHead& head, std::string_view finish_reason) {
-  Json choice = {{"index", 0}};
+std::string EndChunkJson(const AnswerHead& head, int64_t index, std::string_view finish_reason,
+                         const Usage& usage) {
+  Json choice = {{"index", index}};
   if (head.chat) {
     choice["delta"] = Json::object();
   } else {
@@ -145,7 +171,7 @@ std::string EndChunkJson(const AnswerHead& head, std::string_view finish_reason)
   }
   choice["logprobs"] = nullptr;
   choice["finish_reason"] = finish_reason;
-  return Chunk(head, std::move(choice));
+  return Chunk(head, std::move(choice), usage);
 }
 
 std::string UsageChunkJson(const AnswerHead& head, const Usage& usage) {

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "engine/request.h"
@@ -12,12 +12,32 @@
 
 namespace innerq {
 
-// A generated token for a logprobs block.
+// A token for a logprobs block.
 struct TokenText {
-  std::string bytes;  // may be part of a UTF-8 character
-  float logprob = 0;
-  int64_t offset = 0;                              // characters of the answer before it
-  std::vector<std::pair<std::string, float>> top;  // bytes and logprob, most likely first
+  struct Alternative {
+    int32_t id = 0;
+    std::string bytes;
+    float logprob = 0;
+  };
+
+  int32_t id = 0;
+  std::string bytes;             // may be part of a UTF-8 character
+  std::optional<float> logprob;  // nullopt: nothing came before it that could tell
+  int64_t offset = 0;            // characters of the answer before it
+  std::vector<Alternative> top;  // most likely first
+};
+
+// A part of a choice.
+struct AnswerPiece {
+  std::string text;
+  std::vector<TokenText> tokens;  // if asked for
+  bool empty() const { return text.empty() && tokens.empty(); }
+};
+
+// A whole choice. `finish_reason` is stop or length.
+struct AnswerChoice {
+  AnswerPiece piece;
+  std::string finish_reason;
 };
 
 // What all JSON objects of one answer have in common.
@@ -26,20 +46,22 @@ struct AnswerHead {
   std::string id;
   int64_t created = 0;  // seconds since 1970
   std::string model;
-  bool logprobs = false;       // asked for
-  bool include_usage = false;  // streaming: usage is null in all chunks but the last
+  bool logprobs = false;          // asked for
+  bool include_usage = false;     // streaming: a last chunk has the usage, in all others it is null
+  bool continuous_usage = false;  // or, if this is set, what it is so far
 };
 
-// A whole answer. `finish_reason` is stop or length.
-std::string AnswerJson(const AnswerHead& head, std::string_view text,
-                       const std::vector<TokenText>& tokens, std::string_view finish_reason,
+// A whole answer; the choices in the order of their indices.
+std::string AnswerJson(const AnswerHead& head, const std::vector<AnswerChoice>& choices,
                        const Usage& usage);
 
-// Chunks of a streamed answer: the role (chat only), text, the end, and the usage.
-std::string RoleChunkJson(const AnswerHead& head);
-std::string TextChunkJson(const AnswerHead& head, std::string_view text,
-                          const std::vector<TokenText>& tokens);
-std::string EndChunkJson(const AnswerHead& head, std::string_view finish_reason);
+// Chunks of a streamed answer: of the choice `index` the role (chat only), text, and the end; and
+// the usage. `usage` is that of all choices so far.
+std::string RoleChunkJson(const AnswerHead& head, int64_t index, const Usage& usage);
+std::string TextChunkJson(const AnswerHead& head, int64_t index, const AnswerPiece& piece,
+                          const Usage& usage);
+std::string EndChunkJson(const AnswerHead& head, int64_t index, std::string_view finish_reason,
+                         const Usage& usage);
 std::string UsageChunkJson(const AnswerHead& head, const Usage& usage);
 
 // The list of models (one), or that one alone.

@@ -1,7 +1,10 @@
-// TextStream: the tokens of one answer to text that may leave the server.
+// TextStream: the tokens of one answer to text that may leave the server. PromptEcho: the same for
+// a prompt.
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -11,15 +14,23 @@
 namespace innerq {
 
 // Turns ids into text as they come. Only complete UTF-8 leaves; text that may be the beginning of a
-// stop string is held back until it is known not to be. A stop string ends the answer and is not
-// part of it. One thread at a time.
+// stop string is held back until it is known not to be. A stop string ends the answer. One thread
+// at a time.
 class TextStream {
  public:
-  // `tokenizer` must outlive the stream. `stops` holds no empty strings.
-  TextStream(const Tokenizer* tokenizer, std::vector<std::string> stops);
+  struct Options {
+    std::vector<std::string> stops;  // none empty
+    bool include_stop = false;       // the stop string is part of the answer
+    bool special = false;            // special tokens give their text, not nothing
+  };
 
-  // Adds a token; returns the text that may leave now. CHECK: not stopped, not flushed.
-  std::string Push(int32_t token_id);
+  // `tokenizer` must outlive the stream.
+  TextStream(const Tokenizer* tokenizer, Options options);
+
+  // Adds a token; returns the text that may leave now. Stop strings are looked for from the first
+  // token on that `may_stop`; what came before it does not begin one. CHECK: not stopped, not
+  // flushed.
+  std::string Push(int32_t token_id, bool may_stop = true);
   // The end of the answer: returns what was held back (nothing once stopped).
   std::string Flush();
 
@@ -33,13 +44,31 @@ class TextStream {
 
  private:
   std::string Release();
+  std::string Take(size_t size);
 
   const Tokenizer* tokenizer_;
-  std::vector<std::string> stops_;
+  const Options options_;
   Utf8Decoder decoder_;
   std::string held_;  // valid UTF-8 that may begin a stop string
   int64_t released_ = 0;
   bool stopped_ = false;
 };
+
+// A prompt as the text that an answer may begin with.
+struct PromptEcho {
+  struct Token {
+    int32_t id = 0;
+    bool first = false;  // nothing of the text comes before it; see Tokenizer::TokenBytes
+    int64_t offset = 0;  // characters of the text before it
+  };
+
+  std::string text;  // valid UTF-8
+  std::vector<Token> tokens;
+};
+
+// The text of `ids`; special tokens are part of it if `special`. Where the client sent a text,
+// `given`, that is what is echoed, whatever a tokenizer has added or normalized.
+PromptEcho EchoPrompt(const Tokenizer& tokenizer, std::span<const int32_t> ids,
+                      const std::optional<std::string>& given, bool special);
 
 }  // namespace innerq

@@ -122,7 +122,7 @@ def test_typed_errors(client, model):
 
     bad = openai.BadRequestError
     raises(bad, complete(temperature=3), param="temperature", code="invalid_value")
-    raises(bad, complete(n=2), param="n", code="unsupported_parameter")
+    raises(bad, complete(suffix="."), param="suffix", code="unsupported_parameter")
     raises(bad, complete(extra_body={"typical_p": 0.5}), param="typical_p",
            code="unsupported_parameter")
     raises(bad, complete(max_tokens=10**7), code="context_length_exceeded")

@@ -28,9 +28,10 @@ EngineOptions OptionsOf(int64_t max_batch_tokens = 512, int64_t max_queue = 256)
 }
 
 std::unique_ptr<Engine> EngineOf(const EngineOptions& options, PageCounts pools = kPlenty,
-                                 HashModel::Hook hook = nullptr, KvLayout layout = TestLayout()) {
-  return Engine::Create(options,
-                        std::make_unique<HashModel>(std::move(layout), pools, std::move(hook)))
+                                 HashModel::Hook hook = nullptr, KvLayout layout = TestLayout(),
+                                 int64_t max_logit_rows = 512) {
+  return Engine::Create(options, std::make_unique<HashModel>(std::move(layout), pools,
+                                                             std::move(hook), max_logit_rows))
       .value();
 }
 
@@ -47,7 +48,8 @@ void ExpectAtRest(const Engine& engine) {
   EXPECT_EQ(stats.sealed_pages_used, 0);
 }
 
-// A request whose answer depends on all the state there is: penalties, random numbers, windows.
+// A request whose answer depends on all the state there is: penalties, random numbers, windows. Its
+// prompt is scored.
 Request HardRequest(int64_t prompt_length = 230, uint64_t seed = 5) {
   Request request = RequestOf(prompt_length, 70, seed);
   request.sampling.temperature = 0.8f;
@@ -55,6 +57,7 @@ Request HardRequest(int64_t prompt_length = 230, uint64_t seed = 5) {
   request.sampling.repetition_penalty = 1.1f;
   request.sampling.frequency_penalty = 0.3f;
   request.sampling.num_logprobs = 3;
+  request.prompt_logprobs = 2;
   return request;
 }
 
@@ -62,6 +65,7 @@ struct Schedule {
   int64_t max_batch_tokens;
   int num_neighbours;
   bool tiny_pools;
+  int64_t max_logit_rows = 512;
 };
 
 class EngineExactness : public testing::TestWithParam<std::tuple<bool, bool>> {};
@@ -77,9 +81,12 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
                                    {32, 0, false},
                                    {33, 0, false},
                                    {33, 16, false},
+                                   {512, 0, false, 32},
+                                   {512, 16, false, 33},
                                    {1, 4, true},
                                    {40, 16, true},
-                                   {512, 16, true}}) {
+                                   {512, 16, true},
+                                   {512, 16, true, 50}}) {
     SCOPED_TRACE("batch " + std::to_string(schedule.max_batch_tokens) + ", neighbours " +
                  std::to_string(schedule.num_neighbours) + (schedule.tiny_pools ? ", tiny" : ""));
     EngineOptions options = OptionsOf(schedule.max_batch_tokens);
@@ -88,7 +95,7 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
     PageCounts pools = WorstPeakPages(layout, options.max_context, exact_prefill);
     // The request under test comes third, so that both older and younger ones disturb it.
     if (!schedule.tiny_pools) pools = kPlenty;
-    const auto engine = EngineOf(options, pools, nullptr, layout);
+    const auto engine = EngineOf(options, pools, nullptr, layout, schedule.max_logit_rows);
     std::vector<ResponseReader> neighbours;
     std::optional<ResponseReader> reader;
     for (int i = 0; i <= schedule.num_neighbours; ++i) {
@@ -152,6 +159,142 @@ TEST(Engine, EndsAtMaxTokensOrAStopTokenAndCountsIt) {
   EXPECT_GT(engine->Stats().finish_per_second, 0);
 }
 
+// Scoring is preempted in its middle, and goes on where it was when its tokens are back.
+TEST(Engine, APreemptedPromptIsScoredOnce) {
+  constexpr int32_t kFirst = 95;  // token of the prompt that is scored, and not of the elder
+  const KvLayout layout = TestLayout();
+  EngineOptions options = OptionsOf();
+  options.max_context = 310;
+  Gate gate;
+  int num_starts = 0;
+  int64_t num_computed = 0;  // of the prompt, before it was preempted
+  const auto engine = EngineOf(
+      options, WorstPeakPages(layout, options.max_context, false) + PageCounts{2, 0, 1},
+      [&](const ForwardBatch& batch) {
+        gate.Pass();
+        for (const SequenceSlice& slice : batch.slices) {
+          const int32_t token = batch.token_ids[static_cast<size_t>(slice.row_begin)];
+          if (slice.first_position == 0 && token == kFirst) ++num_starts;
+          const bool prefill = num_starts == 1 && slice.num_rows > 1;  // the elder decodes
+          if (prefill) num_computed = slice.first_position + slice.num_rows;
+        }
+        return Result<void>();
+      },
+      layout, 36);
+  Request scoring = RequestOf(300, 0, 3);
+  scoring.prompt[0] = kFirst;
+  scoring.prompt_logprobs = 1;
+  Request elder = RequestOf(60, 200, 2);
+  elder.prompt[0] = kFirst - 1;
+  const ResponseReader other = engine->Submit(elder).value();
+  gate.AwaitArrivals(1);
+  const ResponseReader reader = engine->Submit(scoring).value();
+  gate.Open();
+  // When the elder reaches its fourth page, the prompt has to make room.
+  const Response response = ReadAll(reader);
+  ExpectSameEvents(response.events, OracleAnswer(scoring, layout, false));
+  EXPECT_EQ(response.finish->reason, FinishReason::kLength);
+  EXPECT_EQ(response.finish->usage.completion_tokens, 0);
+  ExpectSameEvents(ReadAll(other).events, OracleAnswer(elder, layout, false));
+  ExpectAtRest(*engine);
+  EXPECT_EQ(num_starts, 2) << "the pools have the wrong size";
+  EXPECT_GT(num_computed, 100);
+  EXPECT_LT(num_computed, 299);
+}
+
+TEST(Engine, AnAnswerOfNoTokensEndsByItself) {
+  const auto engine = EngineOf(OptionsOf());
+  for (const int64_t length : {int64_t{1}, int64_t{2}, int64_t{600}}) {
+    for (const bool scores : {false, true}) {
+      Request request = RequestOf(length, 0);
+      request.prompt_logprobs = scores ? 0 : -1;
+      const Response response = ReadAll(engine->Submit(request).value());
+      EXPECT_EQ(response.finish->reason, FinishReason::kLength);
+      EXPECT_EQ(response.finish->usage.prompt_tokens, length);
+      ExpectSameEvents(response.events, OracleAnswer(request, TestLayout(), false));
+    }
+  }
+  EXPECT_EQ(engine->Stats().prompt_tokens, 0 + 1 + 599) << "the last token need not be computed";
+  EXPECT_EQ(engine->Stats().generation_tokens, 0);
+  ExpectAtRest(*engine);
+}
+
+TEST(Engine, AGroupIsAcceptedAsAWholeOrNotAtAll) {
+  Gate gate;
+  EngineOptions options = OptionsOf(512, /*max_queue=*/10);
+  options.max_sequences = 1;
+  const auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) {
+    gate.Pass();
+    return Result<void>();
+  });
+  const auto group_of = [](size_t size) { return std::vector<Request>(size, RequestOf(5, 3)); };
+  const ResponseReader running = engine->Submit(RequestOf(5, 3)).value();
+  gate.AwaitArrivals(1);
+  const ResponseGroup first = engine->SubmitGroup(group_of(7)).value();
+  EXPECT_EQ(engine->SubmitGroup(group_of(4)).error().code, ErrorCode::kResourceExhausted);
+  EXPECT_EQ(engine->Stats().accepted, 8) << "of the four that did not fit, none came in";
+  std::vector<Request> flawed = group_of(2);
+  flawed[1].prompt.clear();
+  EXPECT_EQ(engine->SubmitGroup(flawed).error().param, "prompt");
+  EXPECT_EQ(engine->SubmitGroup(group_of(11)).error().param, "n") << "waiting would not help";
+  EXPECT_EQ(engine->SubmitGroup({}).error().code, ErrorCode::kInvalidArgument);
+  const ResponseGroup second = engine->SubmitGroup(group_of(3)).value();
+  EXPECT_EQ(engine->Stats().waiting, 10);
+  gate.Open();
+  for (const ResponseGroup* group : {&first, &second}) {
+    for (const ResponseReader& reader : group->readers) {
+      EXPECT_EQ(ReadAll(reader).events.size(), 3u);
+    }
+  }
+  ReadAll(running);
+  ExpectAtRest(*engine);
+}
+
+TEST(Engine, AGroupThatIsDroppedIsCancelledAsAWhole) {
+  Gate gate;
+  EngineOptions options = OptionsOf(/*max_batch_tokens=*/16);
+  options.max_sequences = 2;
+  const auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) {
+    gate.Pass();
+    return Result<void>();
+  });
+  {
+    const std::vector<Request> requests(5, RequestOf(10, 500));
+    const ResponseGroup group = engine->SubmitGroup(requests).value();
+    gate.AwaitArrivals(1);
+  }
+  const ResponseReader next = engine->Submit(RequestOf(5, 3)).value();
+  gate.Open();
+  EXPECT_EQ(ReadAll(next).events.size(), 3u);
+  ExpectAtRest(*engine);
+  EXPECT_EQ(engine->Stats().finished_by_reason[FinishReason::kCancelled], 5);
+}
+
+// Whoever waits for a group hears of each of its tokens and endings.
+TEST(Engine, AGroupWakesItsReader) {
+  const auto engine = EngineOf(OptionsOf());
+  std::vector<Request> requests;
+  for (uint64_t seed = 1; seed <= 6; ++seed) requests.push_back(RequestOf(10, 20, seed));
+  const ResponseGroup group = engine->SubmitGroup(requests).value();
+  std::vector<Response> responses(requests.size());
+  size_t num_finished = 0;
+  while (num_finished < requests.size()) {
+    group.signal->Wait(kLong);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      if (responses[i].finish) continue;
+      const ResponseReader& reader = group.readers[i];
+      for (TokenEvent& event : reader->NextBatch(std::chrono::milliseconds(0))) {
+        responses[i].events.push_back(std::move(event));
+      }
+      responses[i].finish = reader->finish();
+      if (responses[i].finish) ++num_finished;
+    }
+  }
+  for (size_t i = 0; i < requests.size(); ++i) {
+    ExpectSameEvents(responses[i].events, OracleAnswer(requests[i], TestLayout(), false));
+  }
+}
+
 TEST(Engine, AcceptsARequestThatFillsTheContextAndRefusesALongerOne) {
   const KvLayout layout = TestLayout();
   EngineOptions options = OptionsOf();
@@ -180,7 +323,11 @@ TEST(Engine, RefusesRequestsThatMakeNoSense) {
   refused("prompt", [](Request& r) { r.prompt.clear(); });
   refused("prompt", [](Request& r) { r.prompt[3] = -1; });
   refused("prompt", [](Request& r) { r.prompt[3] = hash_decoder::kVocab; });
-  refused("max_tokens", [](Request& r) { r.max_tokens = 0; });
+  refused("max_tokens", [](Request& r) { r.max_tokens = -1; });
+  refused("max_tokens", [](Request& r) { r.prompt = PromptOf(601, 1); });
+  refused("min_tokens", [](Request& r) { r.max_tokens = 0, r.min_tokens = 1; });
+  refused("prompt_logprobs", [](Request& r) { r.prompt_logprobs = 21; });
+  refused("prompt_logprobs", [](Request& r) { r.prompt_logprobs = -2; });
   refused("min_tokens", [](Request& r) { r.min_tokens = 11; });
   refused("min_tokens", [](Request& r) { r.min_tokens = -1; });
   refused("stop_token_ids", [](Request& r) { r.stop_token_ids = {hash_decoder::kVocab}; });

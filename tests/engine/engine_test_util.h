@@ -24,9 +24,12 @@ struct Response {
   std::vector<TokenEvent> events;
   std::optional<Finish> finish;
 
+  // Of the answer.
   std::vector<int32_t> tokens() const {
     std::vector<int32_t> ids;
-    for (const TokenEvent& event : events) ids.push_back(event.token_id);
+    for (const TokenEvent& event : events) {
+      if (!event.is_prompt) ids.push_back(event.token_id);
+    }
     return ids;
   }
 };
@@ -41,7 +44,8 @@ inline Response ReadAll(const ResponseReader& reader) {
   }
   EXPECT_TRUE(response.finish.has_value()) << "the stream never ended";
   if (!response.finish.has_value()) response.finish.emplace();
-  EXPECT_EQ(response.finish->usage.completion_tokens, static_cast<int64_t>(response.events.size()));
+  EXPECT_EQ(response.finish->usage.completion_tokens,
+            static_cast<int64_t>(response.tokens().size()));
   EXPECT_EQ(response.finish->reason == FinishReason::kError, response.finish->error.has_value());
   return response;
 }
@@ -103,11 +107,17 @@ inline std::vector<TokenEvent> OracleAnswer(const Request& request, const KvLayo
                                             bool exact_prefill) {
   hash_decoder::Oracle oracle(layout,
                               exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0);
-  std::vector<float> logits;
-  for (const int32_t token : request.prompt) logits = oracle.Next(token);
-  SeenTokens seen = SeenTokens::InPrompt(request.prompt);
   SamplerScratch scratch;
   std::vector<TokenEvent> events;
+  std::vector<float> logits;
+  for (const int32_t token : request.prompt) {
+    if (!logits.empty() && request.prompt_logprobs >= 0) {
+      events.push_back(Score(logits, token, request.prompt_logprobs, scratch).value());
+      events.back().is_prompt = true;
+    }
+    logits = oracle.Next(token);
+  }
+  SeenTokens seen = SeenTokens::InPrompt(request.prompt);
   const std::set<int32_t> stops(request.stop_token_ids.begin(), request.stop_token_ids.end());
   for (int64_t i = 0; i < request.max_tokens; ++i) {
     SampleArgs args{logits, &request.sampling, &seen, {}, i};
@@ -128,6 +138,7 @@ inline void ExpectSameEvents(const std::vector<TokenEvent>& actual,
   ASSERT_EQ(actual.size(), expected.size());
   for (size_t i = 0; i < actual.size(); ++i) {
     ASSERT_EQ(actual[i].token_id, expected[i].token_id) << "token " << i;
+    EXPECT_EQ(actual[i].is_prompt, expected[i].is_prompt);
     EXPECT_EQ(actual[i].is_stop, expected[i].is_stop);
     EXPECT_EQ(actual[i].logprob, expected[i].logprob);
     ASSERT_EQ(actual[i].top.size(), expected[i].top.size());

@@ -49,14 +49,16 @@ class RecordingModel : public StepModel {
  public:
   static std::unique_ptr<RecordingModel> Create(const std::string& variant, WeightFormat format,
                                                 const KvCacheOptions& options,
-                                                const PageCounts& pools,
+                                                const PageCounts& pools, int64_t max_logit_rows,
                                                 std::shared_ptr<Record> record) {
     auto made = std::make_unique<RecordingModel>();
+    made->max_logit_rows_ = max_logit_rows;
     made->backend_ =
         CreateBackend({.device = "cpu", .variant = variant, .threads = 2, .deterministic = true})
             .value();
     Backend* backend = made->backend_.get();
-    made->model_ = LlamaModel::Random(TinyLlama(), format, /*seed=*/11, backend, 512, 32).value();
+    made->model_ =
+        LlamaModel::Random(TinyLlama(), format, /*seed=*/11, backend, 512, max_logit_rows).value();
     KvLayout layout =
         KvLayout::Create(ResolveKvCacheSpec(options, TinyLlama()).value(), backend->code_order())
             .value();
@@ -74,6 +76,7 @@ class RecordingModel : public StepModel {
   int64_t num_open_pages() const override { return cache_->plan().open_pages; }
   int64_t num_sealed_pages() const override { return cache_->plan().sealed_pages; }
   int64_t num_norm_slots() const override { return cache_->plan().norm_slots; }
+  int64_t max_logit_rows() const override { return max_logit_rows_; }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
     const ConstTensorView view = model_->Forward(batch, layout(), cache_->layers());
@@ -108,11 +111,12 @@ class RecordingModel : public StepModel {
   std::unique_ptr<LlamaModel> model_;
   std::unique_ptr<KvCache> cache_;
   std::shared_ptr<Record> record_;
+  int64_t max_logit_rows_ = 0;
   int32_t marked_page_ = -1;
 };
 
 struct Outcome {
-  std::vector<int32_t> tokens;
+  std::vector<TokenEvent> events;
   Record record;
   int64_t preemptions = 0;
 };
@@ -122,6 +126,7 @@ struct Schedule {
   int64_t max_batch_tokens;
   int num_neighbours;
   bool tiny_pools;
+  int64_t max_logit_rows = 64;
 };
 
 Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOptions& cache,
@@ -143,14 +148,16 @@ Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOpti
   options.max_batch_tokens = run.max_batch_tokens;
   options.max_context = kMaxContext;
   options.exact_prefill = cache.exact_prefill;
-  const auto engine =
-      Engine::Create(options, RecordingModel::Create(variant, format, cache, pools, record))
-          .value();
+  const auto engine = Engine::Create(options, RecordingModel::Create(variant, format, cache, pools,
+                                                                     run.max_logit_rows, record))
+                          .value();
   Request request = RequestOf(290, 50, 77);
   request.prompt[0] = kMark;
   request.sampling.temperature = 0.9f;
   request.sampling.frequency_penalty = 0.2f;
   request.sampling.logit_bias = {{kMark, -100.0f}};
+  request.sampling.num_logprobs = 1;
+  request.prompt_logprobs = 3;
   std::vector<ResponseReader> neighbours;
   std::optional<ResponseReader> marked;
   for (int i = 0; i <= run.num_neighbours; ++i) {
@@ -162,7 +169,7 @@ Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOpti
     neighbours.push_back(engine->Submit(other).value());
   }
   Outcome outcome;
-  outcome.tokens = ReadAll(*marked).tokens();
+  outcome.events = ReadAll(*marked).events;
   neighbours.clear();
   engine->Drain(kLong);
   outcome.preemptions = engine->Stats().preemptions;
@@ -199,15 +206,27 @@ std::vector<Case> Cases() {
   return cases;
 }
 
+double LogSoftmax(const std::vector<float>& logits, int32_t id) {
+  const double largest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(logit - largest);
+  return logits[static_cast<size_t>(id)] - largest - std::log(sum);
+}
+
 class ExactnessOfCaches : public testing::TestWithParam<Case> {};
 
 TEST_P(ExactnessOfCaches, LogitsDoNotDependOnNeighboursChunksOrPreemption) {
   const auto& [variant, cache_name, format, cache] = GetParam();
-  const Outcome alone = Serve(variant, format, cache, {"alone", 512, 0, false});
-  ASSERT_EQ(alone.tokens.size(), 50u);
-  ASSERT_EQ(alone.record.logits.size(), 50u);
-  EXPECT_EQ(alone.record.logits.begin()->first, 289);
+  const Outcome alone = Serve(variant, format, cache, {"alone", 512, 0, false, 512});
+  ASSERT_EQ(alone.events.size(), 289u + 50u) << "what scores the prompt, and the answer";
+  ASSERT_EQ(alone.record.logits.size(), alone.events.size());
   EXPECT_EQ(alone.record.num_seals, cache.key.quantized() ? 6 : 0);
+  for (size_t i = 0; i < alone.events.size(); ++i) {
+    const TokenEvent& event = alone.events[i];
+    const std::vector<float>& logits = alone.record.logits.at(static_cast<int64_t>(i));
+    EXPECT_NEAR(event.logprob, LogSoftmax(logits, event.token_id), 1e-6) << "position " << i;
+    EXPECT_EQ(event.is_prompt, i < 289);
+  }
   const std::vector<float>& first = alone.record.logits.begin()->second;
   const auto [low, high] = std::minmax_element(first.begin(), first.end());
   ASSERT_GT(*high - *low, 0.1f) << "the logits are too flat to tell anything";
@@ -216,10 +235,11 @@ TEST_P(ExactnessOfCaches, LogitsDoNotDependOnNeighboursChunksOrPreemption) {
                               {"chunks of 32", 32, 0, false},
                               {"chunks of 33", 33, 0, false},
                               {"16 neighbours, 33 rows", 33, 16, false},
+                              {"32 rows with logits", 512, 0, false, 32},
                               {"preempted", 512, 16, true}}) {
     SCOPED_TRACE(run.name);
     const Outcome other = Serve(variant, format, cache, run);
-    EXPECT_EQ(other.tokens, alone.tokens);
+    ExpectSameEvents(other.events, alone.events);
     ASSERT_EQ(other.record.logits.size(), alone.record.logits.size());
     for (const auto& [position, row] : alone.record.logits) {
       const auto found = other.record.logits.find(position);

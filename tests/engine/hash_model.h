@@ -2,6 +2,7 @@
 // one.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <set>
@@ -104,8 +105,11 @@ class HashModel : public StepModel {
   using Hook = std::function<Result<void>(const ForwardBatch&)>;
 
   // `hook`, if any, runs at the start of every step; its error is the step's.
-  HashModel(KvLayout layout, PageCounts pools, Hook hook = nullptr)
-      : layout_(std::move(layout)), pools_(pools), hook_(std::move(hook)) {
+  HashModel(KvLayout layout, PageCounts pools, Hook hook = nullptr, int64_t max_logit_rows = 512)
+      : layout_(std::move(layout)),
+        pools_(pools),
+        hook_(std::move(hook)),
+        max_logit_rows_(max_logit_rows) {
     const auto tokens = static_cast<size_t>(layout_.page_tokens());
     for (Layer& layer : layers_) {
       layer.open.assign(static_cast<size_t>(pools.open) * tokens, 0xdeadu);
@@ -119,6 +123,7 @@ class HashModel : public StepModel {
   int64_t num_open_pages() const override { return pools_.open; }
   int64_t num_sealed_pages() const override { return pools_.sealed; }
   int64_t num_norm_slots() const override { return pools_.norms; }
+  int64_t max_logit_rows() const override { return max_logit_rows_; }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
     if (hook_) RETURN_IF_ERROR(hook_(batch));
@@ -173,6 +178,8 @@ class HashModel : public StepModel {
       EXPECT_TRUE(slice.norm_id < 0 || norms.insert(slice.norm_id).second);
     }
     ASSERT_EQ(row, batch.num_rows());
+    EXPECT_LE(static_cast<int64_t>(batch.logit_rows.size()), max_logit_rows_);
+    EXPECT_TRUE(std::is_sorted(batch.logit_rows.begin(), batch.logit_rows.end()));
   }
 
   void Append(const SequenceSlice& slice, const std::vector<uint64_t>& values, Layer& layer) {
@@ -223,6 +230,7 @@ class HashModel : public StepModel {
   const KvLayout layout_;
   const PageCounts pools_;
   const Hook hook_;
+  const int64_t max_logit_rows_;
   Layer layers_[hash_decoder::kLayers];
   std::vector<float> logits_;
 };

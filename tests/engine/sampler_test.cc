@@ -312,6 +312,42 @@ TEST(ValidateSamplingParams, AcceptsTheEndsOfEveryRange) {
   EXPECT_TRUE(ValidateSamplingParams(params, 100).ok());
 }
 
+TEST(Score, ReportsATokenAsSampleReportsIt) {
+  const std::vector<float> logits = RandomLogits(300, 5);
+  SamplingParams params;
+  params.num_logprobs = 4;
+  SamplerScratch scratch;
+  for (int64_t index = 0; index < 20; ++index) {
+    const TokenEvent sampled = SampleOk(logits, params, index);
+    const TokenEvent scored = Score(logits, sampled.token_id, 4, scratch).value();
+    EXPECT_EQ(scored.token_id, sampled.token_id);
+    EXPECT_EQ(scored.logprob, sampled.logprob);
+    ASSERT_EQ(scored.top.size(), sampled.top.size());
+    for (size_t i = 0; i < scored.top.size(); ++i) {
+      EXPECT_EQ(scored.top[i].token_id, sampled.top[i].token_id);
+      EXPECT_EQ(scored.top[i].logprob, sampled.top[i].logprob);
+      if (scored.top[i].token_id == scored.token_id) {
+        EXPECT_EQ(scored.top[i].logprob, scored.logprob);
+      }
+    }
+  }
+  EXPECT_TRUE(Score(logits, 3, 0, scratch).value().top.empty());
+  std::vector<int32_t> ids;  // of equals the lowest
+  const TokenEvent tied = Score(std::vector<float>{5, 7, 5, 5, 7, 6}, 0, 4, scratch).value();
+  for (const TokenLogprob& top : tied.top) ids.push_back(top.token_id);
+  EXPECT_EQ(ids, (std::vector<int32_t>{1, 4, 5, 0}));
+  EXPECT_EQ(Score(std::vector<float>{0, kNaN}, 0, 0, scratch).error().code, ErrorCode::kInternal);
+}
+
+TEST(SeedOfChoice, DiffersForEachChoiceAndSeed) {
+  std::set<uint64_t> seeds;
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    EXPECT_EQ(SeedOfChoice(seed, 0), seed);
+    for (int64_t choice = 0; choice < 50; ++choice) seeds.insert(SeedOfChoice(seed, choice));
+  }
+  EXPECT_EQ(seeds.size(), 50u * 50u);
+}
+
 TEST(ValidateSamplingParams, NamesTheParameterThatIsWrong) {
   const auto refused = [](const char* name, const std::function<void(SamplingParams&)>& change) {
     SamplingParams params;

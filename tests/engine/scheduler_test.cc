@@ -23,14 +23,16 @@ class Simulation {
         scheduler_(limits, layout_) {}
 
   // Returns the arrival number.
-  int64_t Add(int64_t prompt_length, int64_t max_tokens) {
+  int64_t Add(int64_t prompt_length, int64_t max_tokens, bool scores = false) {
     Request request;
     request.prompt.assign(static_cast<size_t>(prompt_length), 7);
     request.max_tokens = max_tokens;
+    request.prompt_logprobs = scores ? 0 : -1;
     auto sequence = std::make_unique<Sequence>(
         std::move(request), std::make_shared<ResponseStream>(max_tokens), exact_prefill_);
     arrivals_[sequence.get()] = num_arrivals_;
     scheduler_.Admit(std::move(sequence));
+    Collect();  // what has nothing to compute
     return num_arrivals_++;
   }
 
@@ -54,9 +56,12 @@ class Simulation {
     for (const ScheduledChunk& chunk : batch.chunks) {
       Sequence& sequence = *chunk.sequence;
       CheckPagesAfterStep(sequence);
-      if (!chunk.samples) continue;
-      sequence.Append(8);
-      if (sequence.num_generated() == sequence.request.max_tokens) {
+      sequence.num_scored += chunk.num_scores;
+      EXPECT_GE(sequence.num_scored, std::min(sequence.num_computed, sequence.num_to_score()));
+      if (chunk.samples) sequence.Append(8);
+      if (sequence.num_generated() == sequence.request.max_tokens &&
+          (chunk.samples || sequence.num_uncomputed() == 0)) {
+        EXPECT_EQ(sequence.num_scored, sequence.num_to_score());
         sequence.End(FinishReason::kLength);
         finish_order_.push_back(arrivals_.at(&sequence));
       }
@@ -115,7 +120,7 @@ class Simulation {
     ASSERT_LE(static_cast<int64_t>(scheduler_.running().size()), limits_.max_sequences);
     ASSERT_TRUE(scheduler_.used().FitsIn(limits_.pools));
     scheduler_.CheckIntegrity();
-    int64_t rows = 0;
+    int64_t rows = 0, logit_rows = 0;
     int64_t last_arrival = -1;
     std::set<int32_t> open, sealed, norms;
     if (oldest != nullptr) {
@@ -129,8 +134,13 @@ class Simulation {
       last_arrival = arrival;
       ASSERT_GT(chunk.num_tokens, 0);
       ASSERT_LE(chunk.num_tokens, sequence.num_uncomputed());
-      EXPECT_EQ(chunk.samples, chunk.num_tokens == sequence.num_uncomputed());
+      EXPECT_EQ(chunk.samples,
+                chunk.num_tokens == sequence.num_uncomputed() && sequence.request.max_tokens > 0);
+      if (chunk.num_scores > 0) {
+        EXPECT_EQ(chunk.first_score, sequence.num_scored);
+      }
       rows += chunk.num_tokens;
+      logit_rows += chunk.num_logit_rows();
       CheckPagesOfRows(chunk);
       CheckSeals(chunk);
       for (int64_t i = 0; i < sequence.pages.num_pages(); ++i) {
@@ -144,6 +154,7 @@ class Simulation {
     }
     log_ += "\n";
     ASSERT_LE(rows, limits_.max_batch_tokens);
+    ASSERT_LE(logit_rows, limits_.max_logit_rows);
   }
 
   // Every row finds every page in the form its position asks for.
@@ -225,6 +236,30 @@ TEST(Scheduler, StreamOfNewPromptsDoesNotStarveAnOldPrefill) {
     simulation.Add(5, 1);
     EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 64}}));
   }
+}
+
+TEST(Scheduler, APromptIsScoredByNoMoreRowsThanMayHaveLogits) {
+  Simulation simulation({8, 64, kPlenty, /*max_logit_rows=*/20}, TestLayout());
+  simulation.Add(10, 50);
+  EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 10}}));
+  simulation.Add(90, 5, /*scores=*/true);
+  simulation.Add(10, 5);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 1}, {1, 19}})) << "2 came later";
+  }
+  // 13 that score and one that samples; 5 are left for 2, which needs but one.
+  EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 1}, {1, 14}, {2, 10}}));
+}
+
+TEST(Scheduler, APromptWithoutAnAnswerIsComputedUpToItsLastToken) {
+  Simulation simulation({8, 64, kPlenty}, TestLayout());
+  simulation.Add(1, 0, /*scores=*/true);
+  EXPECT_TRUE(simulation.scheduler().empty()) << "there is nothing to score";
+  simulation.Add(10, 0);
+  EXPECT_TRUE(simulation.scheduler().empty()) << "nothing was asked for";
+  simulation.Add(10, 0, /*scores=*/true);
+  EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{2, 9}}));
+  EXPECT_TRUE(simulation.scheduler().empty());
 }
 
 TEST(Scheduler, RunsNoMoreThanMaxSequences) {
@@ -319,7 +354,8 @@ std::string RunPopulation(const Population& population, int64_t* preemptions) {
     while (random() % 3 == 0) {
       const int64_t prompt = random() % 4 == 0 ? 1 + random() % 400 : 1 + random() % 60;
       const int64_t answer = 1 + random() % (random() % 4 == 0 ? 200 : 30);
-      alive.push_back(simulation.Add(prompt, answer));
+      const bool scores = random() % 4 == 0;
+      alive.push_back(simulation.Add(prompt, scores && random() % 2 == 0 ? 0 : answer, scores));
     }
     if (!alive.empty() && random() % 10 == 0) simulation.Cancel(alive[random() % alive.size()]);
     simulation.Step();
@@ -340,12 +376,10 @@ TEST(Scheduler, HoldsItsRulesForRandomPopulations) {
     // Tiny pools for even seeds: just one longest sequence; else a few of them.
     const PageCounts one = WorstPeakPages(layout, 600, exact);
     const PageCounts few = one + one + PageCounts{static_cast<int64_t>(random() % 10), 3, 3};
-    const Population population{
-        seed,
-        {static_cast<int64_t>(1 + random() % 12), static_cast<int64_t>(1 + random() % 200),
-         seed % 2 == 0 ? one : few},
-        quantized,
-        exact};
+    SchedulerLimits limits{static_cast<int64_t>(1 + random() % 12),
+                           static_cast<int64_t>(1 + random() % 200), seed % 2 == 0 ? one : few};
+    limits.max_logit_rows = limits.max_sequences + static_cast<int64_t>(random() % 60);
+    const Population population{seed, limits, quantized, exact};
     SCOPED_TRACE("seed " + std::to_string(seed));
     const std::string first = RunPopulation(population, &preemptions);
     ASSERT_FALSE(testing::Test::HasFailure());

@@ -75,6 +75,7 @@ class ScriptedModel : public StepModel {
   int64_t num_open_pages() const override { return 4096; }
   int64_t num_sealed_pages() const override { return 4096; }
   int64_t num_norm_slots() const override { return 128; }
+  int64_t max_logit_rows() const override { return 512; }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
     std::this_thread::sleep_for(step_time_);

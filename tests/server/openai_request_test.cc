@@ -63,22 +63,75 @@ TEST(ApiRequest, EveryHonouredParameterArrives) {
 }
 
 TEST(ApiRequest, UnknownAndUnsupportedParametersAreRefusedByName) {
-  for (const char* name : {"tools", "tool_choice", "functions", "suffix", "temprature", "audio",
-                           "metadata", "reasoning_effort", "best_off", "prompt", "echo"}) {
+  for (const char* name :
+       {"tools", "tool_choice", "functions", "suffix", "temprature", "audio", "metadata",
+        "reasoning_effort", "best_off", "prompt", "echo", "best_of", "add_special_tokens"}) {
     ExpectRefused(With(true, name, json::array()), name, "unsupported_parameter");
   }
   for (const char* name : {"messages", "top_logprobs", "max_completion_tokens", "suffix"}) {
     ExpectRefused(With(false, name, 1), name, "unsupported_parameter");
   }
-  ExpectRefused(With(true, "n", 2), "n", "unsupported_parameter");
-  ExpectRefused(With(false, "best_of", 2), "best_of", "unsupported_parameter");
-  ExpectRefused(With(false, "echo", true), "echo", "unsupported_parameter");
   ExpectRefused(With(true, "store", true), "store", "unsupported_parameter");
   ExpectRefused(With(true, "response_format", {{"type", "json_object"}}), "response_format",
                 "unsupported_parameter");
-  ExpectRefused(With(true, "stream_options", {{"continuous_usage_stats", true}}),
-                "stream_options.continuous_usage_stats", "unsupported_parameter");
-  ExpectRefused(With(false, "prompt", {"a", "b"}), "prompt", "unsupported_parameter");
+}
+
+TEST(ApiRequest, ParametersOfCompletionsAloneArrive) {
+  json body = Minimal(false);
+  body.update(json::parse(R"({"n": 2, "best_of": 3, "echo": true, "logprobs": 5, "max_tokens": 0,
+      "add_special_tokens": false, "skip_special_tokens": false,
+      "include_stop_str_in_output": true})"));
+  const auto result = ParseApiRequest(body.dump(), false);
+  ASSERT_TRUE(std::holds_alternative<ApiRequest>(result)) << std::get<ApiError>(result).message;
+  const ApiRequest& request = std::get<ApiRequest>(result);
+  EXPECT_EQ(request.n, 2);
+  EXPECT_EQ(request.best_of, 3);
+  EXPECT_TRUE(request.echo);
+  EXPECT_EQ(request.sampling.num_logprobs, 5);
+  EXPECT_EQ(request.max_tokens, 0);
+  EXPECT_FALSE(request.add_special_tokens);
+  EXPECT_FALSE(request.skip_special_tokens);
+  EXPECT_TRUE(request.include_stop);
+}
+
+TEST(ApiRequest, TheNumberOfChoicesIsBounded) {
+  const auto parse = [](const json& more) {
+    json body = Minimal(false);
+    body.update(more);
+    return ParseApiRequest(body.dump(), false);
+  };
+  const auto best_of = [&](const json& more) { return std::get<ApiRequest>(parse(more)).best_of; };
+  EXPECT_EQ(best_of({{"n", 128}}), 128) << "n choices of as many";
+  EXPECT_EQ(best_of({{"n", 2}, {"best_of", 2}, {"stream", true}}), 2);
+  ExpectRefused(parse({{"n", 3}, {"best_of", 2}}), "best_of", "invalid_value");
+  ExpectRefused(parse({{"n", 1}, {"best_of", 2}, {"stream", true}}), "best_of", "invalid_value");
+  const json two = {"a", "b"};
+  EXPECT_EQ(best_of({{"n", 64}, {"prompt", two}}), 64);
+  ExpectRefused(parse({{"n", 65}, {"prompt", two}}), "n", "invalid_value");
+  ExpectRefused(parse({{"best_of", 65}, {"prompt", two}}), "best_of", "invalid_value");
+  const json many = std::vector<std::string>(129, "a");
+  ExpectRefused(parse({{"prompt", many}}), "prompt", "invalid_value");
+  EXPECT_EQ(std::get<ApiRequest>(With(true, "n", 3)).best_of, 3) << "of chats, too";
+}
+
+TEST(ApiRequest, NoTokensAreAnAnswerOnlyAfterAnEcho) {
+  ExpectRefused(With(false, "max_tokens", 0), "max_tokens", "invalid_value");
+  ExpectRefused(With(true, "max_completion_tokens", 0), "max_completion_tokens", "invalid_value");
+  json body = Minimal(false);
+  body.update({{"max_tokens", 0}, {"echo", true}});
+  EXPECT_TRUE(std::holds_alternative<ApiRequest>(ParseApiRequest(body.dump(), false)));
+  body["min_tokens"] = 1;
+  ExpectRefused(ParseApiRequest(body.dump(), false), "min_tokens", "invalid_value");
+}
+
+TEST(ApiRequest, ContinuousUsageNeedsUsage) {
+  json body = Minimal(true);
+  body["stream"] = true;
+  body["stream_options"] = {{"include_usage", true}, {"continuous_usage_stats", true}};
+  EXPECT_TRUE(std::get<ApiRequest>(ParseApiRequest(body.dump(), true)).continuous_usage);
+  body["stream_options"].erase("include_usage");
+  ExpectRefused(ParseApiRequest(body.dump(), true), "stream_options.continuous_usage_stats",
+                "invalid_value");
 }
 
 TEST(ApiRequest, AnUnknownNameIsRefusedEvenWithoutAValue) {
@@ -97,13 +150,10 @@ TEST(ApiRequest, ParametersThatAskForNothingPass) {
   const auto accepted = [](const std::variant<ApiRequest, ApiError>& result) {
     return std::holds_alternative<ApiRequest>(result);
   };
-  EXPECT_TRUE(accepted(With(true, "n", 1)));
   EXPECT_TRUE(accepted(With(true, "store", false)));
   EXPECT_TRUE(accepted(With(true, "response_format", {{"type", "text"}})));
   EXPECT_TRUE(accepted(With(true, "tools", nullptr)));
   EXPECT_TRUE(accepted(With(true, "temperature", nullptr)));
-  EXPECT_TRUE(accepted(With(false, "best_of", 1)));
-  EXPECT_TRUE(accepted(With(false, "echo", false)));
   EXPECT_TRUE(accepted(With(false, "suffix", nullptr)));
   EXPECT_TRUE(accepted(With(true, "top_k", -1)));
   EXPECT_TRUE(accepted(With(true, "stream_options", nullptr)));
@@ -144,6 +194,12 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
       {"stop_token_ids", 1, "invalid_type"},
       {"stop_token_ids", json(std::vector<int>(129, 7)), "invalid_value"},
       {"ignore_eos", 1, "invalid_type"},
+      {"include_stop_str_in_output", 1, "invalid_type"},
+      {"skip_special_tokens", "yes", "invalid_type"},
+      {"n", 0, "invalid_value"},
+      {"n", 129, "invalid_value"},
+      {"n", 1.5, "invalid_type"},
+      {"n", uint64_t{18446744073709551615u}, "invalid_value"},
       {"stream", "true", "invalid_type"},
       {"stream_options", {{"include_usage", true}}, "invalid_value"},  // without stream
       {"user", 3, "invalid_type"},
@@ -157,6 +213,15 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
   ExpectRefused(With(false, "logprobs", 21), "logprobs", "invalid_value");
   ExpectRefused(With(false, "prompt", {1, "a"}), "prompt", "invalid_type");
   ExpectRefused(With(false, "prompt", json::array()), "prompt", "invalid_type");
+  ExpectRefused(With(false, "prompt", json::array({json::array()})), "prompt", "invalid_value");
+  ExpectRefused(With(false, "prompt", json::array({"a", {1}})), "prompt", "invalid_type");
+  ExpectRefused(With(false, "prompt", json::array({{1}, "a"})), "prompt", "invalid_type");
+  ExpectRefused(With(false, "prompt", json::array({{1}, {-1}})), "prompt", "invalid_value");
+  ExpectRefused(With(false, "prompt", 3), "prompt", "invalid_type");
+  ExpectRefused(With(false, "best_of", 0), "best_of", "invalid_value");
+  ExpectRefused(With(false, "best_of", 129), "best_of", "invalid_value");
+  ExpectRefused(With(false, "echo", 1), "echo", "invalid_type");
+  ExpectRefused(With(false, "add_special_tokens", 1), "add_special_tokens", "invalid_type");
 }
 
 TEST(ApiRequest, MissingParametersAreNamed) {
@@ -243,11 +308,18 @@ TEST(ApiRequest, MessagesTakeTextAndListsOfTextParts) {
   ExpectRefused(parse(R"("a")"), "messages", "invalid_type");
 }
 
-TEST(ApiRequest, APromptMayBeTextIdsOrAListOfOne) {
-  const auto ids = std::vector<int32_t>{1, 2};
-  EXPECT_EQ(std::get<ApiRequest>(With(false, "prompt", {1, 2})).prompt_ids, ids);
-  EXPECT_EQ(std::get<ApiRequest>(With(false, "prompt", json::array({{1, 2}}))).prompt_ids, ids);
-  EXPECT_EQ(std::get<ApiRequest>(With(false, "prompt", json::array({"x"}))).prompt, "x");
+TEST(ApiRequest, APromptMayBeTextIdsOrAListOfEither) {
+  using Prompts = std::vector<ApiPrompt>;
+  using Ids = std::vector<int32_t>;
+  const auto prompts = [](const json& value) {
+    return std::get<ApiRequest>(With(false, "prompt", value)).prompts;
+  };
+  EXPECT_EQ(prompts({1, 2}), Prompts{(Ids{1, 2})});
+  EXPECT_EQ(prompts(json::array({{1, 2}})), Prompts{(Ids{1, 2})});
+  EXPECT_EQ(prompts(json::array({{1, 2}, {3}})), (Prompts{Ids{1, 2}, Ids{3}}));
+  EXPECT_EQ(prompts("x"), Prompts{"x"});
+  EXPECT_EQ(prompts(""), Prompts{""});
+  EXPECT_EQ(prompts(json::array({"x", "", "y"})), (Prompts{"x", "", "y"}));
 }
 
 }  // namespace

@@ -12,9 +12,10 @@ namespace {
 constexpr const char* kReplacement = "\xEF\xBF\xBD";
 
 // All pieces that leave while the bytes of `text` come one by one, joined by '/', the flush last.
-std::string Pieces(const std::string& text, std::vector<std::string> stops) {
+std::string Pieces(const std::string& text, std::vector<std::string> stops,
+                   bool include_stop = false) {
   const ByteTokenizer tokenizer;
-  TextStream stream(&tokenizer, std::move(stops));
+  TextStream stream(&tokenizer, {.stops = std::move(stops), .include_stop = include_stop});
   std::string pieces;
   for (const char c : text) {
     pieces += stream.Push(static_cast<uint8_t>(c)) + "/";
@@ -74,6 +75,68 @@ TEST(TextStream, OverlappingStopStringsEndAtTheFirstThatStarts) {
   EXPECT_EQ(Pieces("abcd", {"bcd", "c"}), "a//b/STOP");  // "c" completes first
   EXPECT_EQ(Pieces("aab", {"aab", "ab"}), "///STOP");
   EXPECT_EQ(Pieces("\n\n", {"\n\n", "\n"}), "/STOP");
+}
+
+TEST(TextStream, AStopStringMayBePartOfTheText) {
+  EXPECT_EQ(Pieces("xENDy", {"END"}, true), "x///END/STOP");
+  EXPECT_EQ(Pieces("abcd", {"bcd", "c"}, true), "a//bc/STOP");
+  // A token of two stop strings: the shorter one was complete first.
+  class Words : public ByteTokenizer {
+    std::string TokenBytes(int32_t, bool, bool) const override { return "xENDINGy"; }
+  };
+  const Words tokenizer;
+  TextStream stream(&tokenizer, {.stops = {"ENDING", "END"}, .include_stop = true});
+  EXPECT_EQ(stream.Push(1), "xEND");
+  EXPECT_TRUE(stream.stopped());
+  EXPECT_EQ(stream.released_characters(), 4);
+  EXPECT_EQ(stream.Flush(), "");
+}
+
+TEST(TextStream, WhatComesTooEarlyDoesNotStop) {
+  const ByteTokenizer tokenizer;
+  TextStream stream(&tokenizer, {.stops = {"ab"}});
+  EXPECT_EQ(stream.Push('a', /*may_stop=*/false), "a");
+  EXPECT_EQ(stream.Push('b', /*may_stop=*/false), "b");
+  EXPECT_EQ(stream.Push('a'), "");
+  EXPECT_EQ(stream.Push('b'), "");
+  EXPECT_TRUE(stream.stopped());
+}
+
+TEST(TextStream, SpecialTokensGiveTheirTextIfAsked) {
+  const ByteTokenizer tokenizer;
+  TextStream stream(&tokenizer, {.stops = {}, .special = true});
+  EXPECT_EQ(stream.Push('a') + stream.Push(kFakeEos) + stream.Flush(), "a</s>");
+}
+
+std::vector<int64_t> OffsetsOf(const PromptEcho& echo) {
+  std::vector<int64_t> offsets;
+  for (const PromptEcho::Token& token : echo.tokens) offsets.push_back(token.offset);
+  return offsets;
+}
+
+TEST(EchoPrompt, IsTheTextOfTheIdsOrTheTextThatWasSent) {
+  const ByteTokenizer tokenizer;
+  const std::vector<int32_t> ids = {kFakeBos, 'a', 0xC3, 0xA9, 'b', 0xC3};
+  PromptEcho echo = EchoPrompt(tokenizer, ids, std::nullopt, /*special=*/false);
+  EXPECT_EQ(echo.text, std::string("a\xC3\xA9"
+                                   "b") +
+                           kReplacement);
+  EXPECT_EQ(OffsetsOf(echo), (std::vector<int64_t>{0, 0, 1, 1, 2, 3}));
+  EXPECT_TRUE(echo.tokens[1].first) << "a special token that gives nothing begins no text";
+  EXPECT_FALSE(echo.tokens[2].first);
+
+  echo = EchoPrompt(tokenizer, ids, std::nullopt, /*special=*/true);
+  EXPECT_EQ(echo.text, std::string("<s>a\xC3\xA9"
+                                   "b") +
+                           kReplacement);
+  EXPECT_EQ(OffsetsOf(echo), (std::vector<int64_t>{0, 3, 4, 4, 5, 6}));
+  EXPECT_FALSE(echo.tokens[1].first);
+
+  for (const bool special : {false, true}) {
+    echo = EchoPrompt(tokenizer, ids, "a\xC3\xA9", special);
+    EXPECT_EQ(echo.text, "a\xC3\xA9");
+    EXPECT_EQ(OffsetsOf(echo), (std::vector<int64_t>{0, 0, 1, 1, 2, 2})) << "never beyond the text";
+  }
 }
 
 TEST(TextStream, AStopStringInsideAMultiByteCharacterDoesNotMatch) {
