@@ -16,7 +16,9 @@ Generation::Generation(ResponseReader reader, const Tokenizer* tokenizer, Metric
       metrics_(metrics),
       options_(std::move(options)),
       text_(tokenizer, options_.stops),
-      usage_{.prompt_tokens = options_.prompt_tokens} {}
+      usage_{.prompt_tokens = options_.prompt_tokens} {
+  if (options_.notes != nullptr) options_.notes->prompt_tokens += usage_.prompt_tokens;
+}
 
 Generation::~Generation() {
   metrics_->CountFinished(ended() ? finish_reason_ : "abort",
@@ -55,6 +57,7 @@ void Generation::Measure(int64_t num_tokens) {
 
 void Generation::Take(const TokenEvent& event, Piece* piece) {
   ++usage_.completion_tokens;
+  if (options_.notes != nullptr) ++options_.notes->completion_tokens;
   if (event.is_stop) return;
   if (options_.logprobs) {
     const auto bytes = [this](int32_t id) {
@@ -88,6 +91,7 @@ void Generation::End(const Finish& finish, Piece* piece) {
 
 void Generation::Close(std::string reason, Piece* piece) {
   finish_reason_ = std::move(reason);
+  if (options_.notes != nullptr) options_.notes->finish_reason = finish_reason_;
   piece->text += text_.Flush();
   ReleaseTokens(!text_.stopped(), piece);
   reader_.reset();

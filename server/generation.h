@@ -10,6 +10,7 @@
 
 #include "engine/request.h"
 #include "models/tokenizer.h"
+#include "server/http_messages.h"
 #include "server/metrics.h"
 #include "server/openai_response.h"
 #include "server/text_stream.h"
@@ -25,6 +26,7 @@ class Generation {
     bool logprobs = false;
     int64_t prompt_tokens = 0;
     std::chrono::steady_clock::time_point arrival;  // of the request
+    AnswerNotes* notes = nullptr;                   // kept up to date, if not null; must outlive it
   };
   // What came since the last call. Empty if nothing did.
   struct Piece {

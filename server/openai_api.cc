@@ -21,16 +21,6 @@ constexpr int64_t kCompletionMaxTokens = 16;  // OpenAI's default; chat answers 
 // A client that went away (nginx's code); nobody reads the answer.
 constexpr int kClientClosed = 499;
 
-// Time depends on the length of `given` alone, not on where it differs.
-bool EqualsInConstantTime(std::string_view given, std::string_view key) {
-  unsigned difference = given.size() != key.size();
-  for (size_t i = 0; i < given.size(); ++i) {
-    difference |= static_cast<unsigned char>(given[i]) ^
-                  static_cast<unsigned char>(key.empty() ? 0 : key[i % key.size()]);
-  }
-  return difference == 0;
-}
-
 bool SendEvent(HttpWriter& out, const std::string& json) {
   return out.Write("data: " + json + "\n\n");
 }
@@ -94,28 +84,14 @@ HttpResponse ErrorResponse(const ApiError& error) {
   if (error.retry_after > 0) {
     response.headers.emplace_back("Retry-After", std::to_string(error.retry_after));
   }
-  if (error.status == 401) response.headers.emplace_back("WWW-Authenticate", "Bearer");
   return response;
 }
 
-OpenAiApi::OpenAiApi(ApiModel model, std::vector<std::string> api_keys, Engine* engine,
-                     Metrics* metrics)
+OpenAiApi::OpenAiApi(ApiModel model, Engine* engine, Metrics* metrics)
     : model_(std::move(model)),
-      api_keys_(std::move(api_keys)),
       engine_(engine),
       metrics_(metrics),
       random_(std::random_device{}()) {}
-
-bool OpenAiApi::Authorized(const HttpRequest& http) const {
-  constexpr std::string_view kBearer = "Bearer ";
-  std::string_view given = http.api_key;
-  if (given.empty() && http.authorization.starts_with(kBearer)) {
-    given = std::string_view(http.authorization).substr(kBearer.size());
-  }
-  bool authorized = api_keys_.empty();
-  for (const std::string& key : api_keys_) authorized |= EqualsInConstantTime(given, key);
-  return authorized;
-}
 
 HttpResponse OpenAiApi::ListModels() const {
   return {.body = ModelListJson(model_.id, model_.created, engine_->options().max_context)};
@@ -211,12 +187,6 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
 
 HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   const auto arrival = steady_clock::now();
-  if (!Authorized(http)) {
-    return ErrorResponse({.status = 401,
-                          .message = "A valid API key is required.",
-                          .type = "authentication_error",
-                          .code = "invalid_api_key"});
-  }
   auto parsed = ParseApiRequest(http.body, chat);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const ApiRequest& api = std::get<ApiRequest>(parsed);
@@ -227,7 +197,8 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   const Generation::Options options{.stops = api.stop,
                                     .logprobs = api.sampling.num_logprobs >= 0,
                                     .prompt_tokens = static_cast<int64_t>(request.prompt.size()),
-                                    .arrival = arrival};
+                                    .arrival = arrival,
+                                    .notes = http.notes};
   auto reader = engine_->Submit(std::move(request));
   if (!reader) return ErrorResponse(ToApiError(reader.error()));
   const auto generation = std::make_shared<Generation>(std::move(reader).value(),

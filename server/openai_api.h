@@ -40,7 +40,7 @@ Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages
 // Answers requests. Thread-safe; `engine` and `metrics` must outlive it and all its answers.
 class OpenAiApi {
  public:
-  OpenAiApi(ApiModel model, std::vector<std::string> api_keys, Engine* engine, Metrics* metrics);
+  OpenAiApi(ApiModel model, Engine* engine, Metrics* metrics);
 
   // POST /v1/completions and /v1/chat/completions.
   HttpResponse Complete(const HttpRequest& http, bool chat);
@@ -49,7 +49,6 @@ class OpenAiApi {
   HttpResponse GetModel(const std::string& id) const;
 
  private:
-  bool Authorized(const HttpRequest& http) const;
   // Checks what the engine does not, and fills what the client left open.
   std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api);
   uint64_t RandomSeed();
@@ -59,7 +58,6 @@ class OpenAiApi {
   ApiError ReportFailure(const Error& error, const std::string& request_id) const;
 
   const ApiModel model_;
-  const std::vector<std::string> api_keys_;
   Engine* engine_;
   Metrics* metrics_;
   std::mutex random_mutex_;
