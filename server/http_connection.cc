@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
 #include <ctime>
 #include <exception>
-#include <optional>
 #include <utility>
 
 namespace innerq {

@@ -1,8 +1,8 @@
 // HttpConnection: the requests and answers of one connection.
 #pragma once
 
-#include <chrono>
-#include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
