@@ -6,10 +6,9 @@
 # Needs root or sudo. Running it again changes nothing and needs no network.
 set -euo pipefail
 
-runtime=(libcpp-httplib0.11 libdnnl2 libfmt9 libgomp1 libhwy1 libpcre2-8-0 libsentencepiece0 libspdlog1.10)
+runtime=(libdnnl2 libfmt9 libgomp1 libhwy1 libpcre2-8-0 libsentencepiece0 libspdlog1.10)
 build=(
   g++ cmake ninja-build
-  libcpp-httplib-dev  # HTTP server
   nlohmann-json3-dev  # JSON
   libsentencepiece-dev # tokenizer.model
   libpcre2-dev        # patterns of tokenizer.json

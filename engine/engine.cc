@@ -40,6 +40,22 @@ EngineStats EmptyStats(const PageCounts& pools) {
   return stats;
 }
 
+// Adds a finished request's lengths, and the phases that it went through.
+void ObserveFinished(const Sequence& sequence, EngineStats* stats) {
+  const auto observe = [](Histogram* histogram, Clock::time_point from, Clock::time_point to) {
+    histogram->Observe(std::chrono::duration<double>(to - from).count());
+  };
+  if (sequence.started_at) {
+    observe(&stats->queue_seconds, sequence.accepted_at, *sequence.started_at);
+  }
+  if (sequence.first_token_at) {
+    observe(&stats->prefill_seconds, *sequence.started_at, *sequence.first_token_at);
+    observe(&stats->decode_seconds, *sequence.first_token_at, *sequence.last_token_at);
+  }
+  stats->request_prompt_tokens.Observe(static_cast<double>(sequence.prompt_length()));
+  stats->request_generation_tokens.Observe(static_cast<double>(sequence.num_generated()));
+}
+
 // Three kinds of state: what the engine thread owns (model, scheduler, scratch), what the mutex
 // guards (queue, state, statistics), and what never changes (options).
 class ThreadedEngine final : public Engine {
@@ -196,6 +212,10 @@ void ThreadedEngine::EndCancelled() {
 Result<void> ThreadedEngine::Step() {
   if (scheduler_.empty()) return {};
   const ScheduledBatch batch = scheduler_.Schedule();
+  const Clock::time_point begin = Clock::now();
+  for (const ScheduledChunk& chunk : batch.chunks) {
+    if (!chunk.sequence->started_at) chunk.sequence->started_at = begin;
+  }
   {
     const Lock lock(mutex_);
     PublishGauges(lock);
@@ -233,6 +253,8 @@ Result<void> ThreadedEngine::Step() {
   ++stats_.steps;
   stats_.prompt_tokens += prompt_tokens;
   stats_.generation_tokens += generated;
+  stats_.step_tokens.Observe(static_cast<double>(forward.num_rows()));
+  if (!forward.seals.empty()) stats_.sealed_groups = model_->sealed_groups();
   return {};
 }
 
@@ -274,6 +296,8 @@ bool ThreadedEngine::TakeToken(Sequence& sequence, std::span<const float> logits
   const auto& stops = request.stop_token_ids;
   event.is_stop = std::find(stops.begin(), stops.end(), event.token_id) != stops.end();
   sequence.Append(event.token_id);
+  sequence.last_token_at = Clock::now();
+  if (!sequence.first_token_at) sequence.first_token_at = sequence.last_token_at;
   if (event.is_stop) {
     sequence.End(FinishReason::kStop);
   } else if (sequence.num_generated() == request.max_tokens) {
@@ -293,6 +317,7 @@ void ThreadedEngine::DeliverFinished() {
   for (const auto& sequence : finished) {
     ++stats_.finished;
     ++stats_.finished_by_reason[sequence->finish->reason];
+    ObserveFinished(*sequence, &stats_);
     sequence->stream->Close(*sequence->finish);
   }
   finish_rate_.Add(static_cast<int64_t>(finished.size()), Clock::now());

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/histogram.h"
 #include "engine/request.h"
 #include "engine/step_model.h"
 
@@ -38,6 +39,15 @@ struct EngineStats {
   int64_t sealed_pages_used = 0;
   int64_t sealed_pages = 0;
   double finish_per_second = 0;  // requests, over the last minute: for Retry-After
+
+  // Of finished requests: the phases that each went through, time lost to preemption included.
+  Histogram queue_seconds = RequestSeconds();    // accepted, to the first step with it
+  Histogram prefill_seconds = RequestSeconds();  // from there to its first token
+  Histogram decode_seconds = RequestSeconds();   // from there to its last one
+  Histogram request_prompt_tokens = RequestTokens();
+  Histogram request_generation_tokens = RequestTokens();
+  Histogram step_tokens = StepTokens();      // computed by a step
+  std::vector<LayerGroups> sealed_groups{};  // per layer; empty if nothing was sealed
 };
 
 // Runs requests by continuous batching on one thread of its own. All public methods may be called

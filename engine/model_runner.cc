@@ -38,19 +38,34 @@ class LlamaRunner final : public ModelRunner {
   int64_t num_sealed_pages() const override { return parts_.cache->plan().sealed_pages; }
   int64_t num_norm_slots() const override { return parts_.cache->plan().norm_slots; }
   int64_t max_logit_rows() const override { return MaxLogitRows(options_); }
+  std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
   const ModelReport& report() const override { return report_; }
   const EngineOptions& engine_options() const override { return options_; }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
     const ConstTensorView logits = parts_.model->Forward(batch, layout(), parts_.cache->layers());
     RETURN_IF_ERROR(parts_.backend->Synchronize());
+    CountGroups(batch);
     return std::span(logits.As<float>(), static_cast<size_t>(logits.shape.num_elements()));
   }
 
  private:
+  void CountGroups(const ForwardBatch& batch) {
+    const std::vector<PagedKvView>& layers = parts_.cache->layers();
+    sealed_groups_.resize(layers.size());
+    for (size_t i = 0; i < layers.size(); ++i) {
+      for (const SealItem& seal : batch.seals) {
+        const LayerGroups page = CountSealedGroups(layers[i], seal.sealed_id);
+        sealed_groups_[i].key.Add(page.key);
+        sealed_groups_[i].value.Add(page.value);
+      }
+    }
+  }
+
   Parts parts_;
   const EngineOptions options_;
   const ModelReport report_;
+  std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
 };
 
 }  // namespace

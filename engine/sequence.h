@@ -1,6 +1,7 @@
 // Sequence: a request on its way through the engine.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -32,6 +33,11 @@ struct Sequence {
   BlockRef norm;                 // slot of the key norm, from the first sealed page on
   SeenTokens seen;               // for penalties
   std::optional<Finish> finish;  // set when it has ended and is to leave the scheduler
+
+  // When it was accepted, first took part in a step, and got its first and its latest token.
+  using TimePoint = std::chrono::steady_clock::time_point;
+  const TimePoint accepted_at = std::chrono::steady_clock::now();
+  std::optional<TimePoint> started_at, first_token_at, last_token_at;
 
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
   int64_t prompt_length() const { return static_cast<int64_t>(request.prompt.size()); }

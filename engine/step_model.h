@@ -2,6 +2,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "kernels/paged_kv.h"
 #include "kernels/result.h"
@@ -20,6 +21,8 @@ class StepModel {
   virtual int64_t num_norm_slots() const = 0;    // sequences that can hold a key norm
   // Rows of a step whose logits it can return; at least one per sequence that runs.
   virtual int64_t max_logit_rows() const = 0;
+  // Groups of all pages sealed so far, per layer; empty for models that do not count them.
+  virtual std::vector<LayerGroups> sealed_groups() const { return {}; }
   // Runs the step and waits for it. Returns logits [R][V] F32, valid until the next call.
   // Errors: internal for a failed step; unavailable if the device is lost for good.
   virtual Result<std::span<const float>> Step(const ForwardBatch& batch) = 0;

@@ -65,6 +65,33 @@ void PlanLayer(KvLayerLayout& layout) {
   layout.open_head_bytes = layout.open_values + tokens * padded * 2;
 }
 
+// F16 arrays of one side of a head's page.
+struct StoredGroups {
+  const std::byte* scales;
+  const std::byte* zeros;
+};
+
+// Counts the groups of one side, which run along tokens or channels. `scale_index(t, d)` is the
+// layout's.
+template <typename ScaleIndex>
+GroupCount CountGroups(const QuantSpec& spec, const KvLayerLayout& layout, bool groups_of_tokens,
+                       const StoredGroups& stored, ScaleIndex scale_index) {
+  if (!spec.quantized()) return {};
+  GroupCount count{.groups = layout.page_tokens * layout.head_dim / spec.group_size};
+  if (spec.mode == QuantMode::kAsymmetric) count.asymmetric = count.groups;
+  if (spec.mode != QuantMode::kHybrid) return count;
+  const auto* scales = reinterpret_cast<const uint16_t*>(stored.scales);
+  const auto* zeros = reinterpret_cast<const uint16_t*>(stored.zeros);
+  for (int64_t t = 0; t < layout.page_tokens; t += groups_of_tokens ? spec.group_size : 1) {
+    for (int64_t d = 0; d < layout.head_dim; d += groups_of_tokens ? 1 : spec.group_size) {
+      const int64_t at = scale_index(t, d);
+      const StoredParams symmetric = StoreParams({.scale = F16ToF32(scales[at])}, spec.bits);
+      count.asymmetric += zeros[at] != symmetric.zero ? 1 : 0;
+    }
+  }
+  return count;
+}
+
 }  // namespace
 
 Result<KvLayout> KvLayout::Create(const KvCacheSpec& spec, CodeOrder order) {
@@ -131,6 +158,23 @@ double KvLayout::effective_bits_per_element(int64_t tokens) const {
   const int64_t bytes = (pages - sealed) * open_page_bytes_ + sealed * sealed_page_bytes_;
   const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * tokens;
   return static_cast<double>(bytes) * 8.0 / static_cast<double>(elements);
+}
+
+LayerGroups CountSealedGroups(const PagedKvView& kv, int64_t sealed_id) {
+  const KvLayerLayout& layout = *kv.layout;
+  LayerGroups sum;
+  for (int64_t head = 0; head < layout.kv_heads; ++head) {
+    const std::byte* page = kv.SealedHead(sealed_id, head);
+    sum.key.Add(
+        CountGroups(layout.key, layout, layout.key.axis == QuantAxis::kOuter,
+                    {page + layout.key_scales, page + layout.key_zeros},
+                    [&layout](int64_t t, int64_t d) { return layout.KeyScaleIndex(t, d); }));
+    sum.value.Add(
+        CountGroups(layout.value, layout, layout.value.axis == QuantAxis::kInner,
+                    {page + layout.value_scales, page + layout.value_zeros},
+                    [&layout](int64_t t, int64_t c) { return layout.ValueScaleIndex(t, c); }));
+  }
+  return sum;
 }
 
 float DecodeSealedKey(const PagedKvView& kv, int64_t sealed_id, int64_t head, int64_t t,

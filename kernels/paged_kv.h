@@ -196,6 +196,25 @@ struct PagedKvView {
   }
 };
 
+// How many groups keys or values have, and how many of them store a zero other than the one that a
+// symmetric group implies. 16-bit sides have no groups.
+struct GroupCount {
+  int64_t groups = 0;
+  int64_t asymmetric = 0;
+  void Add(const GroupCount& other) {
+    groups += other.groups;
+    asymmetric += other.asymmetric;
+  }
+};
+// The same of both sides of a layer.
+struct LayerGroups {
+  GroupCount key;
+  GroupCount value;
+};
+// Counts the groups of one sealed page, all heads. The page must be in host memory. Looks at
+// zeros only where a group may be of either kind.
+LayerGroups CountSealedGroups(const PagedKvView& kv, int64_t sealed_id);
+
 // Reads one key or value element of a sealed page through the layout, as the canonical decode does:
 // scale * code + zero. Keys come back as stored, that is divided by the key norm. Slow; for the
 // reference backend and tests.

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 
+#include "server/access.h"
 #include "server/model_setup.h"
 #include "server/openai_api.h"
 #include "server/options.h"
@@ -48,6 +49,7 @@ void PrintCache(const KvLayout& layout) {
 
 // Everything that LoadModel does, but for taking memory and reading weights.
 Result<void> PrintConfig(const Options& options) {
+  RETURN_IF_ERROR(LoadApiKeys(options.server));
   ASSIGN_OR_RETURN(const auto tokenizer, Tokenizer::Load(options.model.path));
   ASSIGN_OR_RETURN(
       const auto chat_template,

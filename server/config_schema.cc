@@ -61,6 +61,13 @@ bool HasType(const Json& value, std::string_view type) {
   return type == "number" && value.is_number();
 }
 
+// A value as messages show it: not at all if it may be a secret.
+std::string Shown(const Json& schema, const Json& value) {
+  return schema.value("writeOnly", false)
+             ? "what is given"
+             : value.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
 Result<void> CheckNumber(const Json& schema, const Json& value, const std::string& path) {
   const double number = value.get<double>();
   const bool low = schema.contains("minimum") && !(number >= schema["minimum"].get<double>());
@@ -71,8 +78,9 @@ Result<void> CheckNumber(const Json& schema, const Json& value, const std::strin
                       schema[bound].dump());
 }
 
-// Whether a part of the text matches a POSIX extended regular expression.
+// Whether a part of the text matches a POSIX extended regular expression; NUL never does.
 bool Matches(const std::string& text, const std::string& pattern) {
+  if (text.find('\0') != std::string::npos) return false;
   regex_t compiled;
   CHECK(regcomp(&compiled, pattern.c_str(), REG_EXTENDED | REG_NOSUB) == 0, pattern);
   const bool matches = regexec(&compiled, text.c_str(), 0, nullptr, 0) == 0;
@@ -83,7 +91,8 @@ bool Matches(const std::string& text, const std::string& pattern) {
 Result<void> CheckString(const Json& schema, const std::string& text, const std::string& path) {
   if (text.size() < schema.value("minLength", size_t{0})) return At(path, "must not be empty");
   if (schema.contains("pattern") && !Matches(text, schema["pattern"].get<std::string>())) {
-    return At(path, "\"" + text + "\" does not match " + schema["pattern"].get<std::string>());
+    return At(path,
+              Shown(schema, text) + " does not match " + schema["pattern"].get<std::string>());
   }
   if (schema.value("format", "") == "size") {
     if (const auto size = ParseSize(text); !size) return At(path, size.error().message);
@@ -120,7 +129,7 @@ Result<void> CheckObject(const Json& schema, Json& value, const std::string& pat
 Result<void> Check(const Json& schema, Json& value, const std::string& path) {
   const std::string type = schema.value("type", "");
   if (!type.empty() && !HasType(value, type)) {
-    return At(path, "expected " + type + ", not " + value.dump());
+    return At(path, "expected " + type + ", not " + Shown(schema, value));
   }
   if (schema.contains("enum")) {
     const Json& choices = schema["enum"];

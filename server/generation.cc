@@ -21,6 +21,7 @@ Generation::Generation(ResponseReader reader, const Tokenizer* tokenizer, Metric
       options_(std::move(options)),
       text_(tokenizer, options_.text),
       usage_{.prompt_tokens = options_.prompt_tokens} {
+  if (options_.notes != nullptr) options_.notes->prompt_tokens += usage_.prompt_tokens;
   if (options_.echo == nullptr || !options_.logprobs) return;
   // No distribution comes before the first token.
   const PromptEcho::Token& first = options_.echo->tokens.front();
@@ -73,6 +74,7 @@ void Generation::Take(const TokenEvent& event) {
   }
   BeginAnswer();
   ++usage_.completion_tokens;
+  if (options_.notes != nullptr) ++options_.notes->completion_tokens;
   logprob_sum_ += event.logprob;
   const bool has_text = !event.is_stop || options_.text.include_stop;
   if (options_.logprobs && (has_text || options_.stop_logprobs)) {
@@ -123,6 +125,7 @@ void Generation::End(const Finish& finish) {
 void Generation::Close(std::string reason) {
   BeginAnswer();
   finish_reason_ = std::move(reason);
+  if (options_.notes != nullptr) options_.notes->finish_reason = finish_reason_;
   piece_.text += text_.Flush();
   ReleaseTokens(!text_.stopped());
   reader_.reset();

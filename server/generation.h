@@ -11,6 +11,7 @@
 
 #include "engine/request.h"
 #include "models/tokenizer.h"
+#include "server/http_messages.h"
 #include "server/metrics.h"
 #include "server/openai_response.h"
 #include "server/text_stream.h"
@@ -29,6 +30,7 @@ class Generation {
     int64_t prompt_tokens = 0;               // of its prompt; 0 if another choice accounts for them
     std::shared_ptr<const PromptEcho> echo;  // if not null, the answer begins with it
     std::chrono::steady_clock::time_point arrival;  // of the request
+    AnswerNotes* notes = nullptr;                   // kept up to date, if not null; must outlive it
   };
 
   // `tokenizer` and `metrics` must outlive it.

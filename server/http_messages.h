@@ -1,13 +1,23 @@
 // HttpRequest, HttpResponse, HttpRoute: what crosses between the HTTP server and its handlers.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 namespace innerq {
+
+// What the log tells of an answer besides its status. Handlers and streams fill it in.
+struct AnswerNotes {
+  int64_t prompt_tokens = 0;
+  int64_t completion_tokens = 0;
+  std::string finish_reason = {};  // empty: none, or broken off
+};
 
 // What a handler sees of a request. Valid during the call of the handler and of its answer's
 // stream.
@@ -20,6 +30,7 @@ struct HttpRequest {
   std::string authorization;  // header Authorization, or empty
   std::string api_key;        // header X-Api-Key, or empty
   std::function<bool()> client_gone;  // whether the peer has closed the connection
+  AnswerNotes* notes = nullptr;       // may be null
 };
 
 // Where a streaming answer goes.
@@ -40,10 +51,18 @@ struct HttpResponse {
   std::function<void(HttpWriter&)> stream = {};
 };
 
+// Whether a request is answered at all, decided from its headers.
+struct HttpAdmission {
+  std::optional<HttpResponse> refusal = {};  // answered instead
+  std::shared_ptr<void> place = {};          // dropped when the request has ended, in any way
+};
+
 struct HttpRoute {
   std::string method;                                      // GET or POST
   std::string path;                                        // exact, or a prefix that ends with "*"
   std::function<HttpResponse(const HttpRequest&)> handle;  // called by many threads at once
+  // If set, asked before the body is read; the request has no body yet. Likewise.
+  std::function<HttpAdmission(const HttpRequest&)> admit = {};
 
   bool Matches(std::string_view request_path) const;
 };

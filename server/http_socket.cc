@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 constexpr int kBacklog = 1024;  // connections the kernel holds until they are accepted
-constexpr size_t kBufferBytes = 16 << 10;
+constexpr size_t kReceiveBytes = 16 << 10;
 constexpr milliseconds kLinger{2'000};  // how long a rejected client may go on sending
 
 // poll() for one descriptor; its events, or 0 for a timeout.
@@ -33,6 +33,19 @@ int Poll(int fd, short events, milliseconds timeout) {
   }
 }
 
+// Where the first empty line of `text` ends; npos if there is none yet. Lines end with a line feed
+// here, with or without a carriage return: whether that is right is the parser's business. Begins
+// at `searched`, the start of a line, and moves it on.
+size_t EndOfHead(std::string_view text, size_t* searched) {
+  for (;;) {
+    const size_t feed = text.find('\n', *searched);
+    if (feed == std::string_view::npos) return feed;
+    const std::string_view line = text.substr(*searched, feed - *searched);
+    *searched = feed + 1;
+    if (line.empty() || line == "\r") return feed + 1;
+  }
+}
+
 }  // namespace
 
 void UniqueFd::Reset() {
@@ -42,8 +55,9 @@ void UniqueFd::Reset() {
 
 Result<ListenSocket> ListenSocket::Bind(const std::string& host, int port) {
   const auto failed = [&](const char* reason) {
-    return Error{ErrorCode::kUnavailable,
-                 "cannot listen on " + host + ":" + std::to_string(port) + ": " + reason};
+    return Error{ErrorCode::kUnavailable, "cannot listen on server.host " + host +
+                                              ", server.port " + std::to_string(port) + ": " +
+                                              reason};
   };
   addrinfo hints{};
   hints.ai_socktype = SOCK_STREAM;
@@ -91,55 +105,99 @@ UniqueFd ListenSocket::Accept() const {
 
 void ListenSocket::Stop() const { ::shutdown(fd_.get(), SHUT_RDWR); }
 
-HttpSocket::HttpSocket(UniqueFd fd, const Limits& limits)
-    : fd_(std::move(fd)), limits_(limits), buffer_(kBufferBytes) {}
+HttpSocket::HttpSocket(UniqueFd fd, const Limits& limits) : fd_(std::move(fd)), limits_(limits) {}
 
 bool HttpSocket::WaitForRequest(milliseconds timeout) {
-  budget_ = limits_.header_bytes;
-  reading_headers_ = true;
-  if (begin_ == end_ && Fill(timeout) <= 0) return false;
-  header_deadline_ = Clock::now() + limits_.header_timeout;
+  const auto deadline = Clock::now() + timeout;
+  for (;;) {
+    // RFC 9112, 2.2: empty lines before a request are ignored.
+    while (unread().starts_with("\r\n")) begin_ += 2;
+    if (!unread().empty() && unread() != "\r") return true;
+    if (!Fill(deadline)) return false;
+  }
+}
+
+std::optional<std::string> HttpSocket::ReadHead() {
+  const auto deadline = Clock::now() + limits_.header_timeout;
+  for (size_t searched = 0;;) {
+    const size_t end = EndOfHead(unread(), &searched);
+    if (std::min(end, unread().size()) > static_cast<size_t>(limits_.head_bytes)) {
+      Fail(Failure::kTooLarge);
+      return std::nullopt;
+    }
+    if (end != std::string_view::npos) {
+      std::string head(unread().substr(0, end));
+      begin_ += end;
+      return head;
+    }
+    if (!Fill(deadline)) return std::nullopt;
+  }
+}
+
+void HttpSocket::BeginBody() {
+  body_begin_ = Clock::now();
+  body_bytes_ = 0;
+}
+
+bool HttpSocket::ReadExactly(int64_t size, std::string* to) {
+  auto left = static_cast<size_t>(size);
+  while (left > 0) {
+    if (unread().empty() && !FillBody()) return false;
+    const std::string_view part = unread().substr(0, left);
+    *to += part;
+    begin_ += part.size();
+    left -= part.size();
+  }
   return true;
 }
 
-void HttpSocket::HeadersDone() {
-  reading_headers_ = false;
-  budget_ = limits_.body_bytes;
-}
-
-ssize_t HttpSocket::Fill(milliseconds timeout) {
+std::optional<std::string> HttpSocket::ReadLine(int64_t max_bytes) {
   for (;;) {
-    const ssize_t n = ::recv(fd_.get(), buffer_.data(), buffer_.size(), 0);
-    if (n >= 0) {
-      begin_ = 0;
-      end_ = static_cast<size_t>(n);
-      return n;
+    const size_t end = unread().find("\r\n");
+    const size_t shortest =
+        end != std::string_view::npos ? end : unread().size() - !unread().empty();
+    if (shortest > static_cast<size_t>(max_bytes)) {
+      Fail(Failure::kTooLarge);
+      return std::nullopt;
     }
-    if (errno == EINTR) continue;
-    if (errno != EAGAIN && errno != EWOULDBLOCK) return -1;
-    if (Poll(fd_.get(), POLLIN, timeout) == 0) {
-      timed_out_ = true;
-      return -1;
+    if (end != std::string_view::npos) {
+      std::string line(unread().substr(0, end));
+      begin_ += end + 2;
+      return line;
     }
+    if (!FillBody()) return std::nullopt;
   }
 }
 
-ssize_t HttpSocket::Read(char* data, size_t size) {
-  if (budget_ <= 0) {
-    limit_reached_ = true;
-    return -1;
+bool HttpSocket::FillBody() {
+  const auto now = Clock::now();
+  const auto earned = std::chrono::seconds(body_bytes_ / kMinBodyRate);
+  const size_t before = unread().size();
+  if (!Fill(std::min(now, body_begin_ + earned) + limits_.read_timeout)) return false;
+  body_bytes_ += static_cast<int64_t>(unread().size() - before);
+  return true;
+}
+
+bool HttpSocket::Fill(Clock::time_point deadline) {
+  buffer_.erase(0, std::exchange(begin_, 0));
+  char data[kReceiveBytes];
+  for (;;) {
+    // First: a peer that always has something to say must not outlast the deadline.
+    if (Clock::now() >= deadline) return Fail(Failure::kTimeout);
+    const ssize_t n = ::recv(fd_.get(), data, sizeof(data), 0);
+    if (n > 0) {
+      buffer_.append(data, static_cast<size_t>(n));
+      return true;
+    }
+    if (n < 0 && errno == EINTR) continue;
+    if (n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) return Fail(Failure::kClosed);
+    Poll(fd_.get(), POLLIN, std::chrono::ceil<milliseconds>(deadline - Clock::now()));
   }
-  if (begin_ == end_) {
-    const milliseconds timeout =
-        reading_headers_ ? std::chrono::ceil<milliseconds>(header_deadline_ - Clock::now())
-                         : limits_.read_timeout;
-    if (const ssize_t n = Fill(timeout); n <= 0) return n;
-  }
-  const size_t n = std::min({size, end_ - begin_, static_cast<size_t>(budget_)});
-  std::memcpy(data, buffer_.data() + begin_, n);
-  begin_ += n;
-  budget_ -= static_cast<int64_t>(n);
-  return static_cast<ssize_t>(n);
+}
+
+bool HttpSocket::Fail(Failure failure) {
+  failure_ = failure;
+  return false;
 }
 
 bool HttpSocket::Write(std::string_view data) {
@@ -148,8 +206,9 @@ bool HttpSocket::Write(std::string_view data) {
     if (n >= 0) {
       data.remove_prefix(static_cast<size_t>(n));
     } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      const int events = Poll(fd_.get(), POLLOUT | POLLRDHUP, limits_.write_timeout);
-      if ((events & POLLOUT) == 0 || (events & (POLLRDHUP | POLLHUP | POLLERR)) != 0) return false;
+      // A peer that has closed, not only its sending side, resets the connection upon our data.
+      const int events = Poll(fd_.get(), POLLOUT, limits_.write_timeout);
+      if ((events & POLLOUT) == 0 || (events & (POLLHUP | POLLERR)) != 0) return false;
     } else if (errno != EINTR) {
       return false;
     }
@@ -167,9 +226,9 @@ void HttpSocket::Linger() {
   // Closing with unread input would reset the connection and take the answer with it.
   ::shutdown(fd_.get(), SHUT_WR);
   const auto deadline = Clock::now() + kLinger;
-  while (Clock::now() < deadline &&
-         Fill(std::chrono::ceil<milliseconds>(deadline - Clock::now())) > 0) {
-  }
+  do {
+    begin_ = buffer_.size();
+  } while (Clock::now() < deadline && Fill(deadline));
 }
 
 }  // namespace innerq

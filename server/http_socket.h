@@ -5,10 +5,10 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 #include "kernels/result.h"
 
@@ -49,57 +49,63 @@ class ListenSocket {
   int port_ = 0;
 };
 
-// One accepted connection. Only the thread that serves it may call it, except for Abort and
-// peer_gone.
+// One accepted connection, read and written with limits on sizes and times. Only the thread that
+// serves it may call it, except for Abort and peer_gone.
 class HttpSocket {
  public:
   struct Limits {
-    int64_t header_bytes = 64 << 10;           // request line and headers
-    int64_t body_bytes = 0;                    // with its framing
+    int64_t head_bytes = 64 << 10;             // request line and headers
     std::chrono::milliseconds header_timeout;  // first byte to last header
     std::chrono::milliseconds read_timeout;    // between bytes of the body
     std::chrono::milliseconds write_timeout;   // between bytes taken by the client
   };
+  // Bytes per second that a body must bring on average once the read timeout has passed, so that no
+  // trickle keeps a thread.
+  static constexpr int64_t kMinBodyRate = 1024;
+
+  // Why a read failed.
+  enum class Failure { kNone, kClosed, kTimeout, kTooLarge };
+
   HttpSocket(UniqueFd fd, const Limits& limits);
 
   // Waits for the first byte of a request; false if none came, or the connection is over.
   bool WaitForRequest(std::chrono::milliseconds timeout);
-  // Like recv: bytes read, 0 at the end, -1 for a failure, a timeout or a spent limit.
-  ssize_t Read(char* data, size_t size);
-  // The headers of this request have been read: the body's limits count from now.
-  void HeadersDone();
+  // Reads request line and headers with the empty line that ends them. nullopt: see failure().
+  std::optional<std::string> ReadHead();
+  // From now on the body is read.
+  void BeginBody();
+  // Appends `size` bytes to `to`. False: see failure().
+  bool ReadExactly(int64_t size, std::string* to);
+  // Reads a line of at most `max_bytes`, returned without its CR LF. nullopt: see failure().
+  std::optional<std::string> ReadLine(int64_t max_bytes);
+  Failure failure() const { return failure_; }
+
   // Sends everything; false for a peer that is gone or does not read.
   bool Write(std::string_view data);
 
   // The peer has closed or reset the connection. One that only ended its sending side looks the
-  // same and counts as gone: clients must keep it open until the answer is complete.
+  // same, as TCP does not tell the two apart before data comes back.
   bool peer_gone() const;
   // Ends the connection for both sides; pending reads and writes return.
   void Abort() const;
   // Ends the connection after an answer, so that a client still sending can read it.
   void Linger();
 
-  // No further request may be read from this connection.
-  void CloseAfterAnswer() { keep_alive_ = false; }
-  bool keep_alive() const { return keep_alive_; }
-  bool timed_out() const { return timed_out_; }
-  bool limit_reached() const { return limit_reached_; }
-  bool reading_headers() const { return reading_headers_; }
-
  private:
-  // Fills the empty buffer; as Read.
-  ssize_t Fill(std::chrono::milliseconds timeout);
+  std::string_view unread() const { return std::string_view(buffer_).substr(begin_); }
+  // Receives more, behind what is unread; false at the end, for a failure or at the deadline.
+  bool Fill(std::chrono::steady_clock::time_point deadline);
+  // As Fill, with the limits of a body.
+  bool FillBody();
+  bool Fail(Failure failure);
 
   UniqueFd fd_;
   const Limits limits_;
-  std::vector<char> buffer_;
-  size_t begin_ = 0, end_ = 0;  // unread part of the buffer
-  int64_t budget_ = 0;          // bytes this request may still send
-  std::chrono::steady_clock::time_point header_deadline_;
-  bool reading_headers_ = true;
-  bool keep_alive_ = true;
-  bool timed_out_ = false;
-  bool limit_reached_ = false;
+  std::string buffer_;
+  size_t begin_ = 0;  // of what is unread in the buffer
+  std::chrono::steady_clock::time_point body_begin_;
+  int64_t body_bytes_ = 0;  // received since
+  Failure failure_ = Failure::kNone;
 };
 
 }  // namespace innerq

@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
+#include <optional>
 
 namespace innerq {
 namespace {
@@ -44,7 +44,15 @@ class Writer {
   }
   void Add(const std::string& name, std::string_view help, const Histogram& histogram) {
     Family(name, "histogram", help);
-    histogram.Render(name, labels_, &text_);
+    int64_t cumulative = 0;
+    for (size_t i = 0; i < histogram.counts().size(); ++i) {
+      cumulative += histogram.counts()[i];
+      const bool bounded = i < histogram.bounds().size();
+      const std::string bound = bounded ? fmt::format("{}", histogram.bounds()[i]) : "+Inf";
+      Sample(name + "_bucket", static_cast<double>(cumulative), "le=\"" + bound + "\"");
+    }
+    Sample(name + "_sum", histogram.sum());
+    Sample(name + "_count", static_cast<double>(cumulative));
   }
   std::string Take() { return std::move(text_); }
 
@@ -53,30 +61,93 @@ class Writer {
   std::string text_;
 };
 
+// The share of asymmetric groups; nullopt where there are none yet, or never.
+std::optional<double> AsymmetricShare(std::optional<QuantMode> mode, const GroupCount& sealed) {
+  if (mode == QuantMode::kSymmetric) return 0.0;
+  if (mode == QuantMode::kAsymmetric) return 1.0;
+  if (!mode || sealed.groups == 0) return std::nullopt;
+  return static_cast<double>(sealed.asymmetric) / static_cast<double>(sealed.groups);
+}
+
 double Share(int64_t used, int64_t all) {
   return all > 0 ? static_cast<double>(used) / static_cast<double>(all) : 0.0;
 }
 
-}  // namespace
-
-Histogram::Histogram(std::vector<double> bounds)
-    : bounds_(std::move(bounds)), counts_(bounds_.size() + 1) {}
-
-void Histogram::Observe(double value) {
-  const auto bound = std::lower_bound(bounds_.begin(), bounds_.end(), value);
-  ++counts_[static_cast<size_t>(bound - bounds_.begin())];
-  sum_ += value;
+// Load, throughput and the phases of requests.
+void RenderEngine(const EngineStats& stats, Writer* out) {
+  out->Gauge("vllm:num_requests_running", "Requests in the running batch.",
+             static_cast<double>(stats.running));
+  out->Gauge("vllm:num_requests_waiting", "Accepted requests that wait to run.",
+             static_cast<double>(stats.waiting));
+  out->Gauge("vllm:kv_cache_usage_perc", "Share of the fuller page pool in use, 0 to 1.",
+             std::max(Share(stats.open_pages_used, stats.open_pages),
+                      Share(stats.sealed_pages_used, stats.sealed_pages)));
+  out->Counter("vllm:num_preemptions_total", "Sequences pushed out to be recomputed.",
+               stats.preemptions);
+  // True of a server that refuses kv_cache.prefix_cache.
+  out->Counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in a prefix cache.", 0);
+  out->Counter("vllm:prefix_cache_hits_total", "Prompt tokens found there.", 0);
+  out->Counter("vllm:prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens);
+  out->Counter("vllm:generation_tokens_total", "Tokens generated.", stats.generation_tokens);
+  out->Add("vllm:iteration_tokens_total", "Tokens computed by one step.", stats.step_tokens);
+  out->Add("vllm:request_queue_time_seconds", "From acceptance to the first step.",
+           stats.queue_seconds);
+  out->Add("vllm:request_prefill_time_seconds", "From the first step to the first token.",
+           stats.prefill_seconds);
+  out->Add("vllm:request_decode_time_seconds", "From the first token to the last.",
+           stats.decode_seconds);
+  out->Add("vllm:request_prompt_tokens", "Prompt tokens of finished requests.",
+           stats.request_prompt_tokens);
+  out->Add("vllm:request_generation_tokens", "Generated tokens of finished requests.",
+           stats.request_generation_tokens);
+  out->Counter("innerq:requests_accepted_total", "Requests taken by the engine.", stats.accepted);
+  out->Counter("innerq:requests_finished_total", "Of those, ended in any way.", stats.finished);
+  out->Counter("innerq:steps_total", "Steps of the model.", stats.steps);
 }
 
-void Histogram::Render(const std::string& name, const std::string& labels, std::string* out) const {
-  int64_t cumulative = 0;
-  for (size_t i = 0; i < counts_.size(); ++i) {
-    cumulative += counts_[i];
-    const std::string bound = i < bounds_.size() ? fmt::format("{}", bounds_[i]) : "+Inf";
-    *out += fmt::format("{}_bucket{{{},le=\"{}\"}} {}\n", name, labels, bound, cumulative);
+// What the cache holds and how.
+void RenderCache(const CacheInfo& cache, const EngineStats& stats, Writer* out) {
+  out->Gauge("innerq:kv_capacity_tokens", "Tokens that one sequence growing alone could cache.",
+             static_cast<double>(cache.capacity_tokens));
+  out->Family("innerq:kv_bits_per_element", "gauge",
+              "Bits per cached element, scales included: of sealed pages alone, and over a "
+              "sequence of the longest context with its F16 windows.");
+  out->Sample("innerq:kv_bits_per_element", cache.sealed_bits, "windows=\"excluded\"");
+  out->Sample("innerq:kv_bits_per_element", cache.effective_bits, "windows=\"included\"");
+  struct Pool {
+    const char* label;
+    int64_t pages, used, page_bytes;
+  };
+  const Pool pools[] = {
+      {"kind=\"open\"", stats.open_pages, stats.open_pages_used, cache.open_page_bytes},
+      {"kind=\"sealed\"", stats.sealed_pages, stats.sealed_pages_used, cache.sealed_page_bytes}};
+  const auto family = [&](const char* name, const char* help, auto value) {
+    out->Family(name, "gauge", help);
+    for (const Pool& pool : pools) out->Sample(name, static_cast<double>(value(pool)), pool.label);
+  };
+  family("innerq:kv_pages", "Pages of each kind.", [](const Pool& p) { return p.pages; });
+  family("innerq:kv_pages_used", "Of those, in use.", [](const Pool& p) { return p.used; });
+  family("innerq:kv_bytes", "Bytes of all pages of each kind.",
+         [](const Pool& p) { return p.pages * p.page_bytes; });
+  family("innerq:kv_bytes_used", "Of those, in use.",
+         [](const Pool& p) { return p.used * p.page_bytes; });
+  out->Family("innerq:kv_asymmetric_groups_ratio", "gauge",
+              "Share of asymmetric groups among those of a layer; of hybrid ones as measured since "
+              "the start.");
+  for (size_t i = 0; i < cache.layers.size(); ++i) {
+    const LayerGroups sealed =
+        i < stats.sealed_groups.size() ? stats.sealed_groups[i] : LayerGroups();
+    const auto sample = [&](const char* side, std::optional<double> share) {
+      if (!share) return;
+      out->Sample("innerq:kv_asymmetric_groups_ratio", *share,
+                  fmt::format("layer=\"{}\",side=\"{}\"", i, side));
+    };
+    sample("key", AsymmetricShare(cache.layers[i].key, sealed.key));
+    sample("value", AsymmetricShare(cache.layers[i].value, sealed.value));
   }
-  *out += fmt::format("{0}_sum{{{1}}} {2}\n{0}_count{{{1}}} {3}\n", name, labels, sum_, cumulative);
 }
+
+}  // namespace
 
 Metrics::Metrics(std::string model_name, const CacheInfo& cache)
     : labels_("model_name=\"" + Escape(model_name) + "\""),
@@ -96,7 +167,7 @@ void Metrics::ObserveFirstToken(double seconds) {
 
 void Metrics::ObserveInterToken(double seconds, int64_t tokens) {
   const std::lock_guard lock(mutex_);
-  for (int64_t i = 0; i < tokens; ++i) inter_token_.Observe(seconds);
+  inter_token_.Observe(seconds, tokens);
 }
 
 void Metrics::CountFinished(const std::string& reason, double seconds) {
@@ -107,17 +178,7 @@ void Metrics::CountFinished(const std::string& reason, double seconds) {
 
 std::string Metrics::Render(const EngineStats& stats) const {
   Writer out(labels_);
-  out.Gauge("vllm:num_requests_running", "Requests in the running batch.",
-            static_cast<double>(stats.running));
-  out.Gauge("vllm:num_requests_waiting", "Accepted requests that wait to run.",
-            static_cast<double>(stats.waiting));
-  out.Gauge("vllm:kv_cache_usage_perc", "Share of the fuller page pool in use, 0 to 1.",
-            std::max(Share(stats.open_pages_used, stats.open_pages),
-                     Share(stats.sealed_pages_used, stats.sealed_pages)));
-  out.Counter("vllm:num_preemptions_total", "Sequences pushed out to be recomputed.",
-              stats.preemptions);
-  out.Counter("vllm:prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens);
-  out.Counter("vllm:generation_tokens_total", "Tokens generated.", stats.generation_tokens);
+  RenderEngine(stats, &out);
   {
     const std::lock_guard lock(mutex_);
     out.Family("vllm:request_success_total", "counter", "Requests answered, by their ending.");
@@ -131,33 +192,7 @@ std::string Metrics::Render(const EngineStats& stats) const {
     out.Add("vllm:e2e_request_latency_seconds", "From the request to the end of its answer.",
             end_to_end_);
   }
-  out.Counter("innerq:requests_accepted_total", "Requests taken by the engine.", stats.accepted);
-  out.Counter("innerq:requests_finished_total", "Of those, ended in any way.", stats.finished);
-  out.Counter("innerq:steps_total", "Steps of the model.", stats.steps);
-  out.Gauge("innerq:kv_capacity_tokens", "Tokens that one sequence growing alone could cache.",
-            static_cast<double>(cache_.capacity_tokens));
-  out.Family("innerq:kv_bits_per_element", "gauge",
-             "Bits per cached element, scales included: of sealed pages alone, and over a sequence "
-             "of the longest context with its F16 windows.");
-  out.Sample("innerq:kv_bits_per_element", cache_.sealed_bits, "windows=\"excluded\"");
-  out.Sample("innerq:kv_bits_per_element", cache_.effective_bits, "windows=\"included\"");
-  struct Pool {
-    const char* label;
-    int64_t pages, used, page_bytes;
-  };
-  const Pool pools[] = {
-      {"kind=\"open\"", stats.open_pages, stats.open_pages_used, cache_.open_page_bytes},
-      {"kind=\"sealed\"", stats.sealed_pages, stats.sealed_pages_used, cache_.sealed_page_bytes}};
-  const auto family = [&](const char* name, const char* help, auto value) {
-    out.Family(name, "gauge", help);
-    for (const Pool& pool : pools) out.Sample(name, static_cast<double>(value(pool)), pool.label);
-  };
-  family("innerq:kv_pages", "Pages of each kind.", [](const Pool& p) { return p.pages; });
-  family("innerq:kv_pages_used", "Of those, in use.", [](const Pool& p) { return p.used; });
-  family("innerq:kv_bytes", "Bytes of all pages of each kind.",
-         [](const Pool& p) { return p.pages * p.page_bytes; });
-  family("innerq:kv_bytes_used", "Of those, in use.",
-         [](const Pool& p) { return p.used * p.page_bytes; });
+  RenderCache(cache_, stats, &out);
   return out.Take();
 }
 

@@ -1,10 +1,10 @@
 // Metrics: what the server counts and measures, as Prometheus text.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,20 +20,11 @@ struct CacheInfo {
   double effective_bits = 0;      // over a sequence of the longest context, F16 windows included
   int64_t open_page_bytes = 0;    // F16 page, all layers
   int64_t sealed_page_bytes = 0;  // quantized page, all layers
-};
-
-// Counts of observations up to each of some bounds, and their sum.
-class Histogram {
- public:
-  explicit Histogram(std::vector<double> bounds);  // ascending
-  void Observe(double value);
-  // Appends the _bucket, _sum and _count lines of `name`; `labels` without braces.
-  void Render(const std::string& name, const std::string& labels, std::string* out) const;
-
- private:
-  std::vector<double> bounds_;
-  std::vector<int64_t> counts_;  // per bound, not cumulative; one more for +Inf
-  double sum_ = 0;
+  struct Layer {
+    std::optional<QuantMode> key;  // nullopt: F16
+    std::optional<QuantMode> value;
+  };
+  std::vector<Layer> layers{};
 };
 
 // Measurements of the API's side of requests. Thread-safe.

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <optional>
 
 #include "server/openai_api.h"
 
@@ -92,14 +93,31 @@ Result<LoadedModel> LoadModel(const Options& options) {
   ModelRunnerOptions runner_options = options.runner;
   ProgressBar bar;
   runner_options.progress = [&bar](int64_t done, int64_t total) { bar.Show(done, total); };
-  ASSIGN_OR_RETURN(auto runner, ModelRunner::Create(std::move(checkpoint), runner_options));
+  auto created = ModelRunner::Create(std::move(checkpoint), runner_options);
+  if (!created) {
+    Error error = created.error();
+    if (error.code == ErrorCode::kResourceExhausted && error.param.empty()) {
+      error.message = "model.path: the weights and one step's memory: " + error.message;
+      error.param = "model.path";
+    }
+    return error;
+  }
+  std::unique_ptr<ModelRunner> runner = std::move(created).value();
   model.report = runner->report();
   model.cache = {
       .capacity_tokens = model.report.pools.tokens_that_fit,
       .sealed_bits = model.report.sealed_bits_per_element,
       .effective_bits = runner->layout().effective_bits_per_element(model.report.max_context),
       .open_page_bytes = model.report.open_page_bytes,
-      .sealed_page_bytes = model.report.sealed_page_bytes};
+      .sealed_page_bytes = model.report.sealed_page_bytes,
+      .layers = {}};
+  const KvLayout& layout = runner->layout();
+  const auto mode = [](const QuantSpec& spec) {
+    return spec.quantized() ? std::optional(spec.mode) : std::nullopt;
+  };
+  for (int64_t i = 0; i < layout.num_layers(); ++i) {
+    model.cache.layers.push_back({mode(layout.layer(i).key), mode(layout.layer(i).value)});
+  }
   const EngineOptions engine_options = runner->engine_options();
   ASSIGN_OR_RETURN(model.engine, Engine::Create(engine_options, std::move(runner)));
   return model;

@@ -22,16 +22,6 @@ constexpr int64_t kCompletionMaxTokens = 16;  // OpenAI's default; chat answers 
 // A client that went away (nginx's code); nobody reads the answer.
 constexpr int kClientClosed = 499;
 
-// Time depends on the length of `given` alone, not on where it differs.
-bool EqualsInConstantTime(std::string_view given, std::string_view key) {
-  unsigned difference = given.size() != key.size();
-  for (size_t i = 0; i < given.size(); ++i) {
-    difference |= static_cast<unsigned char>(given[i]) ^
-                  static_cast<unsigned char>(key.empty() ? 0 : key[i % key.size()]);
-  }
-  return difference == 0;
-}
-
 int64_t Index(size_t i) { return static_cast<int64_t>(i); }
 
 bool SendEvent(HttpWriter& out, const std::string& json) {
@@ -120,28 +110,14 @@ HttpResponse ErrorResponse(const ApiError& error) {
   if (error.retry_after > 0) {
     response.headers.emplace_back("Retry-After", std::to_string(error.retry_after));
   }
-  if (error.status == 401) response.headers.emplace_back("WWW-Authenticate", "Bearer");
   return response;
 }
 
-OpenAiApi::OpenAiApi(ApiModel model, std::vector<std::string> api_keys, Engine* engine,
-                     Metrics* metrics)
+OpenAiApi::OpenAiApi(ApiModel model, Engine* engine, Metrics* metrics)
     : model_(std::move(model)),
-      api_keys_(std::move(api_keys)),
       engine_(engine),
       metrics_(metrics),
       random_(std::random_device{}()) {}
-
-bool OpenAiApi::Authorized(const HttpRequest& http) const {
-  constexpr std::string_view kBearer = "Bearer ";
-  std::string_view given = http.api_key;
-  if (given.empty() && http.authorization.starts_with(kBearer)) {
-    given = std::string_view(http.authorization).substr(kBearer.size());
-  }
-  bool authorized = api_keys_.empty();
-  for (const std::string& key : api_keys_) authorized |= EqualsInConstantTime(given, key);
-  return authorized;
-}
 
 HttpResponse OpenAiApi::ListModels() const {
   return {.body = ModelListJson(model_.id, model_.created, engine_->options().max_context)};
@@ -272,7 +248,8 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
       .stop_logprobs = !api.chat,
       .prompt_tokens = prompt_tokens,
       .echo = nullptr,
-      .arrival = choices->arrival};
+      .arrival = choices->arrival,
+      .notes = choices->notes};
   if (api.echo) {
     options.echo = std::make_shared<const PromptEcho>(
         EchoPrompt(*model_.tokenizer, request.prompt, text, special));
@@ -287,13 +264,7 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
 }
 
 HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
-  Choices choices{.arrival = steady_clock::now()};
-  if (!Authorized(http)) {
-    return ErrorResponse({.status = 401,
-                          .message = "A valid API key is required.",
-                          .type = "authentication_error",
-                          .code = "invalid_api_key"});
-  }
+  Choices choices{.arrival = steady_clock::now(), .notes = http.notes};
   auto parsed = ParseApiRequest(http.body, chat);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const ApiRequest& api = std::get<ApiRequest>(parsed);

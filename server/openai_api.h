@@ -42,7 +42,7 @@ Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages
 // Answers requests. Thread-safe; `engine` and `metrics` must outlive it and all its answers.
 class OpenAiApi {
  public:
-  OpenAiApi(ApiModel model, std::vector<std::string> api_keys, Engine* engine, Metrics* metrics);
+  OpenAiApi(ApiModel model, Engine* engine, Metrics* metrics);
 
   // POST /v1/completions and /v1/chat/completions.
   HttpResponse Complete(const HttpRequest& http, bool chat);
@@ -54,12 +54,12 @@ class OpenAiApi {
   // What is to be generated for a request, prompt by prompt.
   struct Choices {
     std::chrono::steady_clock::time_point arrival{};
+    AnswerNotes* notes = nullptr;
     std::vector<Request> requests{};
     std::vector<Generation::Options> options{};
     int64_t prompt_logprobs = 0;  // of all, alternatives included
   };
 
-  bool Authorized(const HttpRequest& http) const;
   std::variant<std::vector<int32_t>, ApiError> EncodeMessages(
       const std::vector<ChatMessage>& messages) const;
   // Checks what the engine does not, and fills what the client left open, but for the seed.
@@ -78,7 +78,6 @@ class OpenAiApi {
   ApiError ReportFailure(const Error& error, const std::string& request_id) const;
 
   const ApiModel model_;
-  const std::vector<std::string> api_keys_;
   Engine* engine_;
   Metrics* metrics_;
   std::mutex random_mutex_;

@@ -127,19 +127,45 @@ std::optional<WeightFormat> ReadDtype(const std::string& name) {
   return std::nullopt;
 }
 
-constexpr int64_t kMaxBodyBytes = int64_t{1} << 30;
+// Reads a size in [low, high] bytes.
+Result<int64_t> ReadSize(const Json& json, const std::string& path, int64_t low, int64_t high) {
+  ASSIGN_OR_RETURN(const int64_t bytes, ParseSize(json.get<std::string>()));
+  if (bytes >= low && bytes <= high) return bytes;
+  return InvalidArgument(path + ": " + json.get<std::string>() + " is not between " +
+                             std::to_string(low) + " and " + std::to_string(high) + " bytes",
+                         path);
+}
 
 Result<ServerOptions> ReadServer(const Json& json) {
   ServerOptions options;
   options.host = json.at("host").get<std::string>();
   options.port = json.at("port").get<int>();
   options.api_keys = json.at("api_keys").get<std::vector<std::string>>();
-  options.max_connections = json.at("max_connections").get<int64_t>();
-  ASSIGN_OR_RETURN(options.max_body_bytes, ParseSize(json.at("max_body").get<std::string>()));
-  if (options.max_body_bytes > kMaxBodyBytes) {
-    return InvalidArgument("server.max_body: more than 1GiB", "server.max_body");
+  options.api_key_file = json.at("api_key_file").get<std::string>();
+  const Json& limits = json.at("key_limits");
+  options.key_limits = {.requests_per_minute = limits.at("requests_per_minute").get<int64_t>(),
+                        .concurrent_requests = limits.at("concurrent_requests").get<int64_t>()};
+  const bool limited =
+      options.key_limits.requests_per_minute > 0 || options.key_limits.concurrent_requests > 0;
+  if (limited && options.api_keys.empty() && options.api_key_file.empty()) {
+    return InvalidArgument("server.key_limits: there are no API keys to limit",
+                           "server.key_limits");
   }
-  options.drain_seconds = json.at("drain_seconds").get<int64_t>();
+  options.cors_origins = json.at("cors_origins").get<std::vector<std::string>>();
+  options.allowed_hosts = json.at("allowed_hosts").get<std::vector<std::string>>();
+  options.max_connections = json.at("max_connections").get<int64_t>();
+  ASSIGN_OR_RETURN(options.max_body_bytes,
+                   ReadSize(json.at("max_body"), "server.max_body", 0, int64_t{1} << 30));
+  ASSIGN_OR_RETURN(options.max_header_bytes,
+                   ReadSize(json.at("max_header"), "server.max_header", 1 << 10, 1 << 20));
+  const auto seconds = [&json](const char* key) {
+    return std::chrono::seconds(json.at(key).get<int64_t>());
+  };
+  options.header_timeout = seconds("header_timeout_seconds");
+  options.read_timeout = seconds("read_timeout_seconds");
+  options.write_timeout = seconds("write_timeout_seconds");
+  options.keep_alive_timeout = seconds("keep_alive_seconds");
+  options.drain_timeout = seconds("drain_seconds");
   return options;
 }
 
@@ -184,19 +210,30 @@ Result<Options> LoadOptions(const std::filesystem::path& file,
     return error;
   }
   Options options = std::move(parsed).value();
-  const std::filesystem::path written = options.model.path;
   const std::filesystem::path directory = std::filesystem::absolute(file).parent_path();
-  std::error_code ignored;
-  for (const auto& base : {std::filesystem::path(), directory, directory.parent_path()}) {
-    if (std::filesystem::is_directory(base / written, ignored)) {
-      options.model.path = base / written;
-      return options;
+  // The first place where there is such a file or directory; empty if there is none.
+  const auto find = [&directory](const std::filesystem::path& written) {
+    std::error_code ignored;
+    for (const auto& base : {std::filesystem::path(), directory, directory.parent_path()}) {
+      if (std::filesystem::exists(base / written, ignored)) return base / written;
     }
+    return std::filesystem::path();
+  };
+  const auto nowhere = [&](const std::string& key, const std::filesystem::path& written) {
+    return Error{ErrorCode::kNotFound,
+                 file.string() + ": " + key + ": no " + written.string() +
+                     " in the working directory, in " + directory.string() + " or its parent",
+                 key};
+  };
+  const std::filesystem::path model = find(options.model.path);
+  if (!std::filesystem::is_directory(model)) return nowhere("model.path", options.model.path);
+  options.model.path = model;
+  if (const auto& written = options.server.api_key_file; !written.empty()) {
+    const std::filesystem::path keys = find(written);
+    if (keys.empty()) return nowhere("server.api_key_file", written);
+    options.server.api_key_file = keys;
   }
-  return Error{ErrorCode::kNotFound,
-               file.string() + ": model.path: no directory " + written.string() +
-                   " in the working directory, in " + directory.string() + " or its parent",
-               "model.path"};
+  return options;
 }
 
 }  // namespace innerq

@@ -1,6 +1,7 @@
 // Options: the configuration as plain values.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <string>
@@ -19,14 +20,29 @@ struct ModelOptions {
   std::string chat_template;  // auto or one of ChatTemplate::Names()
 };
 
+// Configuration "server.key_limits": of each API key. 0: no limit.
+struct KeyLimits {
+  int64_t requests_per_minute = 0;  // in any 60 seconds
+  int64_t concurrent_requests = 0;
+};
+
 // Configuration "server".
 struct ServerOptions {
   std::string host;
   int port = 0;  // 0: any free one
   std::vector<std::string> api_keys;
+  std::filesystem::path api_key_file;  // empty: none
+  KeyLimits key_limits;
+  std::vector<std::string> cors_origins;
+  std::vector<std::string> allowed_hosts;
   int64_t max_connections = 0;
   int64_t max_body_bytes = 0;
-  int64_t drain_seconds = 0;
+  int64_t max_header_bytes = 0;
+  std::chrono::seconds header_timeout{0};
+  std::chrono::seconds read_timeout{0};
+  std::chrono::seconds write_timeout{0};
+  std::chrono::seconds keep_alive_timeout{0};
+  std::chrono::seconds drain_timeout{0};
 };
 
 // Configuration "log".
@@ -48,8 +64,9 @@ struct Options {
 // argument with the key's path in `param`.
 Result<Options> ParseOptions(std::string_view text, const std::vector<std::string>& overrides);
 
-// Reads a configuration file and finds its model's directory: relative to the working directory, to
-// the file's directory, or to the parent of that. Errors: as above, and not found.
+// Reads a configuration file and finds its model's directory and its key file: relative to the
+// working directory, to the file's directory, or to the parent of that. Errors: as above, and not
+// found.
 Result<Options> LoadOptions(const std::filesystem::path& file,
                             const std::vector<std::string>& overrides);
 

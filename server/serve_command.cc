@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 
+#include "server/access.h"
 #include "server/commands.h"
 #include "server/log.h"
 #include "server/model_setup.h"
@@ -87,6 +88,26 @@ void Drain(Engine& engine, HttpServer& http, std::chrono::seconds limit) {
   }
 }
 
+HttpServerOptions ToHttpOptions(const ServerOptions& server) {
+  HttpOriginPolicy origins{.cors_origins = server.cors_origins,
+                           .allowed_hosts = server.allowed_hosts};
+  // Behind a loopback address nobody expects visitors; a list that is not empty keeps them out.
+  if (IsLoopback(server.host) || !origins.allowed_hosts.empty()) {
+    origins.allowed_hosts.push_back(server.host);
+  }
+  return {.host = server.host,
+          .port = server.port,
+          .max_connections = server.max_connections,
+          .max_body_bytes = server.max_body_bytes,
+          .max_header_bytes = server.max_header_bytes,
+          .header_timeout = server.header_timeout,
+          .read_timeout = server.read_timeout,
+          .write_timeout = server.write_timeout,
+          .keep_alive_timeout = server.keep_alive_timeout,
+          .origins = std::move(origins),
+          .on_answer = LogAnswer};
+}
+
 // Tells on standard output, for people and for scripts that wait for the line, where the server is
 // and how to talk to it.
 void PrintExample(const std::string& url, const std::string& model) {
@@ -106,13 +127,12 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   if (!options) return ReportError(options.error());
   ConfigureLog(options->log);
 
-  Service service(version);
   const ServerOptions& server = options->server;
-  auto http = HttpServer::Start({.host = server.host,
-                                 .port = server.port,
-                                 .max_connections = server.max_connections,
-                                 .max_body_bytes = server.max_body_bytes},
-                                service.Routes());
+  const auto keys = LoadApiKeys(server);
+  if (!keys) return ReportError(keys.error());
+  Access access(*keys, server.key_limits);
+  Service service(version, &access);
+  auto http = HttpServer::Start(ToHttpOptions(server), service.Routes());
   if (!http) return ReportError(http.error());
 
   auto model = LoadModel(*options);
@@ -130,7 +150,6 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
                           .tokenizer = model->tokenizer,
                           .chat_template = model->chat_template,
                           .stop_token_ids = model->stop_token_ids},
-                .api_keys = server.api_keys,
                 .cache = model->cache,
                 .engine = std::move(model->engine)});
   signals.Catch();
@@ -138,7 +157,7 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   PrintExample(ClientUrl(server.host, (*http)->port()), options->model.alias);
 
   signals.Wait();
-  Drain(*service.engine(), **http, std::chrono::seconds(server.drain_seconds));
+  Drain(*service.engine(), **http, server.drain_timeout);
   return 0;
 }
 

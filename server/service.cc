@@ -1,5 +1,6 @@
 #include "server/service.h"
 
+#include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
 #include <chrono>
@@ -32,21 +33,17 @@ auto LogThrown(const std::string& request_id, Part part) {
   }
 }
 
-// Logs every answer of a handler: its beginning, for streams.
+// Logs the beginning of a handler's work, and what it or its stream throws.
 auto Logged(std::function<HttpResponse(const HttpRequest&)> handle) {
   return [handle = std::move(handle)](const HttpRequest& request) {
-    const auto start = std::chrono::steady_clock::now();
+    spdlog::debug("request {} begins: {} {}, {} bytes", request.id, request.method, request.path,
+                  request.body.size());
     HttpResponse response = LogThrown(request.id, [&] { return handle(request); });
     if (response.stream) {
       response.stream = [id = request.id, stream = std::move(response.stream)](HttpWriter& out) {
         LogThrown(id, [&] { stream(out); });
       };
     }
-    const std::chrono::duration<double, std::milli> elapsed =
-        std::chrono::steady_clock::now() - start;
-    spdlog::log(response.status == 500 ? spdlog::level::warn : spdlog::level::debug,
-                "{} {} {} {:.1f} ms, request {}", request.method, request.path, response.status,
-                elapsed.count(), request.id);
     return response;
   };
 }
@@ -57,8 +54,7 @@ void Service::Open(Parts parts) {
   CHECK(!open_, "a service opened twice");
   engine_ = std::move(parts.engine);
   metrics_ = std::make_unique<Metrics>(parts.model.id, parts.cache);
-  api_ = std::make_unique<OpenAiApi>(std::move(parts.model), std::move(parts.api_keys),
-                                     engine_.get(), metrics_.get());
+  api_ = std::make_unique<OpenAiApi>(std::move(parts.model), engine_.get(), metrics_.get());
   open_ = true;
 }
 
@@ -79,6 +75,14 @@ std::vector<HttpRoute> Service::Routes() {
       return open_ ? handle(request) : Unavailable("The model is still loading.");
     });
   };
+  // Likewise, for those who may: keys and their limits are checked before the body is read.
+  const auto add_keyed = [this, &routes, &add_open](std::string method, std::string path,
+                                                    auto handle) {
+    add_open(std::move(method), std::move(path), std::move(handle));
+    routes.back().admit = [this](const HttpRequest& request) {
+      return access_.Admit(request, std::chrono::steady_clock::now());
+    };
+  };
   add("GET", "/health", [](const HttpRequest&) { return Json("{\"status\": \"ok\"}"); });
   add("GET", "/ready", [this](const HttpRequest&) { return Ready(); });
   add("GET", "/version",
@@ -90,11 +94,28 @@ std::vector<HttpRoute> Service::Routes() {
   add_open("GET", "/v1/models", [this](const HttpRequest&) { return api_->ListModels(); });
   add_open("GET", "/v1/models/*",
            [this](const HttpRequest& request) { return api_->GetModel(request.parameter); });
-  add_open("POST", "/v1/completions",
-           [this](const HttpRequest& request) { return api_->Complete(request, false); });
-  add_open("POST", "/v1/chat/completions",
-           [this](const HttpRequest& request) { return api_->Complete(request, true); });
+  add_keyed("POST", "/v1/completions",
+            [this](const HttpRequest& request) { return api_->Complete(request, false); });
+  add_keyed("POST", "/v1/chat/completions",
+            [this](const HttpRequest& request) { return api_->Complete(request, true); });
   return routes;
+}
+
+void LogAnswer(const HttpExchange& exchange) {
+  const AnswerNotes& notes = exchange.notes;
+  const bool used_model = notes.prompt_tokens > 0;
+  const auto level = exchange.status == 500                 ? spdlog::level::warn
+                     : used_model || exchange.status >= 400 ? spdlog::level::info
+                                                            : spdlog::level::debug;
+  const std::chrono::duration<double, std::milli> elapsed = exchange.duration;
+  std::string line = fmt::format("request {}: {} {} {} in {:.1f} ms", exchange.id, exchange.method,
+                                 exchange.path, exchange.status, elapsed.count());
+  if (used_model) {
+    line += fmt::format(", {} prompt and {} completion tokens, {}", notes.prompt_tokens,
+                        notes.completion_tokens,
+                        notes.finish_reason.empty() ? "abort" : notes.finish_reason);
+  }
+  spdlog::log(level, "{}", line);
 }
 
 }  // namespace innerq

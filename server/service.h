@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "server/access.h"
 #include "server/http_server.h"
 #include "server/metrics.h"
 #include "server/openai_api.h"
@@ -20,12 +21,12 @@ class Service {
   // What a loaded model brings.
   struct Parts {
     ApiModel model;
-    std::vector<std::string> api_keys;
     CacheInfo cache;
     std::unique_ptr<Engine> engine;
   };
 
-  explicit Service(std::string version) : version_(std::move(version)) {}
+  // `access` must outlive the service.
+  Service(std::string version, Access* access) : version_(std::move(version)), access_(*access) {}
 
   // Starts to answer with this model. Call once.
   void Open(Parts parts);
@@ -39,10 +40,15 @@ class Service {
   HttpResponse Ready() const;
 
   const std::string version_;
+  Access& access_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<OpenAiApi> api_;
   std::atomic<bool> open_{false};  // the three above are set, and stay as they are
 };
+
+// Writes the log's line about an answer, on the level that it deserves. For
+// HttpServerOptions::on_answer.
+void LogAnswer(const HttpExchange& exchange);
 
 }  // namespace innerq

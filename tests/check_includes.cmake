@@ -10,7 +10,7 @@ set(may_include_server engine server)
 set(server_models tokenizer.h chat_template.h checkpoint.h weight_quantizer.h)
 set(server_kernels result.h)
 # Third-party headers and the only files (regular expressions) that may include them.
-set(owner_httplib.h "^server/http_server\\.cc$")
+set(owner_netdb.h "^server/http_socket\\.cc$")
 set(owner_nlohmann "^(server|models)/[a-z_]+\\.cc$")
 set(owner_sentencepiece_processor.h "^models/[a-z_]*tokenizer\\.cc$")
 set(owner_pcre2.h "^models/pretokenizer\\.cc$")

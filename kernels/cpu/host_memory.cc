@@ -53,13 +53,16 @@ Result<Buffer> AllocateHost(int64_t bytes) {
   CHECK(bytes >= 0, "negative size");
   const bool large = bytes >= kLargeBytes;
   // A system that overcommits grants any size and kills the process on use: look first.
-  const bool fits = !large || bytes <= AvailableBytes();
+  const int64_t available = large ? AvailableBytes() : bytes;
+  const bool fits = bytes <= available;
   const int64_t alignment = large ? kHugePage : kCacheLine;
   const auto padded = static_cast<size_t>(RoundUp(std::max<int64_t>(bytes, 1), alignment));
   void* memory = fits ? std::aligned_alloc(static_cast<size_t>(alignment), padded) : nullptr;
   if (memory == nullptr) {
-    return Error{ErrorCode::kResourceExhausted, "cannot allocate " + std::to_string(bytes) +
-                                                    " bytes: not enough memory is available"};
+    return Error{ErrorCode::kResourceExhausted,
+                 "cannot allocate " + std::to_string(bytes) + " bytes: " +
+                     (fits ? "the system refuses them"
+                           : "only " + std::to_string(available) + " are available")};
   }
 #if defined(__linux__)
   if (large) madvise(memory, padded, MADV_HUGEPAGE);  // advice: may fail

@@ -64,13 +64,13 @@ def write_empty_model(directory, head_dim):
 class Server:
     """A running server; killed at the end if it did not end by itself."""
 
-    def __init__(self, *overrides, wrap=()):
+    def __init__(self, *overrides, wrap=(), log=subprocess.DEVNULL):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [*wrap, BINARY, "serve", "-c", CONFIG, "--set", f"server.port={self.port}"]
         for override in overrides:
             command += ["--set", override]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stderr=log)
 
     def __enter__(self):
         wait_until_ready(self.process, self.url)
@@ -123,7 +123,9 @@ def test_check_config_refuses_what_serve_refuses():
             ("kv_cache.layers.0.range", "900"),
             ("kv_cache.layers.0.value", '{"group_size": 64}'),  # a page has 32 tokens
             ("backend.variant", impossible_variant()),
-            ("scheduler.max_context", "99999")):
+            ("scheduler.max_context", "99999"),
+            ("server.api_key_file", "/dev/null"),
+            ("server.key_limits", '{"concurrent_requests": 1}')):
         overrides = ["--set", f"{path}={value}"]
         if path.endswith(".value"):
             overrides = ["--set", "kv_cache.layers.0.range=1"] + overrides
@@ -162,6 +164,47 @@ def test_a_port_in_use_exits_1():
         taken.listen()
         expect_error(1, "in use", "serve", "-c", CONFIG, "--set",
                      f"server.port={taken.getsockname()[1]}")
+
+
+def test_memory_that_the_machine_lacks_is_named_with_its_size():
+    expect_error(2, "kv_cache.memory", "serve", "-c", CONFIG, "--set", "kv_cache.memory=900TiB")
+    done = run("serve", "-c", CONFIG, "--set", "kv_cache.memory=900TiB")
+    assert "are available" in done.stderr, done.stderr
+
+
+def test_keys_and_origins_guard_the_model_and_stay_out_of_the_log():
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory)
+        (path / "keys").write_text("# ours\n\nsk-from-the-file\n")
+        with (path / "log").open("wb") as log, Server(
+                f"server.api_key_file={path / 'keys'}", "server.key_limits.requests_per_minute=2",
+                "server.cors_origins.0=https://chat.example", "log.format=json", "log.level=debug",
+                log=log) as server:
+            body = {"model": model_id(server.url), "prompt": "Once", "max_tokens": 2}
+
+            def ask(status, **headers):
+                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+                connection.request("POST", "/v1/completions", json.dumps(body), headers)
+                reply = connection.getresponse()
+                reply.read()
+                assert reply.status == status, (reply.status, headers)
+                return reply
+
+            key = {"Authorization": "Bearer sk-from-the-file"}
+            ask(401, Authorization="Bearer sk-wrong")
+            ask(403, **key, Origin="https://evil.example")
+            ask(403, **key, Host="evil.example")
+            reply = ask(200, **key, Origin="https://chat.example")
+            assert reply.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+            ask(200, **key)
+            assert 1 <= int(ask(429, **key).headers["Retry-After"]) <= 60
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(timeout=30) == 0
+        text = (path / "log").read_text()
+        assert "sk-" not in text, text
+        messages = [json.loads(line)["message"] for line in text.splitlines()]
+        for status in (200, 401, 403, 429):
+            assert any(f"POST /v1/completions {status} in" in line for line in messages), messages
 
 
 def test_a_signal_drains_running_streams():

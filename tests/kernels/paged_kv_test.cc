@@ -3,9 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "kernels/float16.h"
 
 namespace innerq {
 namespace {
@@ -216,6 +219,44 @@ TEST(PagedKv, EveryScaleServesOneGroupAndPartsOfAPageDoNotOverlap) {
       EXPECT_EQ(layer.value_scales, 2 * codes + 2 * scales);
       EXPECT_EQ(layer.value_zeros, 2 * codes + 3 * scales);
       EXPECT_EQ(layer.sealed_head_bytes, 2 * codes + 4 * scales);
+    }
+  }
+}
+
+// Marks three groups of each side as asymmetric, in a page whose padding is all zero.
+TEST(PagedKv, HybridGroupsCountAsAsymmetricByTheirZero) {
+  for (const CodeOrder order : kOrders) {
+    for (const QuantAxis axis : {kIn, kOut}) {
+      const QuantSpec side{2, kHybrid, axis, 8};
+      const KvLayout layout = *KvLayout::Create(Spec(side, side, /*head_dim=*/40), order);
+      const KvLayerLayout& layer = layout.layer(0);
+      std::vector<std::byte> pages(static_cast<size_t>(2 * layer.sealed_page_bytes()));
+      const PagedKvView kv{.layout = &layer, .sealed_pages = pages.data()};
+      const auto set = [&](int64_t head, int64_t scales, int64_t zeros, int64_t at, float zero) {
+        std::byte* page = kv.SealedHead(/*sealed_id=*/1, head);
+        reinterpret_cast<uint16_t*>(page + scales)[at] = F32ToF16(0.5f);
+        reinterpret_cast<uint16_t*>(page + zeros)[at] = F32ToF16(zero);
+      };
+      for (int64_t head = 0; head < 2; ++head) {
+        for (int64_t t = 0; t < 32; ++t) {
+          for (int64_t d = 0; d < 40; ++d) {
+            set(head, layer.key_scales, layer.key_zeros, layer.KeyScaleIndex(t, d), -1.0f);
+            set(head, layer.value_scales, layer.value_zeros, layer.ValueScaleIndex(t, d), -1.0f);
+          }
+        }
+      }
+      EXPECT_EQ(CountSealedGroups(kv, 1).key.asymmetric, 0);
+      EXPECT_EQ(CountSealedGroups(kv, 1).value.asymmetric, 0);
+      for (const int64_t i : {0, 16, 39}) {  // of three groups, whatever the axis
+        const int64_t t = std::min<int64_t>(i, 31);
+        set(1, layer.key_scales, layer.key_zeros, layer.KeyScaleIndex(t, i), -1.25f);
+        set(0, layer.value_scales, layer.value_zeros, layer.ValueScaleIndex(t, i), 0.0f);
+      }
+      const LayerGroups groups = CountSealedGroups(kv, 1);
+      EXPECT_EQ(groups.key.groups, 2 * 32 * 40 / 8);
+      EXPECT_EQ(groups.key.asymmetric, 3);
+      EXPECT_EQ(groups.value.groups, 2 * 32 * 40 / 8);
+      EXPECT_EQ(groups.value.asymmetric, 3);
     }
   }
 }

@@ -39,7 +39,7 @@ class ApiTest : public testing::Test {
  protected:
   void SetUp() override { Start(ScriptedEngine()); }
 
-  void Start(std::unique_ptr<Engine> engine, std::vector<std::string> keys = {}) {
+  void Start(std::unique_ptr<Engine> engine) {
     engine_ = std::move(engine);
     metrics_ = std::make_unique<Metrics>("m", CacheInfo{});
     api_ = std::make_unique<OpenAiApi>(ApiModel{.id = "m",
@@ -47,7 +47,7 @@ class ApiTest : public testing::Test {
                                                 .tokenizer = std::make_shared<ByteTokenizer>(),
                                                 .chat_template = std::make_shared<PlainTemplate>(),
                                                 .stop_token_ids = {kFakeEos}},
-                                       std::move(keys), engine_.get(), metrics_.get());
+                                       engine_.get(), metrics_.get());
   }
 
   static HttpRequest Http(const json& body) {

@@ -1,206 +1,14 @@
 #include "server/http_server.h"
 
-#include <arpa/inet.h>
 #include <gtest/gtest.h>
-#include <poll.h>
-#include <sys/socket.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <map>
-#include <nlohmann/json.hpp>
-#include <optional>
-#include <thread>
 
 #include "server/log.h"
 #include "server/service.h"
 #include "tests/server/fake_model.h"
+#include "tests/server/http_test_util.h"
 
 namespace innerq {
 namespace {
-
-using nlohmann::json;
-using std::chrono::milliseconds;
-using std::chrono::steady_clock;
-
-struct Reply {
-  int status = 0;  // 0: the connection ended without an answer
-  std::map<std::string, std::string> headers;
-  std::string body;
-  bool complete = false;
-};
-
-// One TCP connection to a server on this machine, speaking bytes.
-class Client {
- public:
-  explicit Client(int port, int receive_buffer = 0) : fd_(::socket(AF_INET, SOCK_STREAM, 0)) {
-    if (receive_buffer > 0) {
-      ::setsockopt(fd_, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer));
-    }
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_port = htons(static_cast<uint16_t>(port));
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    connected_ = ::connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0;
-  }
-  ~Client() { Close(); }
-  Client(const Client&) = delete;
-  Client& operator=(const Client&) = delete;
-
-  bool connected() const { return connected_; }
-  void Close() {
-    if (fd_ >= 0) ::close(fd_);
-    fd_ = -1;
-  }
-  bool Send(std::string_view data) {
-    while (!data.empty()) {
-      const ssize_t n = ::send(fd_, data.data(), data.size(), MSG_NOSIGNAL);
-      if (n <= 0) return false;
-      data.remove_prefix(static_cast<size_t>(n));
-    }
-    return true;
-  }
-  // Reads until `text` has come; false at the end or after 10 s.
-  bool ReadUntil(std::string_view text) {
-    while (buffer_.find(text) == std::string::npos) {
-      if (!Fill()) return false;
-    }
-    return true;
-  }
-  // More bytes into the buffer; false at the end or after 10 s.
-  bool Fill() {
-    pollfd entry{.fd = fd_, .events = POLLIN, .revents = 0};
-    if (::poll(&entry, 1, 10'000) <= 0) return false;
-    char data[4096];
-    const ssize_t n = ::recv(fd_, data, sizeof(data), 0);
-    if (n <= 0) return false;
-    buffer_.append(data, static_cast<size_t>(n));
-    return true;
-  }
-  // Reads one answer.
-  Reply Read() {
-    Reply reply;
-    if (!ReadUntil("\r\n\r\n")) return reply;
-    const size_t end = buffer_.find("\r\n\r\n");
-    std::istringstream head(buffer_.substr(0, end + 2));
-    buffer_.erase(0, end + 4);
-    std::string line;
-    std::getline(head, line);
-    reply.status = std::stoi(line.substr(9, 3));
-    while (std::getline(head, line)) {
-      const size_t colon = line.find(": ");
-      reply.headers[line.substr(0, colon)] = line.substr(colon + 2, line.size() - colon - 3);
-    }
-    if (reply.headers.contains("Content-Length")) {
-      const size_t length = std::stoul(reply.headers["Content-Length"]);
-      while (buffer_.size() < length && Fill()) {
-      }
-      reply.complete = buffer_.size() >= length;
-      reply.body = buffer_.substr(0, length);
-      buffer_.erase(0, length);
-    } else if (reply.headers.contains("Transfer-Encoding")) {
-      for (;;) {
-        if (!ReadUntil("\r\n")) return reply;
-        const size_t size = std::stoul(buffer_, nullptr, 16);
-        const size_t begin = buffer_.find("\r\n") + 2;
-        while (buffer_.size() < begin + size + 2) {
-          if (!Fill()) return reply;
-        }
-        reply.body += buffer_.substr(begin, size);
-        buffer_.erase(0, begin + size + 2);
-        if (size == 0) break;
-      }
-      reply.complete = true;
-    } else {
-      while (Fill()) {
-      }
-      reply.complete = true;
-      reply.body = std::exchange(buffer_, "");
-    }
-    return reply;
-  }
-  // The server has closed the connection and sent nothing more.
-  bool AtEnd() { return buffer_.empty() && !Fill(); }
-
- private:
-  int fd_;
-  bool connected_ = false;
-  std::string buffer_;
-};
-
-std::string Get(const std::string& path, const std::string& more = "") {
-  return "GET " + path + " HTTP/1.1\r\nHost: x\r\n" + more + "\r\n";
-}
-std::string Post(const std::string& path, const std::string& body, const std::string& more = "") {
-  return "POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + more +
-         "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
-}
-template <typename Condition>
-bool Eventually(Condition condition) {
-  const auto deadline = steady_clock::now() + milliseconds(8000);
-  while (steady_clock::now() < deadline) {
-    if (condition()) return true;
-    std::this_thread::sleep_for(milliseconds(5));
-  }
-  return condition();
-}
-
-class HttpServerTest : public testing::Test {
- protected:
-  // Two routes of the test's own; small limits.
-  void StartEcho(HttpServerOptions options = {}) {
-    options.max_body_bytes = 1000;
-    Start(
-        options,
-        {{"POST", "/echo", [](const HttpRequest& r) { return HttpResponse{.body = r.body}; }},
-         {"GET", "/item/*", [](const HttpRequest& r) { return HttpResponse{.body = r.parameter}; }},
-         {"GET", "/throw", [](const HttpRequest&) -> HttpResponse { throw std::bad_alloc(); }},
-         {"GET", "/flood",
-          [this](const HttpRequest&) {
-            return HttpResponse{.stream = [this](HttpWriter& out) {
-              const std::string data(10'000, 'x');
-              while (out.Write(data)) {
-              }
-              ++floods_ended_;
-            }};
-          }},
-         {"GET", "/throw-late",
-          [](const HttpRequest&) {
-            return HttpResponse{.stream = [](HttpWriter& out) {
-              out.Write("begun");
-              throw std::runtime_error("late");
-            }};
-          }},
-         {"GET", "/wait", [this](const HttpRequest& r) {
-            ++waiting_;
-            while (!r.client_gone() && !released_) std::this_thread::sleep_for(milliseconds(2));
-            --waiting_;
-            return HttpResponse{.body = "waited"};
-          }}});
-  }
-  void Start(const HttpServerOptions& options, std::vector<HttpRoute> routes) {
-    auto server = HttpServer::Start(options, std::move(routes));
-    ASSERT_TRUE(server.ok()) << server.error().message;
-    server_ = std::move(server).value();
-  }
-  Reply Ask(const std::string& request) {
-    Client client(server_->port());
-    client.Send(request);
-    return client.Read();
-  }
-  // The reply is an error with OpenAI's four fields.
-  static void ExpectError(const Reply& reply, int status, const json& code) {
-    EXPECT_EQ(reply.status, status) << reply.body;
-    const json error = json::parse(reply.body, nullptr, false).value("error", json::object());
-    EXPECT_EQ(error.size(), 4u) << reply.body;
-    EXPECT_EQ(error.value("code", json()), code);
-    EXPECT_TRUE(error.contains("param") && error.contains("type") && error.contains("message"));
-  }
-
-  std::atomic<int> waiting_{0}, floods_ended_{0};
-  std::atomic<bool> released_{false};
-  std::unique_ptr<HttpServer> server_;
-};
 
 TEST_F(HttpServerTest, OneConnectionServesManyRequestsAlsoPipelined) {
   StartEcho();
@@ -238,6 +46,7 @@ TEST_F(HttpServerTest, UnknownPathsAndMethodsAreTold) {
   Reply reply = Ask(Get("/echo"));
   ExpectError(reply, 405, "method_not_allowed");
   EXPECT_EQ(reply.headers["Allow"], "POST");
+  ExpectError(Ask("BREW /echo HTTP/1.1\r\nHost: x\r\n\r\n"), 405, "method_not_allowed");
   ExpectError(Ask("DELETE /echo HTTP/1.1\r\nHost: x\r\n\r\n"), 405, "method_not_allowed");
   ExpectError(Ask("OPTIONS /item/x HTTP/1.1\r\nHost: x\r\n\r\n"), 405, "method_not_allowed");
   ExpectError(Ask(Get("/" + std::string(2000, 'a'))), 414, "bad_request");
@@ -248,13 +57,14 @@ TEST_F(HttpServerTest, MalformedRequestsGetAnErrorAndTheConnectionEnds) {
   StartEcho({.header_timeout = milliseconds(300)});
   for (const std::string request : {
            "nonsense\r\n\r\n",
-           "GET /item/x HTTP/9.9\r\n\r\n",
-           "BREW /item/x HTTP/1.1\r\n\r\n",
-           "POST /echo HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
-           "POST /echo HTTP/1.1\r\nContent-Length: -3\r\n\r\nabc",
-           "POST /echo HTTP/1.1\r\nContent-Length: 3x\r\n\r\nabc",
-           "POST /echo HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc",
-           "POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+           "GET /item/x HTTP/9.9\r\nHost: x\r\n\r\n",
+           "GET /item/x HTTP/1.1 \r\nHost: x\r\n\r\n",
+           "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: -3\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3x\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: "
+           "chunked\r\n\r\nabc",
+           "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
        }) {
     Client client(server_->port());
     client.Send(request);
@@ -263,7 +73,8 @@ TEST_F(HttpServerTest, MalformedRequestsGetAnErrorAndTheConnectionEnds) {
     EXPECT_TRUE(client.AtEnd()) << request;
   }
   ExpectError(Ask("POST /echo HTTP/1.1\r\nHost: x\r\n\r\n"), 411, "bad_request");
-  ExpectError(Ask("POST /echo HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n"), 501, "bad_request");
+  ExpectError(Ask("POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n"), 501,
+              "bad_request");
   ExpectError(Ask(Post("/echo", "x", "Content-Encoding: gzip\r\n")), 415, "bad_request");
   // A request line that never ends is not waited for.
   const auto start = steady_clock::now();
@@ -283,11 +94,11 @@ TEST_F(HttpServerTest, TooLargeBodiesAreRefusedHoweverTheyAreSent) {
   EXPECT_EQ(Ask(Post("/echo", std::string(1000, 'x'))).body.size(), 1000u);
   ExpectError(Ask(Post("/echo", std::string(1001, 'x'))), 413, "request_too_large");
   ExpectError(Ask(Post("/echo", std::string(3'000'000, 'x'))), 413, "request_too_large");
-  ExpectError(Ask("POST /echo HTTP/1.1\r\nContent-Length: 99999999999999\r\n\r\nabc"), 413,
-              "request_too_large");
+  ExpectError(Ask("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999\r\n\r\nabc"),
+              413, "request_too_large");
   std::string chunks;
   for (int i = 0; i < 100; ++i) chunks += "14\r\n" + std::string(20, 'y') + "\r\n";
-  const std::string head = "POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+  const std::string head = "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
   ExpectError(Ask(head + chunks + "0\r\n\r\n"), 413, "request_too_large");
   EXPECT_EQ(Ask(head + chunks.substr(0, 26 * 50) + "0\r\n\r\n").body, std::string(1000, 'y'));
 }
@@ -377,8 +188,8 @@ TEST_F(HttpServerTest, APortInUseIsAnErrorThatNamesIt) {
 class ServiceTest : public HttpServerTest {
  protected:
   void StartService(std::unique_ptr<Engine> engine) {
-    service_ = std::make_unique<Service>("1.2.3");
-    Start({}, service_->Routes());
+    service_ = std::make_unique<Service>("1.2.3", &access_);
+    Start({.on_answer = LogAnswer}, service_->Routes());
     if (engine) Open(std::move(engine));
   }
   void Open(std::unique_ptr<Engine> engine) {
@@ -387,7 +198,6 @@ class ServiceTest : public HttpServerTest {
                               .tokenizer = std::make_shared<ByteTokenizer>(),
                               .chat_template = std::make_shared<PlainTemplate>(),
                               .stop_token_ids = {kFakeEos}},
-                    .api_keys = {},
                     .cache = {},
                     .engine = std::move(engine)});
   }
@@ -407,6 +217,7 @@ class ServiceTest : public HttpServerTest {
       return stats.accepted == stats.finished && stats.running == 0 && stats.waiting == 0;
     });
   }
+  Access access_;
   std::unique_ptr<Service> service_;
 };
 
@@ -451,6 +262,42 @@ TEST_F(ServiceTest, WhatIsThrownInsideIsLoggedAndNotTold) {
   };
   EXPECT_TRUE(logged(ask("throw", false), "secret of the tokenizer"));
   EXPECT_TRUE(logged(ask("|", true), "secret of the detokenizer"));
+}
+
+TEST_F(ServiceTest, EveryUseOfTheModelIsOneLineOfTheLogWithItsId) {
+  ConfigureLog({.level = "info", .json = true});
+  StartService(ScriptedEngine());
+  const auto lines = [this](const std::string& request) {
+    testing::internal::CaptureStderr();
+    Ask(request);
+    EXPECT_TRUE(server_->WaitUntilIdle(milliseconds(5000)));
+    return testing::internal::GetCapturedStderr();
+  };
+  const auto message = [&](const std::string& request) {
+    return json::parse(lines(request))["message"].get<std::string>();  // throws if there are two
+  };
+  for (const bool stream : {false, true}) {
+    std::string request = Completion(3, stream);
+    request.insert(request.find("Content-Length"), "X-Request-Id: r8\r\n");
+    const std::string line = message(request);
+    EXPECT_TRUE(line.starts_with("request r8: POST /v1/completions 200 in ")) << line;
+    EXPECT_TRUE(line.ends_with(" ms, 2 prompt and 3 completion tokens, length")) << line;
+  }
+  EXPECT_EQ(lines(Get("/health")), "");
+  // What a client makes up cannot look like a line of ours.
+  EXPECT_NE(message(Get("/none", "X-Request-Id: r9\", \"level\": \"error\r\n")).find("req-"),
+            std::string::npos);
+  EXPECT_EQ(message(Get("/none%22%5c")).find("%"), std::string::npos);
+}
+
+TEST_F(ServiceTest, KeysAreAskedForWhereTheModelIsUsed) {
+  Access access({"k"});
+  Service service("1", &access);
+  Start({}, service.Routes());
+  ExpectError(Ask(Completion(1, false)), 401, "invalid_api_key");  // also while loading
+  EXPECT_EQ(Ask(Get("/health")).status, 200);
+  EXPECT_EQ(Ask(Get("/version")).status, 200);
+  server_.reset();
 }
 
 TEST(ClientUrl, IsAnAddressThatAClientHereCanUse) {

@@ -197,26 +197,6 @@ TEST_F(ApiTest, AnUnknownModelIsNotFound) {
   EXPECT_EQ(json::parse(api_->ListModels().body)["data"][0]["object"], "model");
 }
 
-TEST_F(ApiTest, KeysAreAskedForAndCompared) {
-  Start(ScriptedEngine(), {"first-key", "second"});
-  HttpRequest request = Http({{"model", "m"}, {"prompt", "a"}, {"max_tokens", 1}});
-  const auto status = [&] { return api_->Complete(request, false).status; };
-  EXPECT_EQ(status(), 401);
-  request.authorization = "Bearer first-key";
-  EXPECT_EQ(status(), 200);
-  request.authorization = "Bearer first-keY";
-  EXPECT_EQ(status(), 401);
-  request.authorization = "Bearer ";
-  EXPECT_EQ(status(), 401);
-  request.authorization = "Basic second";
-  EXPECT_EQ(status(), 401);
-  request.api_key = "second";
-  EXPECT_EQ(status(), 200);
-  request.api_key = "secondsecond";
-  EXPECT_EQ(status(), 401);
-  EXPECT_EQ(api_->ListModels().status, 200);
-}
-
 TEST_F(ApiTest, AFullQueueAndADrainingServerSayWhenToComeBack) {
   EngineOptions options{.max_sequences = 1, .max_queue = 1, .max_context = 1024};
   Start(ScriptedEngine(milliseconds(2), options));
@@ -280,7 +260,7 @@ TEST_F(ApiTest, AnswersWithoutSeedDifferAndWithSeedDoNot) {
   EXPECT_GT(texts.size(), 1u);
 }
 
-TEST_F(ApiTest, MetricsAreValidAndCountWhatHappened) {
+TEST_F(ApiTest, MetricsCountWhatHappened) {
   Answer(false, {{"prompt", "a"}, {"max_tokens", 3}});
   Answer(false, {{"prompt", " "}});
   Refusal(false, {{"prompt", "#"}}, 500);
@@ -299,19 +279,6 @@ TEST_F(ApiTest, MetricsAreValidAndCountWhatHappened) {
       << text;
   EXPECT_TRUE(has(R"(innerq:requests_accepted_total{model_name="m"} 3)"));
   EXPECT_TRUE(has(R"(innerq:requests_finished_total{model_name="m"} 3)"));
-  // Every sample's family was announced, once.
-  std::string family;
-  std::istringstream lines(text);
-  std::set<std::string> families;
-  for (std::string line; std::getline(lines, line);) {
-    if (line.starts_with("# HELP ")) {
-      family = line.substr(7, line.find(' ', 7) - 7);
-      EXPECT_TRUE(families.insert(family).second) << family;
-    } else if (!line.starts_with("# TYPE " + family + " ")) {
-      EXPECT_TRUE(line.starts_with(family)) << line;
-      EXPECT_NE(line.find("{model_name=\"m\""), std::string::npos) << line;
-    }
-  }
 }
 
 }  // namespace

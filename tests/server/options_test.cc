@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "server/config_schema.h"
+#include "server/http_server.h"
 
 namespace innerq {
 namespace {
@@ -132,6 +133,64 @@ TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
   EXPECT_EQ(Refusal(R"({"server": {"max_body": "2GiB"}})").param, "server.max_body");
 }
 
+TEST(Options, TheServersLimitsAreThoseOfTheHttpServerUnlessGiven) {
+  const ServerOptions defaults = Accepted("{}").server;
+  const HttpServerOptions http;
+  EXPECT_EQ(defaults.max_connections, http.max_connections);
+  EXPECT_EQ(defaults.max_body_bytes, http.max_body_bytes);
+  EXPECT_EQ(defaults.max_header_bytes, http.max_header_bytes);
+  EXPECT_EQ(defaults.header_timeout, http.header_timeout);
+  EXPECT_EQ(defaults.read_timeout, http.read_timeout);
+  EXPECT_EQ(defaults.write_timeout, http.write_timeout);
+  EXPECT_EQ(defaults.keep_alive_timeout, http.keep_alive_timeout);
+  EXPECT_TRUE(defaults.cors_origins.empty() && defaults.allowed_hosts.empty());
+  EXPECT_EQ(defaults.api_key_file, "");
+
+  const ServerOptions given = Accepted(R"({"server": {"api_key_file": "keys", "max_header": "2KiB",
+      "header_timeout_seconds": 1, "read_timeout_seconds": 2, "write_timeout_seconds": 3,
+      "keep_alive_seconds": 4, "drain_seconds": 5, "cors_origins": ["https://a.b:1", "*"],
+      "allowed_hosts": ["gpu1.lan"],
+      "key_limits": {"requests_per_minute": 6, "concurrent_requests": 7}}})")
+                                  .server;
+  EXPECT_EQ(given.api_key_file, "keys");
+  EXPECT_EQ(given.max_header_bytes, 2048);
+  EXPECT_EQ(given.header_timeout.count(), 1);
+  EXPECT_EQ(given.read_timeout.count(), 2);
+  EXPECT_EQ(given.write_timeout.count(), 3);
+  EXPECT_EQ(given.keep_alive_timeout.count(), 4);
+  EXPECT_EQ(given.drain_timeout.count(), 5);
+  EXPECT_EQ(given.cors_origins, (std::vector<std::string>{"https://a.b:1", "*"}));
+  EXPECT_EQ(given.allowed_hosts, std::vector<std::string>{"gpu1.lan"});
+  EXPECT_EQ(given.key_limits.requests_per_minute, 6);
+  EXPECT_EQ(given.key_limits.concurrent_requests, 7);
+}
+
+TEST(Options, ServerKeysThatCannotWorkAreRefused) {
+  const auto param = [](const std::string& server) {
+    return Refusal("{\"server\": {" + server + "}}").param;
+  };
+  EXPECT_EQ(param(R"("max_header": "1KB")"), "server.max_header");
+  EXPECT_EQ(param(R"("max_header": "2MiB")"), "server.max_header");
+  EXPECT_EQ(param(R"("read_timeout_seconds": 0)"), "server.read_timeout_seconds");
+  EXPECT_EQ(param(R"("key_limits": {"requests_per_minute": 5})"), "server.key_limits");
+  EXPECT_EQ(param(R"("key_limits": {"per_day": 5}, "api_keys": ["a"])"),
+            "server.key_limits.per_day");
+  for (const char* origin : {"a.example", "https://", "https://a/", "https://a b", ""}) {
+    EXPECT_EQ(param("\"cors_origins\": [\"" + std::string(origin) + "\"]"),
+              "server.cors_origins.0");
+  }
+  EXPECT_EQ(param(R"("allowed_hosts": ["a:80"])"), "server.allowed_hosts.0");
+}
+
+TEST(Options, MessagesNeverTellAKey) {
+  for (const char* keys : {R"(["sk secret"])", R"(["secret\u0000"])", R"(["ok", "secret\u00e9"])",
+                           R"("secret")", R"([["secret"]])", R"({"secret": 1})", R"([""])"}) {
+    const Error error = Refusal(R"({"server": {"api_keys": )" + std::string(keys) + "}}");
+    EXPECT_TRUE(error.param.starts_with("server.api_keys")) << error.param;
+    EXPECT_EQ(error.message.find("secret"), std::string::npos) << error.message;
+  }
+}
+
 TEST(Options, LayerOverridesCarryOnlyWhatTheyName) {
   const Options options = Accepted(R"({"kv_cache": {"layers": [
       {"range": "0-1", "key": {"bits": 8}}, {"range": "3", "value": {"mode": "hybrid"},
@@ -202,6 +261,14 @@ TEST(Options, ARelativeModelPathIsFoundBesideTheConfigurationOrAboveIt) {
     EXPECT_TRUE(std::filesystem::equivalent(options->model.path, root / "models" / "tiny"));
     EXPECT_EQ(options->model.alias, "tiny");
   }
+  std::ofstream(root / "keys.txt") << "k\n";
+  const auto keyed = LoadOptions(root / "configs" / "a.json", {"server.api_key_file=keys.txt"});
+  ASSERT_TRUE(keyed.ok()) << keyed.error().message;
+  EXPECT_TRUE(std::filesystem::equivalent(keyed->server.api_key_file, root / "keys.txt"));
+  const auto keyless = LoadOptions(root / "b.json", {"server.api_key_file=none.txt"});
+  ASSERT_FALSE(keyless.ok());
+  EXPECT_EQ(keyless.error().param, "server.api_key_file");
+  EXPECT_NE(keyless.error().message.find("none.txt"), std::string::npos);
   const auto absent = LoadOptions(root / "c.json", {});
   ASSERT_FALSE(absent.ok());
   EXPECT_EQ(absent.error().code, ErrorCode::kNotFound);

@@ -1,2 +1,2 @@
 // Breaks the include rules, for the test of their check; never compiled.
-#include <httplib.h>
+#include <netdb.h>
