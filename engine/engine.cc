@@ -50,6 +50,7 @@ class ThreadedEngine final : public Engine {
   bool Drain(std::chrono::milliseconds timeout) override;
   bool ready() const override;
   EngineStats Stats() const override;
+  std::vector<RunningRequest> Running() const override;
   const EngineOptions& options() const override { return options_; }
 
  private:
@@ -82,6 +83,7 @@ class ThreadedEngine final : public Engine {
   std::deque<std::unique_ptr<Sequence>> queue_;
   State state_ = State::kServing;
   EngineStats stats_;  // `waiting` is the scheduler's part; the queue comes on top
+  std::vector<RunningRequest> running_;
   RateWindow finish_rate_;
 
   std::jthread thread_;  // last: stops and joins before the rest goes
@@ -141,7 +143,7 @@ Result<ResponseReader> ThreadedEngine::Submit(Request request) {
                                                       " requests wait, at most " +
                                                       std::to_string(options_.max_queue) + " may"};
     }
-    ++stats_.accepted;
+    sequence->number = ++stats_.accepted;
     queue_.push_back(std::move(sequence));
   }
   work_.notify_one();
@@ -170,6 +172,11 @@ EngineStats ThreadedEngine::Stats() const {
   stats.waiting += static_cast<int64_t>(queue_.size());
   stats.finish_per_second = finish_rate_.PerSecond(Clock::now());
   return stats;
+}
+
+std::vector<RunningRequest> ThreadedEngine::Running() const {
+  const Lock lock(mutex_);
+  return running_;
 }
 
 void ThreadedEngine::Run(std::stop_token stop) noexcept {
@@ -305,6 +312,15 @@ void ThreadedEngine::PublishGauges(const Lock&) {
   stats_.preemptions = scheduler_.num_preemptions();
   stats_.open_pages_used = used.open;
   stats_.sealed_pages_used = used.sealed;
+  running_.clear();
+  for (const auto& sequence : scheduler_.running()) {
+    running_.push_back({.number = sequence->number,
+                        .prompt_tokens = sequence->prompt_length(),
+                        .computed_tokens = sequence->num_computed,
+                        .generated_tokens = sequence->num_generated(),
+                        .max_tokens = sequence->request.max_tokens,
+                        .pages = sequence->pages.num_pages()});
+  }
 }
 
 }  // namespace

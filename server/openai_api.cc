@@ -98,6 +98,26 @@ HttpResponse ErrorResponse(const ApiError& error) {
   return response;
 }
 
+ApiError UnauthorizedError() {
+  return {.status = 401,
+          .message = "A valid API key is required.",
+          .type = "authentication_error",
+          .code = "invalid_api_key"};
+}
+
+ApiError UnknownModelError(const std::string& id) {
+  return {.status = 404,
+          .message = "The model '" + id + "' does not exist.",
+          .param = "model",
+          .code = "model_not_found"};
+}
+
+ApiError NoChatTemplateError(const ApiModel& model) {
+  return {.message = "The model '" + model.id + "' has no chat template.",
+          .param = "messages",
+          .code = "unsupported_parameter"};
+}
+
 OpenAiApi::OpenAiApi(ApiModel model, std::vector<std::string> api_keys, Engine* engine,
                      Metrics* metrics)
     : model_(std::move(model)),
@@ -122,12 +142,7 @@ HttpResponse OpenAiApi::ListModels() const {
 }
 
 HttpResponse OpenAiApi::GetModel(const std::string& id) const {
-  if (id != model_.id) {
-    return ErrorResponse({.status = 404,
-                          .message = "The model '" + id + "' does not exist.",
-                          .param = "model",
-                          .code = "model_not_found"});
-  }
+  if (id != model_.id) return ErrorResponse(UnknownModelError(id));
   return {.body = ModelJson(model_.id, model_.created, engine_->options().max_context)};
 }
 
@@ -172,11 +187,7 @@ ApiError OpenAiApi::ReportFailure(const Error& error, const std::string& request
 std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api) {
   Request request;
   if (api.chat) {
-    if (!model_.chat_template) {
-      return ApiError{.message = "The model '" + model_.id + "' has no chat template.",
-                      .param = "messages",
-                      .code = "unsupported_parameter"};
-    }
+    if (!model_.chat_template) return NoChatTemplateError(model_);
     auto prompt = EncodeChat(api.messages, *model_.tokenizer, *model_.chat_template);
     if (!prompt) return ToApiError(prompt.error());
     request.prompt = std::move(prompt).value();
@@ -211,12 +222,7 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
 
 HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   const auto arrival = steady_clock::now();
-  if (!Authorized(http)) {
-    return ErrorResponse({.status = 401,
-                          .message = "A valid API key is required.",
-                          .type = "authentication_error",
-                          .code = "invalid_api_key"});
-  }
+  if (!Authorized(http)) return ErrorResponse(UnauthorizedError());
   auto parsed = ParseApiRequest(http.body, chat);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const ApiRequest& api = std::get<ApiRequest>(parsed);

@@ -47,9 +47,10 @@ class OpenAiApi {
   // GET /v1/models and /v1/models/{id}.
   HttpResponse ListModels() const;
   HttpResponse GetModel(const std::string& id) const;
+  // Whether a request shows one of the keys, or none is asked for.
+  bool Authorized(const HttpRequest& http) const;
 
  private:
-  bool Authorized(const HttpRequest& http) const;
   // Checks what the engine does not, and fills what the client left open.
   std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api);
   uint64_t RandomSeed();
@@ -68,5 +69,10 @@ class OpenAiApi {
 
 // An error as an HTTP answer.
 HttpResponse ErrorResponse(const ApiError& error);
+
+// Refusals that several endpoints give.
+ApiError UnauthorizedError();
+ApiError UnknownModelError(const std::string& id);
+ApiError NoChatTemplateError(const ApiModel& model);
 
 }  // namespace innerq

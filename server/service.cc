@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "server/openapi.h"
 #include "server/utf8.h"
 
 namespace innerq {
@@ -57,6 +58,8 @@ void Service::Open(Parts parts) {
   CHECK(!open_, "a service opened twice");
   engine_ = std::move(parts.engine);
   metrics_ = std::make_unique<Metrics>(parts.model.id, parts.cache);
+  utilities_ =
+      std::make_unique<UtilityApi>(parts.model, std::move(parts.props), parts.cache, engine_.get());
   api_ = std::make_unique<OpenAiApi>(std::move(parts.model), std::move(parts.api_keys),
                                      engine_.get(), metrics_.get());
   open_ = true;
@@ -79,10 +82,17 @@ std::vector<HttpRoute> Service::Routes() {
       return open_ ? handle(request) : Unavailable("The model is still loading.");
     });
   };
+  // Of those, the ones that ask for a key by this check; generation has its own.
+  const auto add_keyed = [this, &add_open](std::string method, std::string path, auto handle) {
+    add_open(std::move(method), std::move(path), [this, handle](const HttpRequest& request) {
+      return api_->Authorized(request) ? handle(request) : ErrorResponse(UnauthorizedError());
+    });
+  };
   add("GET", "/health", [](const HttpRequest&) { return Json("{\"status\": \"ok\"}"); });
   add("GET", "/ready", [this](const HttpRequest&) { return Ready(); });
   add("GET", "/version",
       [this](const HttpRequest&) { return Json("{\"version\": " + QuoteJson(version_) + "}"); });
+  add("GET", "/openapi.json", [](const HttpRequest&) { return Json(kOpenApi); });
   add_open("GET", "/metrics", [this](const HttpRequest&) {
     return HttpResponse{.content_type = "text/plain; version=0.0.4; charset=utf-8",
                         .body = metrics_->Render(engine_->Stats())};
@@ -94,6 +104,16 @@ std::vector<HttpRoute> Service::Routes() {
            [this](const HttpRequest& request) { return api_->Complete(request, false); });
   add_open("POST", "/v1/chat/completions",
            [this](const HttpRequest& request) { return api_->Complete(request, true); });
+  add_keyed("POST", "/tokenize",
+            [this](const HttpRequest& request) { return utilities_->Tokenize(request); });
+  add_keyed("POST", "/detokenize",
+            [this](const HttpRequest& request) { return utilities_->Detokenize(request); });
+  add_keyed("POST", "/apply-template",
+            [this](const HttpRequest& request) { return utilities_->ApplyTemplate(request); });
+  add_keyed("GET", "/tokenizer_info",
+            [this](const HttpRequest&) { return utilities_->TokenizerInfo(); });
+  add_keyed("GET", "/props", [this](const HttpRequest&) { return utilities_->Props(); });
+  add_keyed("GET", "/slots", [this](const HttpRequest&) { return utilities_->Slots(); });
   return routes;
 }
 

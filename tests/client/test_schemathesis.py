@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Tests the API against a description of it with Schemathesis.
+
+Usage: test_schemathesis.py BINARY CONFIG [OPENAI_YAML]
+Needs the packages of requirements-schemathesis.txt. Without OPENAI_YAML the description is the
+server's own /openapi.json: no answer may be a 5xx, have an undocumented status, header or content
+type, or differ from its schema; bodies that the schema excludes must be refused. With it, the
+description is OpenAI's, reduced to the operations that are served and to the parameters that are
+honoured; README.md in this directory says what does not hold there, and why.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import urllib.request
+
+import yaml
+from server_process import metrics, model_id, serve
+
+SERVED = {"/completions": "post", "/chat/completions": "post", "/models": "get",
+          "/models/{model}": "get"}
+CHECKS = ["not_a_server_error", "content_type_conformance", "response_headers_conformance",
+          "response_schema_conformance", "negative_data_rejection"]
+OWN_CHECKS = CHECKS + ["status_code_conformance", "unsupported_method", "allow_header_conformance"]
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return json.load(reply)
+
+
+def own_description(url):
+    """The server's description, narrowed to the model and the vocabulary that it serves: else
+    most requests would end there."""
+    description = get(url + "/openapi.json")
+    schemas = description["components"]["schemas"]
+    schemas["ModelId"]["enum"] = [model_id(url)]
+    schemas["TokenId"]["maximum"] = get(url + "/tokenizer_info")["vocab_size"] - 1
+    return description
+
+
+def honoured(description, path):
+    """The names that the server honours, or has as null alone, in a body of one endpoint."""
+    schema = description["paths"]["/v1" + path]["post"]["requestBody"]["content"][
+        "application/json"]["schema"]
+    properties = description["components"]["schemas"][schema["$ref"].split("/")[-1]]["properties"]
+    return {name for name, value in properties.items()
+            if value.get("$ref") != "#/components/schemas/Unsupported"}
+
+
+def references(node):
+    """All components that a part of a description refers to."""
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"].removeprefix("#/components/").split("/")
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from references(child)
+
+
+def flatten(schema, components):
+    """An object schema whose allOf parts are merged into one."""
+    if "$ref" in schema:
+        schema = components["schemas"][schema["$ref"].split("/")[-1]]
+    merged = {key: value for key, value in schema.items() if key != "allOf"}
+    merged["properties"] = dict(merged.get("properties", {}))
+    merged["required"] = list(merged.get("required", []))
+    for part in schema.get("allOf", []):
+        part = flatten(part, components)
+        merged["properties"] |= part["properties"]
+        merged["required"] += part["required"]
+    return merged
+
+
+def openai_description(url, path):
+    """OpenAI's description of what is served here; prints the parameters that it leaves out."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    with open(path, encoding="utf-8") as file:
+        whole = yaml.load(file, Loader=loader)
+    own = own_description(url)
+    paths = {}
+    for name, method in SERVED.items():
+        operation = whole["paths"][name][method]
+        if method == "post":
+            content = operation["requestBody"]["content"]["application/json"]
+            schema = flatten(content["schema"], whole["components"])
+            left_out = sorted(set(schema["properties"]) - honoured(own, name))
+            print(f"{name}: not honoured here: {', '.join(left_out)}")
+            schema["properties"] = {key: value for key, value in schema["properties"].items()
+                                    if key not in left_out}
+            schema["properties"]["model"] = {"enum": [model_id(url)]}
+            content["schema"] = schema
+        paths["/v1" + name] = {method: operation}
+    components = {}
+    pending = list(references(paths))
+    while pending:
+        kind, name = pending.pop()
+        if name not in components.setdefault(kind, {}):
+            components[kind][name] = whole["components"][kind][name]
+            pending += references(components[kind][name])
+    return {"openapi": whole["openapi"], "info": whole["info"], "paths": paths,
+            "components": components}
+
+
+def run(url, description, checks, max_examples):
+    """Runs Schemathesis; returns its exit code."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = pathlib.Path(directory) / "description.json"
+        file.write_text(json.dumps(description), encoding="utf-8")
+        command = [pathlib.Path(sys.executable).with_name("st"), "run", file, "--url", url,
+                   "--checks", ",".join(checks), "--max-examples", str(max_examples),
+                   "--phases", "examples,coverage,fuzzing", "--workers", "2", "--seed", "1",
+                   "--request-timeout", "60", "--suppress-health-check", "all",
+                   "--generation-database", "none", "--warnings", "off", "--no-shrink"]
+        command += os.environ.get("SCHEMATHESIS_OPTIONS", "").split()
+        return subprocess.run(command, cwd=directory, check=False).returncode
+
+
+def main():
+    binary, config = sys.argv[1:3]
+    # A short context keeps answers short; a client's request may ask for all of it.
+    with serve(binary, config, "scheduler.max_context=96", "log.level=warn") as url:
+        if len(sys.argv) > 3:
+            code = run(url, openai_description(url, sys.argv[3]), CHECKS, 60)
+        else:
+            code = run(url, own_description(url), OWN_CHECKS, 20)
+        after = metrics(url)
+        assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0, after
+        print(f"{after['innerq:requests_accepted_total']:.0f} requests reached the engine")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
