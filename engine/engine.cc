@@ -75,6 +75,7 @@ class ThreadedEngine final : public Engine {
   const int64_t vocab_size_;
   Scheduler scheduler_;
   SamplerScratch scratch_;
+  int64_t num_admitted_ = 0;
 
   mutable std::mutex mutex_;
   // Guarded by mutex_.
@@ -143,7 +144,7 @@ Result<ResponseReader> ThreadedEngine::Submit(Request request) {
                                                       " requests wait, at most " +
                                                       std::to_string(options_.max_queue) + " may"};
     }
-    sequence->number = ++stats_.accepted;
+    ++stats_.accepted;
     queue_.push_back(std::move(sequence));
   }
   work_.notify_one();
@@ -195,7 +196,10 @@ bool ThreadedEngine::WaitForWork(const std::stop_token& stop) {
   Lock lock(mutex_);
   PublishGauges(lock);
   work_.wait(lock, stop, [this] { return !queue_.empty() || !scheduler_.empty(); });
-  for (auto& sequence : queue_) scheduler_.Admit(std::move(sequence));
+  for (auto& sequence : queue_) {
+    sequence->number = ++num_admitted_;
+    scheduler_.Admit(std::move(sequence));
+  }
   queue_.clear();
   PublishGauges(lock);
   return !stop.stop_requested();

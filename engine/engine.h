@@ -42,7 +42,7 @@ struct EngineStats {
 
 // How far a running request has come. Nothing of what it says.
 struct RunningRequest {
-  int64_t number = 0;  // of acceptance, from 1
+  int64_t number = 0;  // by arrival, from 1
   int64_t prompt_tokens = 0;
   int64_t computed_tokens = 0;  // of prompt and answer, in the cache
   int64_t generated_tokens = 0;

@@ -4,8 +4,8 @@
 Usage: test_schemathesis.py BINARY CONFIG [OPENAI_YAML]
 Needs the packages of requirements-schemathesis.txt. Without OPENAI_YAML the description is the
 server's own /openapi.json: no answer may be a 5xx, have an undocumented status, header or content
-type, or differ from its schema; bodies that the schema excludes must be refused. With it, the
-description is OpenAI's, reduced to the operations that are served and to the parameters that are
+type, or differ from its schema; bodies that the schema excludes must be refused; and the chunks of
+streams, which Schemathesis does not look into, must fit theirs. With it, the description is OpenAI's, reduced to the operations that are served and to the parameters that are
 honoured; README.md in this directory says what does not hold there, and why.
 """
 
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import urllib.request
 
+import jsonschema_rs
 import yaml
 from server_process import metrics, model_id, serve
 
@@ -106,6 +107,38 @@ def openai_description(url, path):
             "components": components}
 
 
+def check_streams(url, description):
+    """Every chunk of a streamed answer, and /slots meanwhile, are as described."""
+    def validator(schema):
+        return jsonschema_rs.Draft202012Validator(
+            {**schema, "components": description["components"]})
+
+    slots = validator(description["paths"]["/slots"]["get"]["responses"]["200"]["content"][
+        "application/json"]["schema"])
+    for path, name, body in (
+            ("/v1/completions", "CompletionChunk", {"prompt": "Hello", "logprobs": 2}),
+            ("/v1/chat/completions", "ChatChunk", {
+                "messages": [{"role": "user", "content": "Hello"}], "logprobs": True,
+                "top_logprobs": 2})):
+        chunk = validator({"$ref": f"#/components/schemas/{name}"})
+        body |= {"model": model_id(url), "max_tokens": 60, "ignore_eos": True, "stream": True,
+                 "stream_options": {"include_usage": True}}
+        request = urllib.request.Request(url + path, json.dumps(body).encode())
+        seen = 0
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            events = (line.decode().strip().removeprefix("data: ") for line in reply)
+            events = (event for event in events if event)
+            for event in events:
+                if event == "[DONE]":
+                    break
+                chunk.validate(json.loads(event))
+                seen += 1
+                if seen == 1:
+                    slots.validate(get(url + "/slots"))
+            assert event == "[DONE]" and next(events, None) is None, event
+        print(f"{path}: {seen} chunks are {name}s")
+
+
 def run(url, description, checks, max_examples):
     """Runs Schemathesis; returns its exit code."""
     with tempfile.TemporaryDirectory() as directory:
@@ -127,7 +160,9 @@ def main():
         if len(sys.argv) > 3:
             code = run(url, openai_description(url, sys.argv[3]), CHECKS, 60)
         else:
-            code = run(url, own_description(url), OWN_CHECKS, 20)
+            description = own_description(url)
+            check_streams(url, description)
+            code = run(url, description, OWN_CHECKS, 60)
         after = metrics(url)
         assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0, after
         print(f"{after['innerq:requests_accepted_total']:.0f} requests reached the engine")

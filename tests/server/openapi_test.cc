@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cctype>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -121,11 +123,13 @@ TEST_F(OpenApiTest, EveryReferenceLeadsSomewhere) {
 
 TEST_F(OpenApiTest, ItIsServedWordForWordEvenWhileLoading) {
   Service loading("1");
+  int found = 0;
   for (const HttpRoute& route : loading.Routes()) {
-    if (route.path == "/openapi.json") {
-      EXPECT_EQ(Ask(route, "", "").body, kOpenApi);
-    }
+    if (route.path != "/openapi.json") continue;
+    ++found;
+    EXPECT_EQ(Ask(route, "", "").body, kOpenApi);
   }
+  EXPECT_EQ(found, 1);
 }
 
 TEST_F(OpenApiTest, KeysAreAskedForWhereItSaysSo) {
@@ -140,7 +144,9 @@ TEST_F(OpenApiTest, KeysAreAskedForWhereItSaysSo) {
 }
 
 // Parameters that are described before they are read.
-const Names kAhead = {"include_stop_str_in_output"};
+const Names kAhead = {"include_stop_str_in_output", "skip_special_tokens"};
+const Names kAheadCompletions = {"include_stop_str_in_output", "skip_special_tokens",
+                                 "add_special_tokens"};
 
 TEST_F(OpenApiTest, DescribesEveryParameterThatIsReadAndNoOther) {
   const auto expect = [](const std::string& path, const std::vector<std::string_view>& read,
@@ -149,7 +155,7 @@ TEST_F(OpenApiTest, DescribesEveryParameterThatIsReadAndNoOther) {
     names.insert(ahead.begin(), ahead.end());
     EXPECT_EQ(Keys(BodyProperties(path)), names) << path;
   };
-  expect("/v1/completions", ApiParameterNames(/*chat=*/false), kAhead);
+  expect("/v1/completions", ApiParameterNames(/*chat=*/false), kAheadCompletions);
   expect("/v1/chat/completions", ApiParameterNames(/*chat=*/true), kAhead);
   expect("/tokenize", UtilityParameterNames(UtilityEndpoint::kTokenize), {});
   expect("/detokenize", UtilityParameterNames(UtilityEndpoint::kDetokenize), {});
@@ -170,16 +176,18 @@ TEST_F(OpenApiTest, UnknownNamesAreRefusedWhereItSaysSo) {
 
 TEST_F(OpenApiTest, RangesAndNullsAreThoseOfTheCode) {
   const std::map<std::string, json> minimal = {
-      {"/v1/completions", {{"model", "m"}, {"prompt", "a"}, {"max_tokens", 20}}},
+      {"/v1/completions", {{"model", "m"}, {"prompt", "a"}, {"max_tokens", 2}, {"seed", 1}}},
       {"/v1/chat/completions",
        {{"model", "m"},
         {"messages", {{{"role", "user"}, {"content", "a"}}}},
-        {"max_tokens", 20},
+        {"max_tokens", 2},
+        {"seed", 1},
         {"logprobs", true}}}};
   int checked = 0;
-  for (const auto& [path, body] : minimal) {
-    const auto status = [&, this](const std::string& name, const json& value) {
-      json request = body;
+  for (const auto& entry : minimal) {
+    const std::string& path = entry.first;
+    const auto status = [&](const std::string& name, const json& value) {
+      json request = entry.second;
       request[name] = value;
       ++checked;
       return Post(path, request).status;

@@ -206,23 +206,34 @@ TEST_F(UtilityTest, SlotsShowRunningRequestsWithoutTheirTexts) {
   EXPECT_EQ(Answered(api_->Slots()), json::array());
   engine_ = ScriptedEngine(std::chrono::milliseconds(2));
   api_ = std::make_unique<UtilityApi>(model_, ServerProps{}, CacheInfo{}, engine_.get());
-  auto reader = engine_->Submit({.prompt = {97, 98, 99}, .max_tokens = 1000});
+  Request request;
+  request.prompt = {97, 98, 99};
+  request.max_tokens = 1000;
+  auto reader = engine_->Submit(std::move(request));
   ASSERT_TRUE(reader.ok());
-  ASSERT_FALSE((*reader)->NextBatch(std::chrono::seconds(60)).empty());
-  const json slots = Answered(api_->Slots());
+  // Once the second token has come, the step of the first is published.
+  for (size_t read = 0; read < 2;) {
+    const auto events = (*reader)->NextBatch(std::chrono::seconds(60));
+    ASSERT_FALSE(events.empty());
+    read += events.size();
+  }
+  json slots = Answered(api_->Slots());
   ASSERT_EQ(slots.size(), 1u);
-  const json& slot = slots[0];
-  EXPECT_EQ(slot["id"], 0);
-  EXPECT_EQ(slot["id_task"], 1);
-  EXPECT_EQ(slot["n_ctx"], 1024);
-  EXPECT_EQ(slot["n_prompt_tokens"], 3);
-  EXPECT_EQ(slot["n_prompt_tokens_processed"].get<int64_t>() == 3,
-            slot["n_cached_tokens"].get<int64_t>() >= 3);
+  json& slot = slots[0];
+  const int64_t decoded = slot["next_token"]["n_decoded"].get<int64_t>();
+  EXPECT_GE(decoded, 1);
+  EXPECT_EQ(slot["n_cached_tokens"], 3 + decoded - 1);
+  // What depends on the moment is taken out; nothing else may be there.
+  slot["next_token"]["n_decoded"] = 0;
+  slot["next_token"]["n_remain"] = slot["next_token"]["n_remain"].get<int64_t>() + decoded;
+  slot["n_cached_tokens"] = 0;
   EXPECT_GE(slot["n_cache_pages"], 1);
-  EXPECT_EQ(slot["next_token"]["n_decoded"].get<int64_t>() +
-                slot["next_token"]["n_remain"].get<int64_t>(),
-            1000);
-  EXPECT_EQ(slots.dump().find("abc"), std::string::npos);
+  slot["n_cache_pages"] = 0;
+  EXPECT_EQ(slot, json::parse(R"({"id": 0, "id_task": 1, "n_ctx": 1024, "speculative": false,
+      "is_processing": true, "n_prompt_tokens": 3, "n_prompt_tokens_processed": 3,
+      "n_cached_tokens": 0, "n_cache_pages": 0,
+      "next_token": {"has_next_token": true, "n_remain": 1000, "n_decoded": 0}})"));
+  (*reader)->Cancel();
   EXPECT_TRUE(engine_->Drain(std::chrono::seconds(60)));
   EXPECT_EQ(Answered(api_->Slots()), json::array());
 }
@@ -231,9 +242,10 @@ TEST_F(UtilityTest, SlotsShowRunningRequestsWithoutTheirTexts) {
 class RoundTripTest : public UtilityTest {
  protected:
   void ExpectRoundTrips() {
-    for (const std::string text :
+    for (const char* const input :
          {"Hello, world!", "  two spaces", "a\n\n b\t", "caf\u00e9 \u4f60\u597d \U0001f600",
           "<s>not a token</s>", "1234567 + 89 = ?", ""}) {
+      const std::string text = input;
       const json ids = Ids({{"prompt", text}, {"add_special_tokens", false}});
       EXPECT_EQ(Detokenize(ids), text);
       EXPECT_EQ(Tokenize({{"prompt", text}})["count"],
