@@ -108,6 +108,10 @@ class Parser {
 
   bool Integer(const std::string& name, const Json& value, int64_t low, int64_t high,
                int64_t* result) {
+    if (value.is_number_float()) {
+      const auto whole = WholeNumber(value.get<double>());
+      return whole ? Integer(name, *whole, low, high, result) : WrongType(name, "an integer");
+    }
     if (!value.is_number_integer()) return WrongType(name, "an integer");
     const bool huge = value.is_number_unsigned() &&
                       value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()};

@@ -121,13 +121,15 @@ class Parser {
   }
   bool Tokens(const std::string& name, const Json& value) {
     if (!value.is_array()) return Fail(WrongTypeError(name, "an array of token ids"));
-    constexpr uint64_t kHighest = std::numeric_limits<int32_t>::max();
+    constexpr int64_t kHighest = std::numeric_limits<int32_t>::max();
     for (const Json& item : value) {
-      if (!item.is_number_integer()) return Fail(WrongTypeError(name, "an array of token ids"));
-      if (!item.is_number_unsigned() || item.get<uint64_t>() > kHighest) {
+      // Every id is exact as a double; what is not is refused all the same.
+      const auto id = item.is_number() ? WholeNumber(item.get<double>()) : std::nullopt;
+      if (!id) return Fail(WrongTypeError(name, "an array of token ids"));
+      if (*id < 0 || *id > kHighest) {
         return Fail(WrongValueError(name, item.dump() + " is not a token id"));
       }
-      out_.tokens.push_back(item.get<int32_t>());
+      out_.tokens.push_back(static_cast<int32_t>(*id));
     }
     return Input(name);
   }

@@ -9,6 +9,7 @@ streams, which Schemathesis does not look into, must fit theirs. With it, the de
 honoured; README.md in this directory says what does not hold there, and why.
 """
 
+import copy
 import json
 import os
 import pathlib
@@ -23,6 +24,8 @@ from server_process import metrics, model_id, serve
 
 SERVED = {"/completions": "post", "/chat/completions": "post", "/models": "get",
           "/models/{model}": "get"}
+# OpenAI's parameters that are honoured only with the value that asks for nothing.
+FOR_SHOW = {"modalities", "response_format", "store"}
 CHECKS = ["not_a_server_error", "content_type_conformance", "response_headers_conformance",
           "response_schema_conformance", "negative_data_rejection"]
 OWN_CHECKS = CHECKS + ["status_code_conformance", "unsupported_method", "allow_header_conformance"]
@@ -34,8 +37,8 @@ def get(url):
 
 
 def own_description(url):
-    """The server's description, narrowed to the model and the vocabulary that it serves: else
-    most requests would end there."""
+    """The server's description, narrowed to the model and the vocabulary that it serves: with
+    others, requests end before anything else about them is looked at."""
     description = get(url + "/openapi.json")
     schemas = description["components"]["schemas"]
     schemas["ModelId"]["enum"] = [model_id(url)]
@@ -44,12 +47,12 @@ def own_description(url):
 
 
 def honoured(description, path):
-    """The names that the server honours, or has as null alone, in a body of one endpoint."""
+    """The names of an endpoint's parameters that have an effect."""
     schema = description["paths"]["/v1" + path]["post"]["requestBody"]["content"][
         "application/json"]["schema"]
     properties = description["components"]["schemas"][schema["$ref"].split("/")[-1]]["properties"]
-    return {name for name, value in properties.items()
-            if value.get("$ref") != "#/components/schemas/Unsupported"}
+    return {name for name, value in properties.items() if name not in FOR_SHOW
+            and value.get("$ref") != "#/components/schemas/Unsupported"}
 
 
 def references(node):
@@ -68,6 +71,7 @@ def flatten(schema, components):
     if "$ref" in schema:
         schema = components["schemas"][schema["$ref"].split("/")[-1]]
     merged = {key: value for key, value in schema.items() if key != "allOf"}
+    merged["type"] = "object"
     merged["properties"] = dict(merged.get("properties", {}))
     merged["required"] = list(merged.get("required", []))
     for part in schema.get("allOf", []):
@@ -139,13 +143,23 @@ def check_streams(url, description):
         print(f"{path}: {seen} chunks are {name}s")
 
 
-def run(url, description, checks, max_examples):
-    """Runs Schemathesis; returns its exit code."""
+def of_users(description):
+    """The endpoints that take messages, with a role that every chat template knows."""
+    narrowed = copy.deepcopy(description)
+    narrowed["components"]["schemas"]["Message"]["properties"]["role"] = {"enum": ["user"]}
+    narrowed["paths"] = {path: narrowed["paths"][path]
+                         for path in ("/v1/chat/completions", "/tokenize", "/apply-template")}
+    return narrowed
+
+
+def run(url, description, checks, max_examples, mode="all"):
+    """Runs Schemathesis with valid requests (mode positive), invalid ones, or all; returns its
+    exit code."""
     with tempfile.TemporaryDirectory() as directory:
         file = pathlib.Path(directory) / "description.json"
         file.write_text(json.dumps(description), encoding="utf-8")
         command = [pathlib.Path(sys.executable).with_name("st"), "run", file, "--url", url,
-                   "--checks", ",".join(checks), "--max-examples", str(max_examples),
+                   "--checks", ",".join(checks), "--max-examples", str(max_examples), "--mode", mode,
                    "--phases", "examples,coverage,fuzzing", "--workers", "2", "--seed", "1",
                    "--request-timeout", "60", "--suppress-health-check", "all",
                    "--generation-database", "none", "--warnings", "off", "--no-shrink"]
@@ -163,6 +177,7 @@ def main():
             description = own_description(url)
             check_streams(url, description)
             code = run(url, description, OWN_CHECKS, 60)
+            code = run(url, of_users(description), OWN_CHECKS, 60, mode="positive") or code
         after = metrics(url)
         assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0, after
         print(f"{after['innerq:requests_accepted_total']:.0f} requests reached the engine")

@@ -184,7 +184,7 @@ TEST(Engine, RefusesRequestsThatMakeNoSense) {
   refused("min_tokens", [](Request& r) { r.min_tokens = 11; });
   refused("min_tokens", [](Request& r) { r.min_tokens = -1; });
   refused("stop_token_ids", [](Request& r) { r.stop_token_ids = {hash_decoder::kVocab}; });
-  refused("top_p", [](Request& r) { r.sampling.top_p = 0; });
+  refused("top_p", [](Request& r) { r.sampling.top_p = 2; });
   EXPECT_EQ(engine->Stats().accepted, 0);
 }
 

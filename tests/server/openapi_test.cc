@@ -192,7 +192,8 @@ TEST_F(OpenApiTest, RangesAndNullsAreThoseOfTheCode) {
       ++checked;
       return Post(path, request).status;
     };
-    for (const auto& [name, reference] : BodyProperties(path).items()) {
+    const json properties = BodyProperties(path);
+    for (const auto& [name, reference] : properties.items()) {
       const json schema = Resolve(reference);
       if (schema.value("type", json()) == "null") {
         EXPECT_EQ(status(name, nullptr), 200) << path << name;

@@ -117,6 +117,7 @@ TEST_F(UtilityTest, DetokenizingShowsSpecialTokensAndBrokenCharacters) {
   EXPECT_EQ(Detokenize({256, 104, 105, 257}), "<s>hi</s>");
   EXPECT_EQ(Detokenize({195, 169, 195}), "\u00e9\ufffd");
   EXPECT_EQ(Detokenize(json::array()), "");
+  EXPECT_EQ(Detokenize({104.0, 1.05e2}), "hi");  // JSON's integers
 }
 
 TEST_F(UtilityTest, TemplatesAreAppliedWithoutBos) {
