@@ -22,21 +22,29 @@ Json SpecialToken(const Tokenizer& tokenizer, const std::optional<int32_t>& id) 
   return tokenizer.TokenBytes(*id, /*first=*/false, /*special=*/true);
 }
 
-// llama.cpp's form of a token's text: a string, or its bytes if it is part of a character.
-Json Piece(const std::string& bytes) {
-  if (ReplaceInvalidUtf8(bytes) == bytes) return bytes;
-  Json list = Json::array();
-  for (const char c : bytes) list.push_back(static_cast<uint8_t>(c));
-  return list;
+// A JSON array of an item per token, as text: a tree of a long one would take far more memory.
+template <typename Item>
+std::string List(const std::vector<int32_t>& ids, Item item) {
+  std::string text = "[";
+  for (const int32_t id : ids) {
+    if (text.size() > 1) text += ", ";
+    text += item(id);
+  }
+  return text + "]";
 }
 
-Json TokenList(const std::vector<int32_t>& ids, bool with_pieces, const Tokenizer& tokenizer) {
-  if (!with_pieces) return ids;
-  Json list = Json::array();
-  for (const int32_t id : ids) {
-    list.push_back({{"id", id}, {"piece", Piece(tokenizer.TokenBytes(id, false, true))}});
+// llama.cpp's form of a token with its text, which is a list of bytes if it is part of a character.
+std::string Piece(int32_t id, const std::string& bytes) {
+  std::string text;
+  if (ReplaceInvalidUtf8(bytes) == bytes) {
+    text = QuoteJson(bytes);
+  } else {
+    for (const char c : bytes) {
+      text += (text.empty() ? "[" : ", ") + std::to_string(static_cast<uint8_t>(c));
+    }
+    text += "]";
   }
-  return list;
+  return "{\"id\": " + std::to_string(id) + ", \"piece\": " + text + "}";
 }
 
 }  // namespace
@@ -78,16 +86,17 @@ HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
     if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
     ids = tokenizer.EncodeSegments(std::get<std::vector<TextSegment>>(rendered), /*add_bos=*/true);
   }
-  Json json = {{"count", ids.size()},
-               {"max_model_len", engine_->options().max_context},
-               {"tokens", TokenList(ids, request.with_pieces, tokenizer)}};
+  const auto bytes = [&](int32_t id) { return tokenizer.TokenBytes(id, false, true); };
+  const std::string tokens = request.with_pieces
+                                 ? List(ids, [&](int32_t id) { return Piece(id, bytes(id)); })
+                                 : List(ids, [](int32_t id) { return std::to_string(id); });
+  std::string body = "{\"count\": " + std::to_string(ids.size()) +
+                     ", \"max_model_len\": " + std::to_string(engine_->options().max_context) +
+                     ", \"tokens\": " + tokens;
   if (request.return_token_strs) {
-    json["token_strs"] = Json::array();
-    for (const int32_t id : ids) {
-      json["token_strs"].push_back(ReplaceInvalidUtf8(tokenizer.TokenBytes(id, false, true)));
-    }
+    body += ", \"token_strs\": " + List(ids, [&](int32_t id) { return QuoteJson(bytes(id)); });
   }
-  return Answer(json);
+  return {.body = body + "}"};
 }
 
 HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
