@@ -127,7 +127,8 @@ def check_streams(url, description):
         chunk = validator({"$ref": f"#/components/schemas/{name}"})
         body |= {"model": model_id(url), "max_tokens": 60, "ignore_eos": True, "stream": True,
                  "stream_options": {"include_usage": True}}
-        request = urllib.request.Request(url + path, json.dumps(body).encode())
+        request = urllib.request.Request(url + path, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
         seen = 0
         with urllib.request.urlopen(request, timeout=30) as reply:
             events = (line.decode().strip().removeprefix("data: ") for line in reply)
