@@ -120,9 +120,14 @@ HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto rendered = Render(std::get<UtilityRequest>(parsed));
   if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
+  const auto& segments = std::get<std::vector<TextSegment>>(rendered);
   std::string text;
-  for (const TextSegment& segment : std::get<std::vector<TextSegment>>(rendered)) {
-    text += segment.text;
+  for (const TextSegment& segment : segments) text += segment.text;
+  // A template may write BOS itself. It is left out: whoever tokenizes the text adds it.
+  const Tokenizer& tokenizer = *model_.tokenizer;
+  if (tokenizer.bos_id() && !tokenizer.Encode("", {}).empty()) {
+    const std::string bos = tokenizer.TokenBytes(*tokenizer.bos_id(), false, true);
+    if (segments.front().trusted && text.starts_with(bos)) text.erase(0, bos.size());
   }
   return Answer({{"prompt", text}});
 }

@@ -128,6 +128,22 @@ TEST_F(UtilityTest, TemplatesAreAppliedWithoutBos) {
             "system:x|assistant:");
 }
 
+// Writes BOS first, as many models' templates do.
+class BosTemplate : public PlainTemplate {
+ public:
+  Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
+                                      bool add_generation_prompt) const override {
+    ASSIGN_OR_RETURN(auto segments, PlainTemplate::Render(messages, add_generation_prompt));
+    segments.front().text = "<s>" + segments.front().text;
+    return segments;
+  }
+};
+
+TEST_F(UtilityTest, ABosThatTheTemplateWritesIsLeftOut) {
+  Serve(std::make_shared<ByteTokenizer>(), std::make_shared<BosTemplate>());
+  EXPECT_EQ(Apply({{"messages", kUser}}), "user:hi|assistant:");
+}
+
 TEST_F(UtilityTest, WhatWouldNotBeHonouredIsRefusedByName) {
   const Handler tokenize = &UtilityApi::Tokenize;
   ExpectRefused(tokenize, "{", "", "invalid_json");
