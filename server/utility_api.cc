@@ -127,7 +127,8 @@ HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
   const Tokenizer& tokenizer = *model_.tokenizer;
   if (tokenizer.bos_id() && !tokenizer.Encode("", {}).empty()) {
     const std::string bos = tokenizer.TokenBytes(*tokenizer.bos_id(), false, true);
-    if (segments.front().trusted && text.starts_with(bos)) text.erase(0, bos.size());
+    const bool written = !segments.empty() && segments.front().trusted;
+    if (written && text.starts_with(bos)) text.erase(0, bos.size());
   }
   return Answer({{"prompt", text}});
 }
