@@ -77,6 +77,7 @@ class ThreadedEngine final : public Engine {
   bool Drain(std::chrono::milliseconds timeout) override;
   bool ready() const override;
   EngineStats Stats() const override;
+  std::vector<RunningRequest> Running() const override;
   const EngineOptions& options() const override { return options_; }
 
  private:
@@ -100,6 +101,7 @@ class ThreadedEngine final : public Engine {
   const int64_t vocab_size_;
   Scheduler scheduler_;
   SamplerScratch scratch_;
+  int64_t num_admitted_ = 0;
 
   mutable std::mutex mutex_;
   // Guarded by mutex_.
@@ -108,6 +110,7 @@ class ThreadedEngine final : public Engine {
   std::deque<std::unique_ptr<Sequence>> queue_;
   State state_ = State::kServing;
   EngineStats stats_;  // `waiting` is the scheduler's part; the queue comes on top
+  std::vector<RunningRequest> running_;
   RateWindow finish_rate_;
 
   std::jthread thread_;  // last: stops and joins before the rest goes
@@ -177,6 +180,11 @@ EngineStats ThreadedEngine::Stats() const {
   return stats;
 }
 
+std::vector<RunningRequest> ThreadedEngine::Running() const {
+  const Lock lock(mutex_);
+  return running_;
+}
+
 void ThreadedEngine::Run(std::stop_token stop) noexcept {
   pthread_setname_np(pthread_self(), "innerq-engine");
   while (WaitForWork(stop)) {
@@ -193,7 +201,10 @@ bool ThreadedEngine::WaitForWork(const std::stop_token& stop) {
   Lock lock(mutex_);
   PublishGauges(lock);
   work_.wait(lock, stop, [this] { return !queue_.empty() || !scheduler_.empty(); });
-  for (auto& sequence : queue_) scheduler_.Admit(std::move(sequence));
+  for (auto& sequence : queue_) {
+    sequence->number = ++num_admitted_;
+    scheduler_.Admit(std::move(sequence));
+  }
   queue_.clear();
   PublishGauges(lock);
   return !stop.stop_requested();
@@ -345,6 +356,15 @@ void ThreadedEngine::PublishGauges(const Lock&) {
   stats_.preemptions = scheduler_.num_preemptions();
   stats_.open_pages_used = used.open;
   stats_.sealed_pages_used = used.sealed;
+  running_.clear();
+  for (const auto& sequence : scheduler_.running()) {
+    running_.push_back({.number = sequence->number,
+                        .prompt_tokens = sequence->prompt_length(),
+                        .computed_tokens = sequence->num_computed,
+                        .generated_tokens = sequence->num_generated(),
+                        .max_tokens = sequence->request.max_tokens,
+                        .pages = sequence->pages.num_pages()});
+  }
 }
 
 }  // namespace

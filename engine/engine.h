@@ -50,6 +50,16 @@ struct EngineStats {
   std::vector<LayerGroups> sealed_groups{};  // per layer; empty if nothing was sealed
 };
 
+// How far a running request has come. Nothing of what it says.
+struct RunningRequest {
+  int64_t number = 0;  // by arrival, from 1
+  int64_t prompt_tokens = 0;
+  int64_t computed_tokens = 0;  // of prompt and answer, in the cache
+  int64_t generated_tokens = 0;
+  int64_t max_tokens = 0;  // of the answer
+  int64_t pages = 0;       // of the cache, F16 or quantized
+};
+
 // Runs requests by continuous batching on one thread of its own. All public methods may be called
 // from any thread.
 class Engine {
@@ -75,6 +85,8 @@ class Engine {
 
   virtual bool ready() const = 0;  // accepts requests
   virtual EngineStats Stats() const = 0;
+  // The requests that run, oldest first, as of the latest step.
+  virtual std::vector<RunningRequest> Running() const = 0;
   virtual const EngineOptions& options() const = 0;
 };
 

@@ -72,7 +72,7 @@ std::optional<Finish> ResponseStream::finish() const {
 
 Result<void> ValidateSamplingParams(const SamplingParams& params, int64_t vocab_size) {
   RETURN_IF_ERROR(CheckRange("temperature", params.temperature, 0, 2));
-  RETURN_IF_ERROR(CheckRange("top_p", params.top_p, 0, 1, /*open_low=*/true));
+  RETURN_IF_ERROR(CheckRange("top_p", params.top_p, 0, 1));
   if (params.top_k < 0) {
     return InvalidArgument("top_k must be at least 0, not " + std::to_string(params.top_k),
                            "top_k");

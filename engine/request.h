@@ -23,7 +23,7 @@ constexpr int32_t kMaxLogprobs = 20;  // alternatives that a request may ask for
 // How the next token is chosen. Ranges are checked by ValidateSamplingParams.
 struct SamplingParams {
   float temperature = 1.0f;         // [0, 2]; 0 is greedy
-  float top_p = 1.0f;               // (0, 1]
+  float top_p = 1.0f;               // [0, 1]; 0 is greedy
   int32_t top_k = 0;                // 0: off; else keep the k most likely
   float min_p = 0.0f;               // [0, 1]: keep tokens with p >= min_p * p_max
   float repetition_penalty = 1.0f;  // (0, 2]: divides (multiplies) positive (negative) logits of

@@ -154,7 +154,8 @@ int32_t Choose(const SamplingParams& params, std::span<const float> logits, int6
                std::vector<Candidate>& candidates) {
   const auto best = std::max_element(logits.begin(), logits.end());  // the first among equals
   if (*best == kMasked) return -1;
-  if (params.temperature == 0) return static_cast<int32_t>(best - logits.begin());
+  if (params.temperature == 0 || params.top_p == 0)
+    return static_cast<int32_t>(best - logits.begin());
   List(logits, candidates);
   if (params.top_k > 0) KeepTopK(params.top_k, candidates);
   Weigh(*best, params.temperature, candidates);

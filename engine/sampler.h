@@ -49,8 +49,8 @@ struct SamplerScratch {
 };
 
 // Chooses the next token. In this order: logit_bias; repetition, presence and frequency penalties;
-// masked tokens; temperature; top_k; top_p over what top_k left; min_p. Temperature 0 takes the
-// largest logit, the lowest id among equals. Reports log-softmax of the raw logits where
+// masked tokens; temperature; top_k; top_p over what top_k left; min_p. Temperature 0 or top_p 0
+// takes the largest logit, the lowest id among equals. Reports log-softmax of the raw logits where
 // `params->num_logprobs` asks for it. `is_stop` is left to the caller. Linear in V: one
 // exponential per token that top_k leaves, selections instead of sorts.
 // Errors: internal if a logit is not finite or no token is left to choose.

@@ -249,6 +249,11 @@ std::optional<std::string_view> Recognize(std::string_view jinja) {
 
 }  // namespace
 
+Result<std::string> ChatTemplate::ReadSource(const std::filesystem::path& directory) {
+  ASSIGN_OR_RETURN(const TokenizerConfig config, ReadTokenizerConfig(directory));
+  return ReadJinja(directory, config);
+}
+
 std::vector<std::string> ChatTemplate::Names() { return {"chatml", "llama2", "llama3", "zephyr"}; }
 
 Result<std::shared_ptr<const ChatTemplate>> ChatTemplate::Load(

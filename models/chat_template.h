@@ -34,6 +34,9 @@ class ChatTemplate {
   static Result<std::shared_ptr<const ChatTemplate>> Load(const std::filesystem::path& directory,
                                                           std::string_view name,
                                                           const Tokenizer* tokenizer);
+  // The Jinja text of a model directory: chat_template.jinja, else that of tokenizer_config.json;
+  // empty if there is none. Errors: data loss for a damaged file.
+  static Result<std::string> ReadSource(const std::filesystem::path& directory);
   virtual ~ChatTemplate() = default;
 
   virtual std::string_view name() const = 0;

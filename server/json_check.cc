@@ -1,5 +1,6 @@
 #include "server/json_check.h"
 
+#include <cmath>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -93,6 +94,12 @@ Result<void> CheckJson(std::string_view text, IndexStyle style) {
   Checker checker(style);
   if (Json::sax_parse(text, &checker)) return {};
   return checker.error();
+}
+
+std::optional<int64_t> WholeNumber(double number) {
+  constexpr double kExact = 9007199254740992.0;  // 2^53
+  if (!(std::abs(number) < kExact) || number != std::trunc(number)) return std::nullopt;
+  return static_cast<int64_t>(number);
 }
 
 }  // namespace innerq

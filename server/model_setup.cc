@@ -86,6 +86,9 @@ Result<LoadedModel> LoadModel(const Options& options) {
   ASSIGN_OR_RETURN(
       model.chat_template,
       ChatTemplate::Load(options.model.path, options.model.chat_template, model.tokenizer.get()));
+  if (options.model.chat_template == "auto") {
+    ASSIGN_OR_RETURN(model.chat_template_source, ChatTemplate::ReadSource(options.model.path));
+  }
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
   model.config = checkpoint->config();
   model.stop_token_ids =

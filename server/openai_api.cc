@@ -113,6 +113,19 @@ HttpResponse ErrorResponse(const ApiError& error) {
   return response;
 }
 
+ApiError UnknownModelError(const std::string& id) {
+  return {.status = 404,
+          .message = "The model '" + id + "' does not exist.",
+          .param = "model",
+          .code = "model_not_found"};
+}
+
+ApiError NoChatTemplateError(const ApiModel& model) {
+  return {.message = "The model '" + model.id + "' has no chat template.",
+          .param = "messages",
+          .code = "unsupported_parameter"};
+}
+
 OpenAiApi::OpenAiApi(ApiModel model, Engine* engine, Metrics* metrics)
     : model_(std::move(model)),
       engine_(engine),
@@ -124,12 +137,7 @@ HttpResponse OpenAiApi::ListModels() const {
 }
 
 HttpResponse OpenAiApi::GetModel(const std::string& id) const {
-  if (id != model_.id) {
-    return ErrorResponse({.status = 404,
-                          .message = "The model '" + id + "' does not exist.",
-                          .param = "model",
-                          .code = "model_not_found"});
-  }
+  if (id != model_.id) return ErrorResponse(UnknownModelError(id));
   return {.body = ModelJson(model_.id, model_.created, engine_->options().max_context)};
 }
 
@@ -173,10 +181,7 @@ ApiError OpenAiApi::ReportFailure(const Error& error, const std::string& request
 
 std::variant<std::vector<int32_t>, ApiError> OpenAiApi::EncodeMessages(
     const std::vector<ChatMessage>& messages) const {
-  if (!model_.chat_template) {
-    return ApiError{.message = "The model '" + model_.id + "' has no chat template.",
-                    .param = "messages",
-                    .code = "unsupported_parameter"};
+  if (!model_.chat_template) return NoChatTemplateError(model_);
   }
   auto prompt = EncodeChat(messages, *model_.tokenizer, *model_.chat_template);
   if (!prompt) return ToApiError(prompt.error());

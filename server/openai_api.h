@@ -87,4 +87,8 @@ class OpenAiApi {
 // An error as an HTTP answer.
 HttpResponse ErrorResponse(const ApiError& error);
 
+// Refusals that several endpoints give.
+ApiError UnknownModelError(const std::string& id);
+ApiError NoChatTemplateError(const ApiModel& model);
+
 }  // namespace innerq

@@ -60,16 +60,11 @@ class Parser {
 
   std::variant<ApiRequest, ApiError> Run(std::string_view body) {
     if (const auto valid = CheckJson(body, IndexStyle::kBrackets); !valid) {
-      const Error& error = valid.error();
-      Fail(error.param, error.param.empty() ? "invalid_json" : "duplicate_parameter",
-           "Invalid request body: " + (error.param.empty() ? "" : "'" + error.param + "': ") +
-               error.message + ".");
-      return *error_;
+      return InvalidJsonError(valid.error());
     }
     const Json json = Json::parse(body);
     if (!json.is_object()) {
-      Fail("", "invalid_json", "The request body is not a JSON object.");
-      return *error_;
+      return InvalidJsonError(InvalidArgument("expected a JSON object"));
     }
     for (const auto& [name, value] : json.items()) {
       if (!Parameter(name, value)) return *error_;
@@ -78,26 +73,44 @@ class Parser {
     return std::move(out_);
   }
 
+  std::variant<std::vector<ChatMessage>, ApiError> RunMessages(std::string_view json) {
+    if (!Messages("messages", Json::parse(json))) return *error_;
+    return std::move(out_.messages);
+  }
+
+  static std::vector<std::string_view> Names(bool chat) {
+    std::vector<std::string_view> names;
+    for (const Entry& entry : Entries()) {
+      if (entry.endpoint != (chat ? Endpoint::kCompletions : Endpoint::kChat)) {
+        names.push_back(entry.name);
+      }
+    }
+    const auto others = chat ? std::span<const std::string_view>(kOtherChat) : kOtherCompletions;
+    names.insert(names.end(), others.begin(), others.end());
+    return names;
+  }
+
  private:
-  bool Fail(std::string param, std::string code, std::string message) {
-    error_ =
-        ApiError{.message = std::move(message), .param = std::move(param), .code = std::move(code)};
+  bool Fail(ApiError error) {
+    error_ = std::move(error);
     return false;
   }
   bool WrongType(const std::string& name, const char* expected) {
-    return Fail(name, "invalid_type",
-                "Invalid type for '" + name + "': expected " + expected + ".");
+    return Fail(WrongTypeError(name, expected));
   }
   bool WrongValue(const std::string& name, const std::string& reason) {
-    return Fail(name, "invalid_value", "Invalid value for '" + name + "': " + reason + ".");
+    return Fail(WrongValueError(name, reason));
   }
   bool Unsupported(const std::string& name, const std::string& detail = "") {
-    return Fail(name, "unsupported_parameter",
-                "Unsupported parameter: '" + name + "'" + detail + ".");
+    return Fail(UnsupportedError(name, detail));
   }
 
   bool Integer(const std::string& name, const Json& value, int64_t low, int64_t high,
                int64_t* result) {
+    if (value.is_number_float()) {
+      const auto whole = WholeNumber(value.get<double>());
+      return whole ? Integer(name, *whole, low, high, result) : WrongType(name, "an integer");
+    }
     if (!value.is_number_integer()) return WrongType(name, "an integer");
     const bool huge = value.is_number_unsigned() &&
                       value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()};
@@ -135,13 +148,12 @@ class Parser {
     return true;
   }
 
-  bool Parameter(const std::string& name, const Json& value) {
-    using Method = bool (Parser::*)(const std::string&, const Json&);
-    struct Entry {
-      std::string_view name;
-      Endpoint endpoint;
-      Method method;
-    };
+  struct Entry {
+    std::string_view name;
+    Endpoint endpoint;
+    bool (Parser::*method)(const std::string&, const Json&);
+  };
+  static std::span<const Entry> Entries() {
     static constexpr Entry kEntries[] = {
         {"model", Endpoint::kBoth, &Parser::Model},
         {"prompt", Endpoint::kCompletions, &Parser::Prompt},
@@ -174,8 +186,12 @@ class Parser {
         {"stream_options", Endpoint::kBoth, &Parser::StreamOptions},
         {"user", Endpoint::kBoth, &Parser::User},
     };
+    return kEntries;
+  }
+
+  bool Parameter(const std::string& name, const Json& value) {
     const Endpoint here = out_.chat ? Endpoint::kChat : Endpoint::kCompletions;
-    for (const Entry& entry : kEntries) {
+    for (const Entry& entry : Entries()) {
       if (entry.name == name && (entry.endpoint == Endpoint::kBoth || entry.endpoint == here)) {
         return value.is_null() || (this->*entry.method)(name, value);
       }
@@ -395,9 +411,7 @@ class Parser {
     return true;
   }
 
-  bool Missing(const std::string& name) {
-    return Fail(name, "missing_required_parameter", "Missing required parameter: '" + name + "'.");
-  }
+  bool Missing(const std::string& name) { return Fail(MissingError(name)); }
 
   // What only shows once all parameters are known.
   bool Complete(const Json& json) {
@@ -449,6 +463,43 @@ class Parser {
 
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat) {
   return Parser(chat).Run(body);
+}
+
+std::vector<std::string_view> ApiParameterNames(bool chat) { return Parser::Names(chat); }
+
+std::variant<std::vector<ChatMessage>, ApiError> ParseMessages(std::string_view json) {
+  return Parser(/*chat=*/true).RunMessages(json);
+}
+
+ApiError WrongTypeError(const std::string& name, const std::string& expected) {
+  return {.message = "Invalid type for '" + name + "': expected " + expected + ".",
+          .param = name,
+          .code = "invalid_type"};
+}
+
+ApiError WrongValueError(const std::string& name, const std::string& reason) {
+  return {.message = "Invalid value for '" + name + "': " + reason + ".",
+          .param = name,
+          .code = "invalid_value"};
+}
+
+ApiError UnsupportedError(const std::string& name, const std::string& detail) {
+  return {.message = "Unsupported parameter: '" + name + "'" + detail + ".",
+          .param = name,
+          .code = "unsupported_parameter"};
+}
+
+ApiError MissingError(const std::string& name) {
+  return {.message = "Missing required parameter: '" + name + "'.",
+          .param = name,
+          .code = "missing_required_parameter"};
+}
+
+ApiError InvalidJsonError(const Error& error) {
+  const std::string place = error.param.empty() ? "" : "'" + error.param + "': ";
+  return {.message = "Invalid request body: " + place + error.message + ".",
+          .param = error.param,
+          .code = error.param.empty() ? "invalid_json" : "duplicate_parameter"};
 }
 
 }  // namespace innerq

@@ -73,4 +73,19 @@ struct ApiRequest {
 // Beyond JSON's own rules, keys must not repeat and nesting is bounded (CheckJson).
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat);
 
+// The names that ParseApiRequest knows, those that pass with null alone included. The texts are
+// static.
+std::vector<std::string_view> ApiParameterNames(bool chat);
+
+// Parses the value of `messages`, JSON text that CheckJson has passed.
+std::variant<std::vector<ChatMessage>, ApiError> ParseMessages(std::string_view json);
+
+// Refusals of a parameter, worded alike for all endpoints.
+ApiError WrongTypeError(const std::string& name, const std::string& expected);
+ApiError WrongValueError(const std::string& name, const std::string& reason);
+ApiError UnsupportedError(const std::string& name, const std::string& detail = "");
+ApiError MissingError(const std::string& name);
+// What CheckJson found wrong with a body.
+ApiError InvalidJsonError(const Error& error);
+
 }  // namespace innerq

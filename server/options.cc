@@ -188,6 +188,7 @@ Result<Options> ParseOptions(std::string_view text, const std::vector<std::strin
   options.runner.dtype = ReadDtype(model.at("dtype").get<std::string>());
   ASSIGN_OR_RETURN(options.runner.backend, ReadBackend(json.at("backend")));
   ASSIGN_OR_RETURN(options.runner.kv_cache, ReadKvCache(json.at("kv_cache")));
+  options.kv_cache_json = json.at("kv_cache").dump();
   ASSIGN_OR_RETURN(options.runner.engine, ReadScheduler(json.at("scheduler")));
   options.runner.engine.exact_prefill = options.runner.kv_cache.exact_prefill;
   ASSIGN_OR_RETURN(options.server, ReadServer(json.at("server")));

@@ -56,6 +56,7 @@ struct LogOptions {
 struct Options {
   ModelOptions model;
   ModelRunnerOptions runner;  // model.dtype, backend, kv_cache, scheduler
+  std::string kv_cache_json;  // the section kv_cache as JSON text
   ServerOptions server;
   LogOptions log;
 };

@@ -151,7 +151,12 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
                           .chat_template = model->chat_template,
                           .stop_token_ids = model->stop_token_ids},
                 .cache = model->cache,
-                .engine = std::move(model->engine)});
+                .engine = std::move(model->engine),
+                .props = {.version = version,
+                          .model_path = options->model.path.string(),
+                          .chat_template = std::move(model->chat_template_source),
+                          .backend = model->report.backend,
+                          .kv_cache = options->kv_cache_json}});
   signals.Catch();
   spdlog::info("innerq {} ready on {} port {}", version, server.host, (*http)->port());
   PrintExample(ClientUrl(server.host, (*http)->port()), options->model.alias);

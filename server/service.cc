@@ -5,6 +5,7 @@
 
 #include <chrono>
 
+#include "server/openapi.h"
 #include "server/utf8.h"
 
 namespace innerq {
@@ -54,6 +55,8 @@ void Service::Open(Parts parts) {
   CHECK(!open_, "a service opened twice");
   engine_ = std::move(parts.engine);
   metrics_ = std::make_unique<Metrics>(parts.model.id, parts.cache);
+  utilities_ =
+      std::make_unique<UtilityApi>(parts.model, std::move(parts.props), parts.cache, engine_.get());
   api_ = std::make_unique<OpenAiApi>(std::move(parts.model), engine_.get(), metrics_.get());
   open_ = true;
 }
@@ -87,6 +90,7 @@ std::vector<HttpRoute> Service::Routes() {
   add("GET", "/ready", [this](const HttpRequest&) { return Ready(); });
   add("GET", "/version",
       [this](const HttpRequest&) { return Json("{\"version\": " + QuoteJson(version_) + "}"); });
+  add("GET", "/openapi.json", [](const HttpRequest&) { return Json(kOpenApi); });
   add_open("GET", "/metrics", [this](const HttpRequest&) {
     return HttpResponse{.content_type = "text/plain; version=0.0.4; charset=utf-8",
                         .body = metrics_->Render(engine_->Stats())};
@@ -98,6 +102,16 @@ std::vector<HttpRoute> Service::Routes() {
             [this](const HttpRequest& request) { return api_->Complete(request, false); });
   add_keyed("POST", "/v1/chat/completions",
             [this](const HttpRequest& request) { return api_->Complete(request, true); });
+  add_keyed("POST", "/tokenize",
+            [this](const HttpRequest& request) { return utilities_->Tokenize(request); });
+  add_keyed("POST", "/detokenize",
+            [this](const HttpRequest& request) { return utilities_->Detokenize(request); });
+  add_keyed("POST", "/apply-template",
+            [this](const HttpRequest& request) { return utilities_->ApplyTemplate(request); });
+  add_keyed("GET", "/tokenizer_info",
+            [this](const HttpRequest&) { return utilities_->TokenizerInfo(); });
+  add_keyed("GET", "/props", [this](const HttpRequest&) { return utilities_->Props(); });
+  add_keyed("GET", "/slots", [this](const HttpRequest&) { return utilities_->Slots(); });
   return routes;
 }
 

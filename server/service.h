@@ -11,6 +11,7 @@
 #include "server/http_server.h"
 #include "server/metrics.h"
 #include "server/openai_api.h"
+#include "server/utility_api.h"
 
 namespace innerq {
 
@@ -23,6 +24,7 @@ class Service {
     ApiModel model;
     CacheInfo cache;
     std::unique_ptr<Engine> engine;
+    ServerProps props = {};
   };
 
   // `access` must outlive the service.
@@ -44,7 +46,8 @@ class Service {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<OpenAiApi> api_;
-  std::atomic<bool> open_{false};  // the three above are set, and stay as they are
+  std::unique_ptr<UtilityApi> utilities_;
+  std::atomic<bool> open_{false};  // the four above are set, and stay as they are
 };
 
 // Writes the log's line about an answer, on the level that it deserves. For

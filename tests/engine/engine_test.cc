@@ -331,7 +331,7 @@ TEST(Engine, RefusesRequestsThatMakeNoSense) {
   refused("min_tokens", [](Request& r) { r.min_tokens = 11; });
   refused("min_tokens", [](Request& r) { r.min_tokens = -1; });
   refused("stop_token_ids", [](Request& r) { r.stop_token_ids = {hash_decoder::kVocab}; });
-  refused("top_p", [](Request& r) { r.sampling.top_p = 0; });
+  refused("top_p", [](Request& r) { r.sampling.top_p = 2; });
   EXPECT_EQ(engine->Stats().accepted, 0);
 }
 
@@ -388,6 +388,40 @@ TEST(Engine, RefusesWhatDoesNotFitTheQueueExactly) {
   for (const ResponseReader& reader : readers) EXPECT_EQ(ReadAll(reader).events.size(), 3u);
   ExpectAtRest(*engine);
   EXPECT_TRUE(engine->Submit(RequestOf(5, 3)).ok()) << "there is room again";
+}
+
+TEST(Engine, ShowsHowFarRunningRequestsHaveCome) {
+  Gate gate;
+  EngineOptions options = OptionsOf(/*max_batch_tokens=*/64);
+  options.max_sequences = 2;
+  const auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) {
+    gate.Pass();
+    return Result<void>();
+  });
+  EXPECT_TRUE(engine->Running().empty());
+  std::vector<ResponseReader> readers;
+  readers.push_back(engine->Submit(RequestOf(100, 9)).value());
+  gate.AwaitArrivals(1);  // 64 rows
+  for (int i = 0; i < 2; ++i) readers.push_back(engine->Submit(RequestOf(5, 7)).value());
+  for (int step = 2; step <= 4; ++step) {  // 36 + 5 rows, then two steps of two
+    gate.LetOnePass();
+    gate.AwaitArrivals(step);
+  }
+  const std::vector<RunningRequest> running = engine->Running();
+  ASSERT_EQ(running.size(), 2u);  // the third has no place
+  EXPECT_EQ(running[0].number, 1);
+  EXPECT_EQ(running[0].prompt_tokens, 100);
+  EXPECT_EQ(running[0].computed_tokens, 101);
+  EXPECT_EQ(running[0].generated_tokens, 2);
+  EXPECT_EQ(running[0].max_tokens, 9);
+  EXPECT_EQ(running[0].pages, 4);  // of 32 tokens
+  EXPECT_EQ(running[1].number, 2);
+  EXPECT_EQ(running[1].prompt_tokens, 5);
+  EXPECT_EQ(running[1].computed_tokens, 6);
+  EXPECT_EQ(running[1].pages, 1);
+  gate.Open();
+  for (const ResponseReader& reader : readers) ReadAll(reader);
+  EXPECT_TRUE(engine->Running().empty());
 }
 
 TEST(Engine, EndsCancelledRequestsWhereverTheyAre) {

@@ -158,6 +158,8 @@ TEST(Sampler, TakesTheLowestIdAmongEquals) {
   top.top_k = 0;
   top.top_p = 0.5f;
   for (int i = 0; i < 50; ++i) EXPECT_LE(SampleOk({5, 5, 5, 5}, top, i).token_id, 1);
+  top.top_p = 0;
+  for (int i = 0; i < 50; ++i) EXPECT_EQ(SampleOk({1, 5, 5, 5}, top, i).token_id, 1);
 }
 
 TEST(Sampler, AddsBiasThenPenaltiesThenMasks) {
@@ -310,6 +312,8 @@ TEST(ValidateSamplingParams, AcceptsTheEndsOfEveryRange) {
   params.presence_penalty = -2, params.frequency_penalty = 2, params.num_logprobs = 20;
   params.logit_bias = {{0, -100.0f}, {99, 100.0f}};
   EXPECT_TRUE(ValidateSamplingParams(params, 100).ok());
+  params.temperature = 2, params.top_p = 0, params.min_p = 0;
+  EXPECT_TRUE(ValidateSamplingParams(params, 100).ok());
 }
 
 TEST(Score, ReportsATokenAsSampleReportsIt) {
@@ -360,7 +364,7 @@ TEST(ValidateSamplingParams, NamesTheParameterThatIsWrong) {
   for (const float bad : {-0.1f, 2.1f, kNaN, kInfinity}) {
     refused("temperature", [=](auto& p) { p.temperature = bad; });
   }
-  for (const float bad : {0.0f, 1.01f, kNaN}) refused("top_p", [=](auto& p) { p.top_p = bad; });
+  for (const float bad : {-0.1f, 1.01f, kNaN}) refused("top_p", [=](auto& p) { p.top_p = bad; });
   for (const float bad : {-0.1f, 1.1f, kNaN}) refused("min_p", [=](auto& p) { p.min_p = bad; });
   refused("top_k", [](auto& p) { p.top_k = -1; });
   for (const float bad : {0.0f, 2.1f, kNaN}) {

@@ -178,7 +178,7 @@ TEST_F(ApiTest, TooLongIsSaidInOpenAisWords) {
 TEST_F(ApiTest, RangesOfSamplingAndTokenIdsAreChecked) {
   EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"temperature", 2.5}}, 400)["param"], "temperature");
   EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"temperature", 1e39}}, 400)["param"], "temperature");
-  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"top_p", 0}}, 400)["param"], "top_p");
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"top_p", -0.5}}, 400)["param"], "top_p");
   EXPECT_EQ(Refusal(false, {{"prompt", {1, 258}}}, 400)["param"], "prompt");
   EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"stop_token_ids", {258}}}, 400)["param"],
             "stop_token_ids");

@@ -322,5 +322,20 @@ TEST(ApiRequest, APromptMayBeTextIdsOrAListOfEither) {
   EXPECT_EQ(prompts(json::array({"x", "", "y"})), (Prompts{"x", "", "y"}));
 }
 
+TEST(ApiRequest, IntegersAreThoseOfJson) {
+  const auto max_tokens = [](const std::string& number) {
+    const auto result =
+        ParseApiRequest(R"({"model": "m", "prompt": "hi", "max_tokens": )" + number + "}", false);
+    const auto* request = std::get_if<ApiRequest>(&result);
+    return request != nullptr ? request->max_tokens : std::nullopt;
+  };
+  EXPECT_EQ(max_tokens("20"), 20);
+  EXPECT_EQ(max_tokens("20.0"), 20);
+  EXPECT_EQ(max_tokens("2e1"), 20);
+  EXPECT_EQ(max_tokens("20.5"), std::nullopt);
+  EXPECT_EQ(max_tokens("1e16"), std::nullopt);
+  EXPECT_EQ(max_tokens("-1e300"), std::nullopt);
+}
+
 }  // namespace
 }  // namespace innerq

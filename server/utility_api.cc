@@ -1,0 +1,212 @@
+#include "server/utility_api.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "server/utf8.h"
+
+namespace innerq {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+HttpResponse Answer(const Json& json) {
+  return {.body = json.dump(-1, ' ', false, Json::error_handler_t::replace)};
+}
+
+Json OrNull(const std::string& text) { return text.empty() ? Json() : Json(text); }
+
+// The text of a special token, null if there is none.
+Json SpecialToken(const Tokenizer& tokenizer, const std::optional<int32_t>& id) {
+  if (!id) return nullptr;
+  return tokenizer.TokenBytes(*id, /*first=*/false, /*special=*/true);
+}
+
+// A JSON array of an item per token, as text: a tree of a long one would take far more memory.
+template <typename Item>
+std::string List(const std::vector<int32_t>& ids, Item item) {
+  std::string text = "[";
+  for (const int32_t id : ids) {
+    if (text.size() > 1) text += ", ";
+    text += item(id);
+  }
+  return text + "]";
+}
+
+// llama.cpp's form of a token with its text, which is a list of bytes if it is part of a character.
+std::string Piece(int32_t id, const std::string& bytes) {
+  std::string text;
+  if (ReplaceInvalidUtf8(bytes) == bytes) {
+    text = QuoteJson(bytes);
+  } else {
+    for (const char c : bytes) {
+      text += (text.empty() ? "[" : ", ") + std::to_string(static_cast<uint8_t>(c));
+    }
+    text += "]";
+  }
+  return "{\"id\": " + std::to_string(id) + ", \"piece\": " + text + "}";
+}
+
+}  // namespace
+
+UtilityApi::UtilityApi(ApiModel model, ServerProps props, const CacheInfo& cache,
+                       const Engine* engine)
+    : model_(std::move(model)), props_(std::move(props)), cache_(cache), engine_(engine) {}
+
+std::variant<UtilityRequest, ApiError> UtilityApi::Read(const HttpRequest& http,
+                                                        UtilityEndpoint endpoint) const {
+  auto parsed = ParseUtilityRequest(http.body, endpoint);
+  if (const auto* request = std::get_if<UtilityRequest>(&parsed)) {
+    if (request->model && *request->model != model_.id) return UnknownModelError(*request->model);
+  }
+  return parsed;
+}
+
+std::variant<std::vector<TextSegment>, ApiError> UtilityApi::Render(
+    const UtilityRequest& request) const {
+  if (!model_.chat_template) return NoChatTemplateError(model_);
+  auto segments = model_.chat_template->Render(request.messages, request.add_generation_prompt);
+  if (segments) return std::move(segments).value();
+  return ApiError{.message = segments.error().message,
+                  .param = segments.error().param,
+                  .code = "invalid_value"};
+}
+
+HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
+  const auto parsed = Read(http, UtilityEndpoint::kTokenize);
+  if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
+  const auto& request = std::get<UtilityRequest>(parsed);
+  const Tokenizer& tokenizer = *model_.tokenizer;
+  std::vector<int32_t> ids;
+  if (request.messages.empty()) {
+    ids = tokenizer.Encode(request.text,
+                           {.add_bos = request.add_bos, .parse_special = request.parse_special});
+  } else {
+    const auto rendered = Render(request);
+    if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
+    ids = tokenizer.EncodeSegments(std::get<std::vector<TextSegment>>(rendered), /*add_bos=*/true);
+  }
+  const auto bytes = [&](int32_t id) { return tokenizer.TokenBytes(id, false, true); };
+  const std::string tokens = request.with_pieces
+                                 ? List(ids, [&](int32_t id) { return Piece(id, bytes(id)); })
+                                 : List(ids, [](int32_t id) { return std::to_string(id); });
+  std::string body = "{\"count\": " + std::to_string(ids.size()) +
+                     ", \"max_model_len\": " + std::to_string(engine_->options().max_context) +
+                     ", \"tokens\": " + tokens;
+  if (request.return_token_strs) {
+    body += ", \"token_strs\": " + List(ids, [&](int32_t id) { return QuoteJson(bytes(id)); });
+  }
+  return {.body = body + "}"};
+}
+
+HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
+  const auto parsed = Read(http, UtilityEndpoint::kDetokenize);
+  if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
+  const auto& request = std::get<UtilityRequest>(parsed);
+  const int64_t vocab_size = model_.tokenizer->vocab_size();
+  for (const int32_t id : request.tokens) {
+    if (id < vocab_size) continue;
+    return ErrorResponse(WrongValueError(
+        "tokens",
+        std::to_string(id) + " is outside the vocabulary [0, " + std::to_string(vocab_size) + ")"));
+  }
+  const std::string text =
+      ReplaceInvalidUtf8(model_.tokenizer->Decode(request.tokens, /*special=*/true));
+  return Answer({{"prompt", text}, {"content", text}});
+}
+
+HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
+  const auto parsed = Read(http, UtilityEndpoint::kApplyTemplate);
+  if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
+  const auto rendered = Render(std::get<UtilityRequest>(parsed));
+  if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
+  const auto& segments = std::get<std::vector<TextSegment>>(rendered);
+  std::string text;
+  for (const TextSegment& segment : segments) text += segment.text;
+  // A template may write BOS itself. It is left out: whoever tokenizes the text adds it.
+  const Tokenizer& tokenizer = *model_.tokenizer;
+  if (tokenizer.bos_id() && !tokenizer.Encode("", {}).empty()) {
+    const std::string bos = tokenizer.TokenBytes(*tokenizer.bos_id(), false, true);
+    const bool written = !segments.empty() && segments.front().trusted;
+    if (written && text.starts_with(bos)) text.erase(0, bos.size());
+  }
+  return Answer({{"prompt", text}});
+}
+
+HttpResponse UtilityApi::TokenizerInfo() const {
+  const Tokenizer& tokenizer = *model_.tokenizer;
+  const auto id = [](const std::optional<int32_t>& token) { return token ? Json(*token) : Json(); };
+  return Answer({{"vocab_size", tokenizer.vocab_size()},
+                 {"model_max_length", engine_->options().max_context},
+                 {"add_bos_token", !tokenizer.Encode("", {}).empty()},
+                 {"bos_token", SpecialToken(tokenizer, tokenizer.bos_id())},
+                 {"bos_token_id", id(tokenizer.bos_id())},
+                 {"eos_token", SpecialToken(tokenizer, tokenizer.eos_id())},
+                 {"eos_token_id", id(tokenizer.eos_id())},
+                 {"stop_token_ids", model_.stop_token_ids},
+                 {"chat_template", OrNull(props_.chat_template)}});
+}
+
+HttpResponse UtilityApi::Props() const {
+  const EngineOptions& options = engine_->options();
+  const SamplingParams sampling;
+  const Json params = {{"temperature", sampling.temperature},
+                       {"top_k", sampling.top_k},
+                       {"top_p", sampling.top_p},
+                       {"min_p", sampling.min_p},
+                       {"repeat_penalty", sampling.repetition_penalty},
+                       {"presence_penalty", sampling.presence_penalty},
+                       {"frequency_penalty", sampling.frequency_penalty},
+                       {"ignore_eos", false},
+                       {"stream", false}};
+  const Tokenizer& tokenizer = *model_.tokenizer;
+  return Answer(
+      {{"default_generation_settings", {{"n_ctx", options.max_context}, {"params", params}}},
+       {"total_slots", options.max_sequences},
+       {"model_alias", model_.id},
+       {"model_path", props_.model_path},
+       {"modalities", {{"vision", false}, {"audio", false}}},
+       {"endpoint_slots", true},
+       {"endpoint_props", false},  // nothing can be changed by POST
+       {"endpoint_metrics", true},
+       {"bos_token", SpecialToken(tokenizer, tokenizer.bos_id())},
+       {"eos_token", SpecialToken(tokenizer, tokenizer.eos_id())},
+       {"chat_template", OrNull(props_.chat_template)},
+       {"build_info", "innerq " + props_.version},
+       {"backend", props_.backend},
+       {"scheduler",
+        {{"max_sequences", options.max_sequences},
+         {"max_batch_tokens", options.max_batch_tokens},
+         {"max_queue", options.max_queue},
+         {"max_context", options.max_context}}},
+       {"kv_cache",
+        {{"configuration", Json::parse(props_.kv_cache)},
+         {"capacity_tokens", cache_.capacity_tokens},
+         {"bits_per_element", cache_.sealed_bits},
+         {"bits_per_element_with_windows", cache_.effective_bits},
+         {"open_page_bytes", cache_.open_page_bytes},
+         {"sealed_page_bytes", cache_.sealed_page_bytes}}}});
+}
+
+HttpResponse UtilityApi::Slots() const {
+  Json slots = Json::array();
+  for (const RunningRequest& running : engine_->Running()) {
+    slots.push_back(
+        {{"id", slots.size()},
+         {"id_task", running.number},
+         {"n_ctx", engine_->options().max_context},
+         {"speculative", false},
+         {"is_processing", true},
+         {"n_prompt_tokens", running.prompt_tokens},
+         {"n_prompt_tokens_processed", std::min(running.computed_tokens, running.prompt_tokens)},
+         {"n_cached_tokens", running.computed_tokens},
+         {"n_cache_pages", running.pages},
+         {"next_token",
+          {{"has_next_token", true},
+           {"n_remain", running.max_tokens - running.generated_tokens},
+           {"n_decoded", running.generated_tokens}}}});
+  }
+  return Answer(slots);
+}
+
+}  // namespace innerq
