@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <ctime>
 
 #include "server/openai_response.h"
 
@@ -63,28 +64,14 @@ void Stream(const AnswerHead& head, Generation& generation, Generation::Piece fi
 
 }  // namespace
 
-std::vector<int32_t> ModelStopTokens(const std::vector<int32_t>& eos_token_ids,
-                                     const Tokenizer& tokenizer,
-                                     const ChatTemplate* chat_template) {
-  std::vector<int32_t> ids = eos_token_ids;
-  const auto add = [&ids](std::optional<int32_t> id) {
-    if (id && std::find(ids.begin(), ids.end(), *id) == ids.end()) ids.push_back(*id);
-  };
-  add(tokenizer.eos_id());
-  if (chat_template != nullptr && chat_template->name() == "chatml") {
-    add(tokenizer.TokenId("<|im_end|>"));
-  }
-  if (chat_template != nullptr && chat_template->name() == "llama3") {
-    add(tokenizer.TokenId("<|eot_id|>"));
-  }
-  return ids;
-}
-
 Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages,
                                         const Tokenizer& tokenizer,
                                         const ChatTemplate& chat_template) {
-  ASSIGN_OR_RETURN(const auto segments, chat_template.Render(messages, true));
-  return tokenizer.EncodeSegments(segments, /*add_bos=*/true);
+  const std::time_t seconds = std::time(nullptr);
+  std::tm now{};
+  localtime_r(&seconds, &now);
+  ASSIGN_OR_RETURN(const auto segments, chat_template.Render(messages, {.now = now}));
+  return EncodePrompt(segments, tokenizer);
 }
 
 HttpResponse ErrorResponse(const ApiError& error) {

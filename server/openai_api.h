@@ -27,12 +27,8 @@ struct ApiModel {
   std::vector<int32_t> stop_token_ids;
 };
 
-// The ids that end an answer: those of config.json, the tokenizer's end of sequence, and the end of
-// a turn in the chat template's format, where the vocabulary has one.
-std::vector<int32_t> ModelStopTokens(const std::vector<int32_t>& eos_token_ids,
-                                     const Tokenizer& tokenizer, const ChatTemplate* chat_template);
-
-// Turns a conversation into prompt ids. Errors: invalid argument as of ChatTemplate::Render.
+// Turns a conversation into prompt ids, for an answer given now. Errors: invalid argument as of
+// ChatTemplate::Render.
 Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages,
                                         const Tokenizer& tokenizer,
                                         const ChatTemplate& chat_template);
