@@ -192,7 +192,7 @@ std::vector<ChatMessage> ProbeConversation(std::string_view role) {
 std::optional<int32_t> TokenAfterProbe(const jinja::Text& rendered, const Tokenizer& tokenizer) {
   const std::vector<TextSegment> segments = rendered.Segments();
   for (size_t i = 0; i + 1 < segments.size(); ++i) {
-    if (segments[i].trusted || segments[i].text.find(kProbe) == std::string::npos) continue;
+    if (segments[i].trusted || !jinja::TrimSpace(segments[i].text, {}).ends_with(kProbe)) continue;
     const std::string_view rest = jinja::TrimSpace(segments[i + 1].text, {});
     const auto ids = tokenizer.Encode(rest, {.add_bos = false, .parse_special = true});
     if (!ids.empty() && tokenizer.IsSpecial(ids.front())) return ids.front();

@@ -294,10 +294,11 @@ Result<Value> Renderer::CallFunction(const Expr& expr, const Signature& function
   return function.function(call);
 }
 
-// The text of the call block, with the names that it sees where it stands.
+// The text of the call block, with the names that it sees where it stands. It has no caller() of
+// its own, as in Jinja2, even where it stands in a macro.
 Result<Value> Renderer::CallCaller(const Expr& expr) {
   if (!expr.args.empty()) return InvalidArgument("caller expects no arguments");
-  const Caller* const caller = std::exchange(caller_, caller_->outer);
+  const Caller* const caller = std::exchange(caller_, nullptr);
   const size_t outer = Push(caller->frame);
   ASSIGN_OR_RETURN(Text text, Capture(*caller->body));
   Pop(outer);

@@ -124,9 +124,13 @@ Result<void> Parser::ParseStatement(Body& body) {
   ASSIGN_OR_RETURN(const std::string name, ExpectName("the name of a statement"));
   using Method = Result<Stmt> (Parser::*)(int);
   constexpr std::pair<std::string_view, Method> kStatements[] = {
-      {"if", &Parser::ParseIf},     {"for", &Parser::ParseFor},
-      {"set", &Parser::ParseSet},   {"macro", &Parser::ParseMacro},
-      {"call", &Parser::ParseCallBlock}, {"with", &Parser::ParseWith}, {"generation", &Parser::ParseGeneration}};
+      {"if", &Parser::ParseIf},
+      {"for", &Parser::ParseFor},
+      {"set", &Parser::ParseSet},
+      {"macro", &Parser::ParseMacro},
+      {"call", &Parser::ParseCallBlock},
+      {"with", &Parser::ParseWith},
+      {"generation", &Parser::ParseGeneration}};
   for (const auto& [known, method] : kStatements) {
     if (name != known) continue;
     ASSIGN_OR_RETURN(Stmt statement, (this->*method)(line));

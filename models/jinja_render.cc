@@ -106,7 +106,7 @@ Result<void> Renderer::RunCallBlock(const Stmt& stmt) {
   }
   const Macro& macro = *program_.macros[static_cast<size_t>(callee.index())];
   if (!macro.has_caller) return InvalidArgument("macro " + macro.name + " calls no caller()");
-  const Caller caller{&stmt.bodies[0], frame_, caller_};
+  const Caller caller{&stmt.bodies[0], frame_};
   ASSIGN_OR_RETURN(const Value text, CallMacro(call, macro, std::move(args), &caller));
   return Write(text.text());
 }

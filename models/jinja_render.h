@@ -39,11 +39,10 @@ class Renderer {
     std::map<std::string, Value, std::less<>> names;
   };
   class Level;
-  // The body of a call block while its macro runs.
+  // The body of a call block, and where that stands.
   struct Caller {
     const Body* body;
-    size_t frame;         // where the block stands
-    const Caller* outer;  // of the macro that the block stands in; may be null
+    size_t frame;
   };
 
   // Statements.
@@ -103,7 +102,7 @@ class Renderer {
   std::vector<Frame> frames_;
   size_t frame_ = 0;
   std::vector<Dict> namespaces_;
-  const Caller* caller_ = nullptr;  // of the macro that runs
+  const Caller* caller_ = nullptr;  // of the macro that runs, if it was called by a call block
   Text out_;
   int depth_ = 0;
   int line_ = 1;

@@ -93,8 +93,11 @@ Result<std::vector<TokenizerConfig::Named>> ReadChatTemplates(const json& file) 
     out.push_back({"default", at->get<std::string>()});
     return out;
   }
+  const Error error{ErrorCode::kDataLoss,
+                    "chat_template: expected a string, or a list with one named default"};
+  if (!at->is_array()) return error;
   bool has_default = false;
-  for (const json& entry : at->is_array() ? *at : json::array()) {
+  for (const json& entry : *at) {
     const auto name = ReadText(entry, "name");
     const auto text = ReadText(entry, "template");
     if (!name || !text) continue;
@@ -102,8 +105,7 @@ Result<std::vector<TokenizerConfig::Named>> ReadChatTemplates(const json& file) 
     out.push_back({*name, *text});
   }
   if (has_default) return out;
-  return Error{ErrorCode::kDataLoss,
-               "chat_template: expected a string, or a list with one named default"};
+  return error;
 }
 
 Result<std::optional<bool>> ReadAddBos(const json& file) {

@@ -324,10 +324,12 @@ std::string Text(const Result<std::vector<TextSegment>>& segments) {
   return text;
 }
 
+using Files = std::map<std::string, std::string>;  // texts by names
+
 // A model directory of the demo's tokenizer with these files besides.
 class ModelDirectory {
  public:
-  explicit ModelDirectory(const std::map<std::string, std::string>& files) {
+  explicit ModelDirectory(const Files& files) {
     std::filesystem::copy(std::filesystem::path(INNERQ_SOURCE_DIR) / "models/demo/tokenizer.model",
                           path());
     for (const auto& [name, text] : files) {
@@ -363,23 +365,25 @@ TEST(ChatTemplateTest, AutoRunsTheModelsOwnTemplate) {
   const std::string config = "tokenizer_config.json";
   const std::string file = "chat_template.jinja";
   const std::string user = "{{ messages[0].content }}";
-  EXPECT_EQ(ModelDirectory({{file, "F:" + user}}).Hi(), "F:hi");
-  EXPECT_EQ(ModelDirectory({{config, ConfigWith("C:" + user)}}).Hi(), "C:hi");
-  EXPECT_EQ(ModelDirectory({{config, ConfigWith("C:" + user)}, {file, "F:" + user}}).Hi(), "F:hi");
+  EXPECT_EQ(ModelDirectory(Files{{file, "F:" + user}}).Hi(), "F:hi");
+  EXPECT_EQ(ModelDirectory(Files{{config, ConfigWith("C:" + user)}}).Hi(), "C:hi");
+  EXPECT_EQ(ModelDirectory(Files{{config, ConfigWith("C:" + user)}, {file, "F:" + user}}).Hi(),
+            "F:hi");
   const std::string list = R"({"chat_template": [{"name": "tool_use", "template": "T:{{ tools }}"},
                                {"name": "default", "template": "D:{{ messages[0].content }}"}]})";
-  EXPECT_EQ(ModelDirectory({{config, list}}).Hi(), "D:hi");
-  EXPECT_EQ(ModelDirectory({{config, R"({"chat_template": null})"}}).Hi(), "none");
-  EXPECT_EQ(ModelDirectory({{config, R"({"chat_template": ""})"}}).Hi(), "none");
-  EXPECT_EQ(ModelDirectory({{config, "{}"}}).Hi(), "none");
-  EXPECT_EQ(ModelDirectory({}).Hi(), "none");
+  EXPECT_EQ(ModelDirectory(Files{{config, list}}).Hi(), "D:hi");
+  EXPECT_EQ(ModelDirectory(Files{{config, R"({"chat_template": null})"}}).Hi(), "none");
+  EXPECT_EQ(ModelDirectory(Files{{config, R"({"chat_template": ""})"}}).Hi(), "none");
+  EXPECT_EQ(ModelDirectory(Files{{config, "{}"}}).Hi(), "none");
+  EXPECT_EQ(ModelDirectory(Files{}).Hi(), "none");
   for (const std::string damaged : {R"({"chat_template": 7})", R"({"chat_template": []})",
                                     R"({"chat_template": [{"name": "x", "template": "y"}]})"}) {
-    EXPECT_NE(ModelDirectory({{config, damaged}}).Hi().find("tokenizer_config.json: chat_template"),
-              std::string::npos);
+    EXPECT_NE(
+        ModelDirectory(Files{{config, damaged}}).Hi().find("tokenizer_config.json: chat_template"),
+        std::string::npos);
   }
   EXPECT_FALSE(ChatTemplate::Load("/nonexistent", "alpaca", nullptr).ok());
-  const ModelDirectory both({{file, "F"}});
+  const ModelDirectory both(Files{{file, "F"}});
   EXPECT_EQ((*both.LoadTemplate("chatml"))->name(), "chatml");  // the configuration's word
 }
 
@@ -388,22 +392,24 @@ TEST(ChatTemplateTest, ToolsGoToTheTemplateForThem) {
   const std::string json = R"([{"name": "f", "list": [1, 2.5, null, true, "\u00e9"]}])";
   const std::string print = "{{ tools | tojson(ensure_ascii=true) if tools else 'no tools' }}";
   const std::string user = "{{ messages[0].content }}";
-  const ModelDirectory one({{"chat_template.jinja", user + print}});
+  const ModelDirectory one(Files{{"chat_template.jinja", user + print}});
   EXPECT_EQ(one.Hi(), "hino tools");
   EXPECT_EQ(one.Hi(tools), "hi" + json);
-  const ModelDirectory two(
-      {{"chat_template.jinja", user}, {"additional_chat_templates/tool_use.jinja", "T" + print}});
+  const ModelDirectory two(Files{{"chat_template.jinja", user},
+                                 {"additional_chat_templates/tool_use.jinja", "T" + print}});
   EXPECT_EQ(two.Hi(), "hi");
   EXPECT_EQ(two.Hi(tools), "T" + json);
   const ModelDirectory listed(
-      {{"tokenizer_config.json",
-        R"({"chat_template": [{"name": "tool_use", "template": )" + Quoted("L" + print) +
-            R"(}, {"name": "default", "template": )" + Quoted(user) + "}]}"}});
+      Files{{"tokenizer_config.json",
+             R"({"chat_template": [{"name": "tool_use", "template": )" + Quoted("L" + print) +
+                 R"(}, {"name": "default", "template": )" + Quoted(user) + "}]}"}});
   EXPECT_EQ(listed.Hi(), "hi");
   EXPECT_EQ(listed.Hi(tools), "L" + json);
   // Text of tools is not trusted, and JSON that no one could read is refused.
   const auto chat = *one.LoadTemplate();
-  for (const TextSegment& segment : *chat->Render({{"user", "hi"}}, tools)) {
+  const auto segments = chat->Render({{"user", "hi"}}, tools);
+  ASSERT_TRUE(segments.ok()) << segments.error().message;
+  for (const TextSegment& segment : *segments) {
     EXPECT_FALSE(segment.trusted) << segment.text;
   }
   for (const std::string bad : {"{", "{}", "7", "[18446744073709551615]", "[1,]"}) {
@@ -419,30 +425,33 @@ TEST(ChatTemplateTest, TemplatesKnowTheModelsTokensByName) {
       "add_bos_token": false, "extra_special_tokens": {"image_token": "<image>"},
       "additional_special_tokens": ["<1>", {"content": "<2>"}], "added_tokens_decoder": {
         "40000": {"content": "<b>", "special": true}, "40001": {"content": "<e>", "special": true}},
-      "chat_template": "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ image_token }}{{ pad_token is defined }}{{ add_bos_token is defined }}{{ additional_special_tokens | join }}{{ documents is none }}{{ tools is none }}"})";
-  EXPECT_EQ(ModelDirectory({{"tokenizer_config.json", config}}).Hi(),
-            "<b><e><u><image>FalseFalse<1><2>TrueTrue");
+      "chat_template": "{{ messages[0].content }}{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ image_token }}{{ pad_token is defined }}{{ add_bos_token is defined }}{{ additional_special_tokens | join }}{{ documents is none }}{{ tools is none }}"})";
+  EXPECT_EQ(ModelDirectory(Files{{"tokenizer_config.json", config}}).Hi(),
+            "hi<b><e><u><image>FalseFalse<1><2>TrueTrue");
   // Where the file is silent, the tokenizer's own.
-  EXPECT_EQ(ModelDirectory({{"chat_template.jinja", "{{ bos_token }}{{ eos_token }}"}}).Hi(),
-            "<s></s>");
+  EXPECT_EQ(ModelDirectory(
+                Files{{"chat_template.jinja", "{{ messages[0].content + bos_token + eos_token }}"}})
+                .Hi(),
+            "hi<s></s>");
 }
 
 TEST(ChatTemplateTest, TimeComesFromTheCaller) {
-  const ModelDirectory model({{"chat_template.jinja",
-                               "{{ strftime_now('%d %b %Y %H:%M:%S %A') if strftime_now is defined "
-                               "else 'no clock' }}"}});
+  const ModelDirectory model(Files{{"chat_template.jinja",
+                                    "{{ messages[0].content }} {{ strftime_now('%d %b %Y %H:%M:%S "
+                                    "%A') if strftime_now is defined "
+                                    "else 'no clock' }}"}});
   std::tm now{};
   now.tm_year = 126;
   now.tm_mon = 10;
   now.tm_mday = 26;
   now.tm_hour = 9;
   now.tm_sec = 7;
-  EXPECT_EQ(model.Hi({.now = now}), "26 Nov 2026 09:00:07 Thursday");
-  EXPECT_EQ(model.Hi(), "no clock");
+  EXPECT_EQ(model.Hi({.now = now}), "hi 26 Nov 2026 09:00:07 Thursday");
+  EXPECT_EQ(model.Hi(), "hi no clock");
 }
 
 TEST(ChatTemplateTest, WhatCannotRunIsAnErrorAtStartWithFileLineAndReason) {
-  const auto error = [](const std::map<std::string, std::string>& files) {
+  const auto error = [](const Files& files) {
     const ModelDirectory model(files);
     std::string text = model.Hi();
     const size_t at = text.find(model.path().string());
@@ -470,10 +479,10 @@ TEST(ChatTemplateTest, WhatCannotRunIsAnErrorAtStartWithFileLineAndReason) {
 }
 
 TEST(ChatTemplateTest, WhatTheTemplateRefusesIsTheMessagesFault) {
-  const ModelDirectory model({{"chat_template.jinja",
-                               "{%- for m in messages -%}\n{%- if m.content == 'no' -%}\n"
-                               "{{- raise_exception('never say ' + m.content) -}}{%- endif -%}"
-                               "{{- m.content -}}{%- endfor -%}"}});
+  const ModelDirectory model(Files{{"chat_template.jinja",
+                                    "{%- for m in messages -%}\n{%- if m.content == 'no' -%}\n"
+                                    "{{- raise_exception('never say ' + m.content) -}}{%- endif -%}"
+                                    "{{- m.content -}}{%- endfor -%}"}});
   const auto chat = *model.LoadTemplate();
   const auto refused = chat->Render({{"user", "yes"}, {"user", "no"}}, {});
   ASSERT_FALSE(refused.ok());
@@ -483,9 +492,9 @@ TEST(ChatTemplateTest, WhatTheTemplateRefusesIsTheMessagesFault) {
 }
 
 TEST(ChatTemplateTest, MessagesThatTheTemplateLeavesOutAreRefused) {
-  const ModelDirectory model({{"chat_template.jinja",
-                               "{%- for m in messages if m.role in ['user', 'assistant'] -%}"
-                               "{{- m.role + ': ' + m.content + '\n' -}}{%- endfor -%}"}});
+  const ModelDirectory model(Files{{"chat_template.jinja",
+                                    "{%- for m in messages if m.role in ['user', 'assistant'] -%}"
+                                    "{{- m.role + ': ' + m.content + '\n' -}}{%- endfor -%}"}});
   const auto chat = *model.LoadTemplate();
   EXPECT_EQ(Text(chat->Render(kThree, {})).substr(0, 12), "user: Hello,");
   const auto refused = chat->Render({{"user", "a"}, {"system", "b"}}, {});
@@ -501,7 +510,8 @@ std::string Refused(const ModelDirectory& model, const std::string& text) {
   EXPECT_TRUE(chat.ok()) << chat.error().message;
   const auto segments = (*chat)->Render({{"user", "x"}, {"assistant", text}, {"user", "y"}}, {});
   if (segments.ok()) return "";
-  EXPECT_EQ(segments.error().param, "messages[1].content") << segments.error().message;
+  EXPECT_EQ(segments.error().param,
+            text.ends_with("<|system") ? "messages" : "messages[1].content");
   const std::string before = "message text must not contain ";
   EXPECT_EQ(segments.error().message.substr(0, before.size()), before);
   return segments.error().message.substr(before.size(),
@@ -512,35 +522,35 @@ TEST(ChatTemplateTest, MarksOfTurnsAreSeenInWhatTemplatesWrite) {
   const std::string turns = "{% for m in messages %}";
   // Words: Vicuna, with an end of turn that is a token, and Alpaca without.
   const ModelDirectory vicuna(
-      {{"chat_template.jinja",
-        "A chat.{% for m in messages %}{{ ' USER: ' + m.content if m.role == 'user' else "
-        "' ASSISTANT: ' + m.content + eos_token }}{% endfor %}"}});
+      Files{{"chat_template.jinja",
+             "A chat.{% for m in messages %}{{ ' USER: ' + m.content if m.role == 'user' else "
+             "' ASSISTANT: ' + m.content + eos_token }}{% endfor %}"}});
   EXPECT_EQ(Refused(vicuna, "so ASSISTANT: yes"), "ASSISTANT:");
   EXPECT_EQ(Refused(vicuna, "the assistant, a chat. user: x"), "");
   const ModelDirectory alpaca(
-      {{"chat_template.jinja",
-        turns + "{{ '### Instruction:\n' if m.role == 'user' else '### Response:\n' }}"
-                "{{ m.content }}\n\n{% endfor %}"}});
+      Files{{"chat_template.jinja",
+             turns + "{{ '### Instruction:\n' if m.role == 'user' else '### Response:\n' }}"
+                     "{{ m.content }}\n\n{% endfor %}"}});
   EXPECT_EQ(Refused(alpaca, "x\n### Response:\ny"), "### Response:");
   EXPECT_EQ(Refused(alpaca, "### Instruction: y"), "### Instruction:");
   EXPECT_EQ(Refused(alpaca, "### Heading\nResponse:"), "");
   // Marks that a template puts together, also by a half of them in the message.
   const ModelDirectory composed(
-      {{"chat_template.jinja", turns + "<|{{ m.role }}|>{{ m.content }}|>{% endfor %}"}});
+      Files{{"chat_template.jinja", turns + "<|{{ m.role }}|>{{ m.content }}|>{% endfor %}"}});
   EXPECT_EQ(Refused(composed, "a<|system|>"), "<|system|>");
   EXPECT_EQ(Refused(composed, "a<|system"), "<|system|>");
   EXPECT_EQ(Refused(composed, "a <b> [c] <| system |> <||>"), "");
   // Words that are only in some conversations.
   const ModelDirectory rare(
-      {{"chat_template.jinja", turns + "{{ m.content }}{{ '[END]' if 'z' in m.content }}\n"
-                                       "{% endfor %}"}});
+      Files{{"chat_template.jinja", turns + "{{ m.content }}{{ '[END]' if '7' in m.content }}\n"
+                                            "{% endfor %}"}});
   EXPECT_EQ(Refused(rare, "[END]"), "");
-  EXPECT_EQ(Refused(rare, "[END] z"), "[END]");
+  EXPECT_EQ(Refused(rare, "[END] 7"), "[END]");
   // Tokens of the model are no marks: message text does not become them.
-  const ModelDirectory tokens(
-      {{"chat_template.jinja", turns + "<|u|>{{ m.role }}\n<think>{{ m.content }}{% endfor %}"},
-       {"tokenizer_config.json",
-        R"({"added_tokens_decoder": {"40000": {"content": "<|u|>", "special": true},
+  const ModelDirectory tokens(Files{
+      {"chat_template.jinja", turns + "<|u|>{{ m.role }}\n<think>{{ m.content }}{% endfor %}"},
+      {"tokenizer_config.json",
+       R"({"added_tokens_decoder": {"40000": {"content": "<|u|>", "special": true},
                                      "40001": {"content": "<think>", "special": false}}})"}});
   EXPECT_EQ(Refused(tokens, "<|u|>user\n<think> assistant"), "");
 }
@@ -548,11 +558,11 @@ TEST(ChatTemplateTest, MarksOfTurnsAreSeenInWhatTemplatesWrite) {
 TEST(ChatTemplateTest, TheEndOfATurnIsTheTokenAfterAnAnswer) {
   const auto end = [](const std::string& after, const std::string& before = "") {
     const ModelDirectory model(
-        {{"chat_template.jinja", "{% for m in messages %}{{ '" + before + "' + m.content }}" +
-                                     "{{ '" + after +
-                                     "' if m.role == 'assistant' else '<|x|>' }}{% endfor %}"},
-         {"tokenizer_config.json",
-          R"({"added_tokens_decoder": {"40000": {"content": "<|end|>", "special": true},
+        Files{{"chat_template.jinja", "{% for m in messages %}{{ '" + before + "' + m.content }}" +
+                                          "{{ '" + after +
+                                          "' if m.role == 'assistant' else '<|x|>' }}{% endfor %}"},
+              {"tokenizer_config.json",
+               R"({"added_tokens_decoder": {"40000": {"content": "<|end|>", "special": true},
               "40001": {"content": "<|x|>", "special": true},
               "40002": {"content": "<plain>", "special": false}}})"}});
     const auto chat = model.LoadTemplate();
@@ -578,7 +588,8 @@ TEST(ChatTemplateTest, TheEndOfATurnIsTheTokenAfterAnAnswer) {
 
 TEST(ChatTemplateTest, PromptsBeginWithOneBos) {
   const auto ids = [](const std::string& jinja, const std::string& config) {
-    const ModelDirectory model({{"chat_template.jinja", jinja}, {"tokenizer_config.json", config}});
+    const ModelDirectory model(
+        Files{{"chat_template.jinja", jinja}, {"tokenizer_config.json", config}});
     const auto segments = (*model.LoadTemplate())->Render({{"user", "<s>"}}, {});
     EXPECT_TRUE(segments.ok()) << segments.error().message;
     const auto tokenizer = *Tokenizer::Load(model.path());
@@ -629,7 +640,7 @@ TEST(ChatTemplateTest, Llama3PromptsAreThoseOfItsOwnTemplate) {
   const auto chat = Load("auto", directory);
   const auto segments = chat->Render(kFour, {});
   ASSERT_TRUE(segments.ok()) << segments.error().message;
-  EXPECT_EQ(Text(*segments).substr(0, 100),
+  EXPECT_EQ(Text(*segments).substr(0, 99),
             "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
             "Cutting Knowledge Date: December 2023\n");
   const std::vector<int32_t> ids = EncodePrompt(*segments, **Tokenizer::Load(directory));
@@ -661,15 +672,15 @@ TEST(ChatTemplateTest, LargeConversationsAreRenderedOrRefused) {
   }
   // Work that grows with the square of the messages ends at the limit of steps.
   const ModelDirectory square(
-      {{"chat_template.jinja",
-        "{% for m in messages %}{% for n in messages[loop.index:] %}"
-        "{{ n.content }}{% endfor %}{% endfor %}{{ messages[0].content }}"}});
+      Files{{"chat_template.jinja",
+             "{% for m in messages %}{% for n in messages[loop.index:] %}"
+             "{{ n.content }}{% endfor %}{% endfor %}{{ messages[0].content }}"}});
   const auto refused = (*square.LoadTemplate())->Render(Messages(60'000, {"user", "a"}), {});
   ASSERT_FALSE(refused.ok());
   EXPECT_NE(refused.error().message.find("4000000 steps"), std::string::npos);
   // And output at the limit of bytes.
-  const ModelDirectory thrice(
-      {{"chat_template.jinja", "{% for i in range(3) %}{{ messages[0].content }}{% endfor %}"}});
+  const ModelDirectory thrice(Files{
+      {"chat_template.jinja", "{% for i in range(3) %}{{ messages[0].content }}{% endfor %}"}});
   const auto large = (*thrice.LoadTemplate())->Render({{"user", std::string(8 << 20, 'a')}}, {});
   ASSERT_FALSE(large.ok());
   EXPECT_NE(large.error().message.find("16777216 bytes"), std::string::npos);
