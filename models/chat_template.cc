@@ -232,8 +232,8 @@ class JinjaChatTemplate : public ChatTemplate {
                                           const ChatOptions& options) const override {
     RETURN_IF_ERROR(Check(messages));
     const auto refuse = [](const Error& error) {
-      return Error{error.code, "the model's chat template, " + error.message,
-                   error.param.empty() ? "messages" : error.param};
+      if (!error.param.empty()) return error;
+      return Error{error.code, "the model's chat template, " + error.message, "messages"};
     };
     const Result<jinja::Text> rendered = Run(messages, options);
     if (!rendered.ok()) return refuse(rendered.error());
@@ -260,8 +260,10 @@ class JinjaChatTemplate : public ChatTemplate {
     jinja::Dict variables = tokens_;
     jinja::Value tools = jinja::Value::None();
     if (!options.tools.empty()) {
-      ASSIGN_OR_RETURN(tools, jinja::ParseJson(options.tools, jinja::Limits().max_value_depth));
-      if (!tools.is_list()) return InvalidArgument("expected a list of tools", "tools");
+      auto parsed = jinja::ParseJson(options.tools, jinja::Limits().max_value_depth);
+      if (!parsed.ok()) return InvalidArgument(parsed.error().message, "tools");
+      if (!parsed->is_list()) return InvalidArgument("expected a list of tools", "tools");
+      tools = *std::move(parsed);
     }
     const bool calls_tools = !tools.is_none() && tool_use_;
     variables.Set(jinja::Value::String("messages"), MessagesValue(messages));
@@ -305,7 +307,7 @@ class JinjaChatTemplate : public ChatTemplate {
       if (std::find(kRoles.begin(), kRoles.end(), role) == kRoles.end()) {
         return InvalidArgument(
             "expected the role system, developer, user, assistant, tool or function, found \"" +
-                role + "\"",
+                role.substr(0, 40) + "\"",
             Place(i, "role"));
       }
       if (std::find(left_out_.begin(), left_out_.end(), role) != left_out_.end()) {

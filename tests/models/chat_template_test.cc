@@ -413,7 +413,9 @@ TEST(ChatTemplateTest, ToolsGoToTheTemplateForThem) {
     EXPECT_FALSE(segment.trusted) << segment.text;
   }
   for (const std::string bad : {"{", "{}", "7", "[18446744073709551615]", "[1,]"}) {
-    EXPECT_FALSE(chat->Render({{"user", "hi"}}, {.tools = bad}).ok()) << bad;
+    const auto refused = chat->Render({{"user", "hi"}}, {.tools = bad});
+    ASSERT_FALSE(refused.ok()) << bad;
+    EXPECT_EQ(refused.error().param, "tools");
   }
   EXPECT_NE(Text(chat->Render({{"user", "hi"}}, {.tools = DeepJson()})).find("at most 64 lists"),
             std::string::npos);
