@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <ctime>
 
 #include "server/openai_response.h"
 
@@ -64,13 +63,17 @@ void Stream(const AnswerHead& head, Generation& generation, Generation::Piece fi
 
 }  // namespace
 
-Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages,
-                                        const Tokenizer& tokenizer,
-                                        const ChatTemplate& chat_template) {
+std::tm LocalTime() {
   const std::time_t seconds = std::time(nullptr);
   std::tm now{};
   localtime_r(&seconds, &now);
-  ASSIGN_OR_RETURN(const auto segments, chat_template.Render(messages, {.now = now}));
+  return now;
+}
+
+Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages,
+                                        const Tokenizer& tokenizer,
+                                        const ChatTemplate& chat_template) {
+  ASSIGN_OR_RETURN(const auto segments, chat_template.Render(messages, {.now = LocalTime()}));
   return EncodePrompt(segments, tokenizer);
 }
 

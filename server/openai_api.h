@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <ctime>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -26,6 +27,9 @@ struct ApiModel {
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
   std::vector<int32_t> stop_token_ids;
 };
+
+// The local time, for chat templates that write the date.
+std::tm LocalTime();
 
 // Turns a conversation into prompt ids, for an answer given now. Errors: invalid argument as of
 // ChatTemplate::Render.
