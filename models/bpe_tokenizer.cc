@@ -111,11 +111,12 @@ class BpeTokenizer : public Tokenizer {
                    "post_processor: expected ids of tokens, found " + std::to_string(id)};
     }
     if (!json.prefix.empty()) bos_id_ = json.prefix.front();
-    if (config.add_bos) prefix_ = std::move(json.prefix);
+    prefix_ = std::move(json.prefix);
     return {};
   }
 
-  // Beginning- and end-of-sequence ids that tokenizer_config.json names.
+  // Beginning- and end-of-sequence ids that tokenizer_config.json names, and whether a text begins
+  // with the first; where it is silent, the post-processor of tokenizer.json says what does.
   Result<void> SetEnds(const TokenizerConfig& config) {
     if (config.bos_token) bos_id_ = TokenId(*config.bos_token);
     if (config.eos_token) eos_id_ = TokenId(*config.eos_token);
@@ -126,6 +127,13 @@ class BpeTokenizer : public Tokenizer {
     if (config.eos_token && !eos_id_) {
       return Error{ErrorCode::kDataLoss,
                    "eos_token: \"" + *config.eos_token + "\" is not in the vocabulary"};
+    }
+    if (config.add_bos == false) prefix_.clear();
+    if (config.add_bos == true && prefix_.empty()) {
+      if (!bos_id_) {
+        return InvalidArgument("bos_token: expected a token to begin texts with, found none");
+      }
+      prefix_ = {*bos_id_};
     }
     return {};
   }

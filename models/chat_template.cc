@@ -2,302 +2,360 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <utility>
 
 #include "models/files.h"
+#include "models/jinja.h"
 #include "models/tokenizer_config.h"
+#include "models/turn_marks.h"
 
 namespace innerq {
 namespace {
 
-using Segment = ChatTemplate::Segment;
+constexpr std::array<std::string_view, 6> kRoles = {"system",    "developer", "user",
+                                                    "assistant", "tool",      "function"};
+// A template takes dozens of steps for a message, so more would pass its limit; this bounds the
+// memory before.
+constexpr size_t kMaxMessages = 1 << 16;
+// Text that no template writes by itself, for conversations that show what it does.
+constexpr std::string_view kProbe = "qzjvxk";
 
-// Whitespace beyond ASCII that Python's str.strip, and so Jinja's trim, removes.
-constexpr std::array<std::string_view, 19> kWideSpaces = {
-    "\xc2\x85",     "\xc2\xa0",     "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81",
-    "\xe2\x80\x82", "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86",
-    "\xe2\x80\x87", "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8",
-    "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f", "\xe3\x80\x80"};
-
-bool IsAsciiSpace(char c) {
-  return c == ' ' || (c >= '\t' && c <= '\r') || (c >= '\x1c' && c <= '\x1f');
-}
-
-std::string_view TrimLeft(std::string_view text) {
-  while (!text.empty()) {
-    const auto wide = std::find_if(kWideSpaces.begin(), kWideSpaces.end(),
-                                   [&](std::string_view space) { return text.starts_with(space); });
-    if (!IsAsciiSpace(text.front()) && wide == kWideSpaces.end()) break;
-    text.remove_prefix(wide == kWideSpaces.end() ? 1 : wide->size());
-  }
-  return text;
-}
-
-std::string_view TrimRight(std::string_view text) {
-  while (!text.empty()) {
-    const auto wide = std::find_if(kWideSpaces.begin(), kWideSpaces.end(),
-                                   [&](std::string_view space) { return text.ends_with(space); });
-    if (!IsAsciiSpace(text.back()) && wide == kWideSpaces.end()) break;
-    text.remove_suffix(wide == kWideSpaces.end() ? 1 : wide->size());
-  }
-  return text;
-}
-
-std::string_view Trim(std::string_view text) { return TrimRight(TrimLeft(text)); }
-
-// Collects segments; neighbours of the same trust are joined, empty ones left out.
-class SegmentList {
- public:
-  void Template(std::string_view text) { Add(text, true); }
-  void Message(std::string_view text) { Add(text, false); }
-  std::vector<Segment> Take() { return std::move(segments_); }
-
- private:
-  void Add(std::string_view text, bool trusted) {
-    if (text.empty()) return;
-    if (segments_.empty() || segments_.back().trusted != trusted) {
-      segments_.push_back({"", trusted});
-    }
-    segments_.back().text += text;
-  }
-  std::vector<Segment> segments_;
+struct BuiltIn {
+  std::string_view name;
+  std::string_view source;
 };
+
+constexpr BuiltIn kBuiltIns[] = {
+    {"chatml", R"jinja(
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+)jinja"},
+    // The system message becomes a part of the first user message and is trimmed with it.
+    {"llama2", R"jinja(
+{%- set turn = namespace(system='', number=0) -%}
+{%- for message in messages -%}
+  {%- if loop.first and message.role == 'system' -%}
+    {%- set turn.system = '<<SYS>>\n' + message.content + '\n<</SYS>>\n\n' -%}
+  {%- elif message.role != ('user' if turn.number is even else 'assistant') -%}
+    {{- raise_exception('expected roles user, assistant, user, ... after an optional system message,'
+                        ' found ' + message.role) -}}
+  {%- else -%}
+    {%- if message.role == 'user' -%}
+      {%- if turn.number > 0 -%}
+        {{- bos_token | default('<s>') -}}
+      {%- endif -%}
+      {{- '[INST] ' + (turn.system + message.content) | trim + ' [/INST]' -}}
+      {%- set turn.system = '' -%}
+    {%- else -%}
+      {{- ' ' + message.content | trim + ' ' + eos_token | default('</s>') -}}
+    {%- endif -%}
+    {%- set turn.number = turn.number + 1 -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if turn.number == 0 -%}
+  {{- raise_exception('expected a user message after the system message, found none') -}}
+{%- endif -%}
+)jinja"},
+    {"llama3", R"jinja(
+{%- for message in messages -%}
+  {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' -}}
+  {{- message.content | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
+{%- endif -%}
+)jinja"},
+    {"zephyr", R"jinja(
+{%- for message in messages -%}
+  {{- '<|' + message.role + '|>\n' + message.content + eos_token | default('</s>') + '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|assistant|>\n' -}}
+{%- endif -%}
+)jinja"}};
 
 std::string Place(size_t message, const char* key) {
   return "messages[" + std::to_string(message) + "]." + key;
 }
 
-Result<void> CheckRoles(const std::vector<ChatMessage>& messages,
-                        std::initializer_list<std::string_view> roles) {
-  if (messages.empty()) return InvalidArgument("messages must not be empty", "messages");
-  for (size_t i = 0; i < messages.size(); ++i) {
-    if (std::find(roles.begin(), roles.end(), messages[i].role) != roles.end()) continue;
-    std::string expected;
-    for (const std::string_view role : roles) {
-      expected += (expected.empty() ? "" : ", ") + std::string(role);
-    }
-    return InvalidArgument("the model's chat template knows the roles " + expected + ", not \"" +
-                               messages[i].role + "\"",
-                           Place(i, "role"));
-  }
-  return {};
+// A template and where it comes from.
+struct Source {
+  std::string name;
+  std::string text;
+};
+
+// The text of a template file, if there is one.
+Result<std::optional<Source>> ReadTemplateFile(const std::filesystem::path& path) {
+  Result<std::string> text = ReadTextFile(path, kMaxTextFileBytes);
+  if (text.ok()) return std::optional<Source>({path.string(), *std::move(text)});
+  if (text.error().code == ErrorCode::kNotFound) return std::optional<Source>();
+  return text.error();
 }
 
-// What the templates below share: `plain_marks` are their marks of turns that are no special tokens
-// of the model.
-class MarkedTemplate : public ChatTemplate {
- public:
-  explicit MarkedTemplate(std::vector<std::string> plain_marks)
-      : plain_marks_(std::move(plain_marks)) {}
+struct Sources {
+  std::optional<Source> main;
+  std::optional<Source> tool_use;
+};
 
- protected:
-  // Refuses roles beside `roles`, and message text with marks that the model would take for ours.
-  Result<void> Check(const std::vector<ChatMessage>& messages,
-                     std::initializer_list<std::string_view> roles) const {
-    RETURN_IF_ERROR(CheckRoles(messages, roles));
-    for (size_t i = 0; i < messages.size(); ++i) {
-      for (const std::string& mark : plain_marks_) {
-        if (messages[i].content.find(mark) == std::string::npos) continue;
-        return InvalidArgument("message text must not contain " + mark +
-                                   ", with which the model's chat template marks turns",
-                               Place(i, "content"));
+// The model's own templates.
+Result<Sources> ReadSources(const std::filesystem::path& directory, const TokenizerConfig& config) {
+  Sources out;
+  ASSIGN_OR_RETURN(out.main, ReadTemplateFile(directory / "chat_template.jinja"));
+  ASSIGN_OR_RETURN(out.tool_use,
+                   ReadTemplateFile(directory / "additional_chat_templates" / "tool_use.jinja"));
+  if (out.main) return out;
+  if (!config.chat_templates.ok()) return config.chat_templates.error();
+  const std::string path = (directory / "tokenizer_config.json").string();
+  for (const TokenizerConfig::Named& one : *config.chat_templates) {
+    if (one.text.empty()) continue;
+    if (one.name == "default") out.main = {path, one.text};
+    if (one.name == "tool_use" && !out.tool_use) out.tool_use = {path, one.text};
+  }
+  return out;
+}
+
+Result<Sources> FindSources(const std::filesystem::path& directory, std::string_view name,
+                            const TokenizerConfig& config) {
+  if (name == "auto") return ReadSources(directory, config);
+  for (const BuiltIn& one : kBuiltIns) {
+    if (one.name == name) return Sources{Source{std::string(name), std::string(one.source)}, {}};
+  }
+  return InvalidArgument(
+      "chat template: expected auto, chatml, llama2, llama3 or zephyr, found \"" +
+      std::string(name) + "\"");
+}
+
+// Special tokens by their names, as templates know them.
+jinja::Dict TokenVariables(const TokenizerConfig& config, const Tokenizer* tokenizer) {
+  jinja::Dict out;
+  const auto text = [tokenizer](std::optional<int32_t> id) {
+    return jinja::Value::String(tokenizer->TokenBytes(*id, false, true));
+  };
+  if (tokenizer != nullptr && tokenizer->bos_id()) {
+    out.Set(jinja::Value::String("bos_token"), text(tokenizer->bos_id()));
+  }
+  if (tokenizer != nullptr && tokenizer->eos_id()) {
+    out.Set(jinja::Value::String("eos_token"), text(tokenizer->eos_id()));
+  }
+  for (const TokenizerConfig::Named& token : config.special_tokens) {
+    out.Set(jinja::Value::String(token.name), jinja::Value::String(token.text));
+  }
+  std::vector<jinja::Value> additional;
+  for (const std::string& token : config.additional_special_tokens) {
+    additional.push_back(jinja::Value::String(token));
+  }
+  if (!additional.empty()) {
+    out.Set(jinja::Value::String("additional_special_tokens"),
+            jinja::Value::List(std::move(additional)));
+  }
+  return out;
+}
+
+jinja::Value MessagesValue(const std::vector<ChatMessage>& messages) {
+  const jinja::Value role = jinja::Value::String("role");
+  const jinja::Value content = jinja::Value::String("content");
+  std::vector<jinja::Value> out;
+  out.reserve(messages.size());
+  for (const ChatMessage& message : messages) {
+    jinja::Dict one;
+    one.Set(role, jinja::Value::String(message.role));  // one of kRoles
+    one.Set(content, jinja::Value::String(message.content, /*trusted=*/false));
+    out.push_back(jinja::Value::Of(std::move(one)));
+  }
+  return jinja::Value::List(std::move(out));
+}
+
+std::optional<jinja::Time> ToTime(const std::optional<std::tm>& time) {
+  if (!time) return std::nullopt;
+  return jinja::Time{.year = time->tm_year + 1900,
+                     .month = time->tm_mon + 1,
+                     .day = time->tm_mday,
+                     .hour = time->tm_hour,
+                     .minute = time->tm_min,
+                     .second = time->tm_sec};
+}
+
+// A short conversation with a message of this role.
+std::vector<ChatMessage> ProbeConversation(std::string_view role) {
+  const ChatMessage message{std::string(role), std::string(kProbe)};
+  if (role == "user") return {message};
+  if (role == "system" || role == "developer") return {message, {"user", "a"}};
+  if (role == "assistant") return {{"user", "a"}, message, {"user", "a"}};
+  return {{"user", "a"}, {"assistant", "a"}, message};
+}
+
+// The special token that follows kProbe in a rendered conversation, spaces aside.
+std::optional<int32_t> TokenAfterProbe(const jinja::Text& rendered, const Tokenizer& tokenizer) {
+  const std::vector<TextSegment> segments = rendered.Segments();
+  for (size_t i = 0; i + 1 < segments.size(); ++i) {
+    if (segments[i].trusted || !jinja::TrimSpace(segments[i].text, {}).ends_with(kProbe)) continue;
+    const std::string_view rest = jinja::TrimSpace(segments[i + 1].text, {});
+    const auto ids = tokenizer.Encode(rest, {.add_bos = false, .parse_special = true});
+    if (!ids.empty() && tokenizer.IsSpecial(ids.front())) return ids.front();
+  }
+  return std::nullopt;
+}
+
+// Error of a template, with where it comes from.
+Error InSource(const Source& source, const Error& error) {
+  return {error.code, source.name + ": chat template, " + error.message};
+}
+
+class JinjaChatTemplate : public ChatTemplate {
+ public:
+  JinjaChatTemplate(const TokenizerConfig& config, std::shared_ptr<const Tokenizer> tokenizer)
+      : tokenizer_(std::move(tokenizer)),
+        tokens_(TokenVariables(config, tokenizer_.get())),
+        marks_(tokenizer_) {}
+
+  Result<void> Load(const Sources& sources) {
+    name_ = sources.main->name;
+    source_ = sources.main->text;
+    for (const auto& [source, parsed] :
+         {std::pair(&sources.main, &main_), std::pair(&sources.tool_use, &tool_use_)}) {
+      if (!*source) continue;
+      Result<jinja::Template> one = jinja::Template::Parse((*source)->text);
+      if (!one.ok()) return InSource(**source, one.error());
+      *parsed = *std::move(one);
+    }
+    if (const auto probed = Probe(); !probed.ok()) return InSource(*sources.main, probed.error());
+    return {};
+  }
+
+  std::string_view name() const override { return name_; }
+  std::string_view source() const override { return source_; }
+  std::optional<int32_t> end_of_turn() const override { return end_of_turn_; }
+
+  Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,
+                                          const ChatOptions& options) const override {
+    RETURN_IF_ERROR(Check(messages));
+    const auto refuse = [](const Error& error) {
+      if (!error.param.empty()) return error;
+      return Error{error.code, "the model's chat template, " + error.message, "messages"};
+    };
+    const Result<jinja::Text> rendered = Run(messages, options);
+    if (!rendered.ok()) return refuse(rendered.error());
+    TurnMarks marks = marks_;  // and those that only this conversation made the template write
+    if (const auto learned = marks.LearnWords(*rendered); !learned.ok()) {
+      return refuse(learned.error());
+    }
+    const std::optional<std::string> forged = marks.FindForged(*rendered);
+    if (!forged) return rendered->Segments();
+    const auto message = std::find_if(
+        messages.begin(), messages.end(),
+        [&](const ChatMessage& one) { return one.content.find(*forged) != std::string::npos; });
+    return InvalidArgument("message text must not contain " + *forged +
+                               ", with which the model's chat template marks turns",
+                           message == messages.end()
+                               ? "messages"
+                               : Place(static_cast<size_t>(message - messages.begin()), "content"));
+  }
+
+ private:
+  // Runs the template, without a look at what comes out.
+  Result<jinja::Text> Run(const std::vector<ChatMessage>& messages,
+                          const ChatOptions& options) const {
+    jinja::Dict variables = tokens_;
+    jinja::Value tools = jinja::Value::None();
+    if (!options.tools.empty()) {
+      auto parsed = jinja::ParseJson(options.tools, jinja::Limits().max_value_depth);
+      if (!parsed.ok()) return InvalidArgument(parsed.error().message, "tools");
+      if (!parsed->is_list()) return InvalidArgument("expected a list of tools", "tools");
+      tools = *std::move(parsed);
+    }
+    const bool calls_tools = !tools.is_none() && tool_use_;
+    variables.Set(jinja::Value::String("messages"), MessagesValue(messages));
+    variables.Set(jinja::Value::String("add_generation_prompt"),
+                  jinja::Value::Bool(options.add_generation_prompt));
+    variables.Set(jinja::Value::String("tools"), tools);
+    variables.Set(jinja::Value::String("documents"), jinja::Value::None());
+    return (calls_tools ? *tool_use_ : *main_).Render(variables, ToTime(options.now));
+  }
+
+  // Renders a conversation for each role and learns from it.
+  Result<void> Probe() {
+    std::tm new_year{};
+    new_year.tm_mday = 1;
+    new_year.tm_year = 100;
+    for (const std::string_view role : kRoles) {
+      const Result<jinja::Text> rendered = Run(ProbeConversation(role), {.now = new_year});
+      if (!rendered.ok()) {
+        if (role == "user") return rendered.error();
+        continue;  // it says what it does not like when it is asked
+      }
+      RETURN_IF_ERROR(marks_.LearnWords(*rendered));
+      marks_.LearnSeparators(*rendered);
+      if (rendered->bytes.find(kProbe) == std::string::npos) left_out_.push_back(role);
+      if (role == "assistant" && tokenizer_ != nullptr) {
+        end_of_turn_ = TokenAfterProbe(*rendered, *tokenizer_);
       }
     }
     return {};
   }
 
- private:
-  const std::vector<std::string> plain_marks_;
-};
-
-// <|im_start|>role \n content <|im_end|> \n
-class ChatMl : public MarkedTemplate {
- public:
-  using MarkedTemplate::MarkedTemplate;
-  std::string_view name() const override { return "chatml"; }
-  Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
-                                      bool add_generation_prompt) const override {
-    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant", "tool"}));
-    SegmentList out;
-    for (const ChatMessage& message : messages) {
-      out.Template("<|im_start|>" + message.role + "\n");
-      out.Message(message.content);
-      out.Template("<|im_end|>\n");
+  Result<void> Check(const std::vector<ChatMessage>& messages) const {
+    if (messages.empty()) return InvalidArgument("messages must not be empty", "messages");
+    if (messages.size() > kMaxMessages) {
+      return InvalidArgument("expected at most " + std::to_string(kMaxMessages) +
+                                 " messages, found " + std::to_string(messages.size()),
+                             "messages");
     }
-    if (add_generation_prompt) out.Template("<|im_start|>assistant\n");
-    return out.Take();
-  }
-};
-
-// [INST] <<SYS>> system <</SYS>> user [/INST] assistant </s><s>[INST] ...
-class Llama2 : public MarkedTemplate {
- public:
-  Llama2(std::string bos, std::string eos, std::vector<std::string> plain_marks)
-      : MarkedTemplate(std::move(plain_marks)), bos_(std::move(bos)), eos_(std::move(eos)) {}
-  std::string_view name() const override { return "llama2"; }
-  Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
-                                      bool /*add_generation_prompt*/) const override {
-    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant"}));
-    const size_t first = messages[0].role == "system" ? 1 : 0;
-    if (first == messages.size()) {
-      return InvalidArgument("a user message must follow the system message", "messages");
-    }
-    SegmentList out;
-    for (size_t i = first; i < messages.size(); ++i) {
-      const bool is_user = (i - first) % 2 == 0;
-      if (messages[i].role != (is_user ? "user" : "assistant")) {
+    for (size_t i = 0; i < messages.size(); ++i) {
+      const std::string& role = messages[i].role;
+      if (std::find(kRoles.begin(), kRoles.end(), role) == kRoles.end()) {
         return InvalidArgument(
-            "after an optional system message, roles must alternate user, assistant, user, ...",
+            "expected the role system, developer, user, assistant, tool or function, found \"" +
+                role.substr(0, 40) + "\"",
             Place(i, "role"));
       }
-      if (!is_user) {
-        out.Template(" ");
-        out.Message(Trim(messages[i].content));
-        out.Template(" " + eos_);
-        continue;
+      if (std::find(left_out_.begin(), left_out_.end(), role) != left_out_.end()) {
+        return InvalidArgument("the model's chat template leaves out messages of the role " + role,
+                               Place(i, "role"));
       }
-      if (i > first) out.Template(bos_);
-      out.Template("[INST] ");
-      if (first == 1 && i == first) {
-        RenderSystem(messages[0].content, messages[i].content, out);
-      } else {
-        out.Message(Trim(messages[i].content));
-      }
-      out.Template(" [/INST]");
     }
-    return out.Take();
+    return {};
   }
 
- private:
-  // The system message and the first user message are trimmed as one text.
-  static void RenderSystem(std::string_view system, std::string_view user, SegmentList& out) {
-    const std::string_view kept = TrimRight(user);
-    out.Template("<<SYS>>\n");
-    out.Message(system);
-    out.Template(kept.empty() ? "\n<</SYS>>" : "\n<</SYS>>\n\n");
-    out.Message(kept);
-  }
-  std::string bos_;
-  std::string eos_;
+  const std::shared_ptr<const Tokenizer> tokenizer_;  // may be null
+  const jinja::Dict tokens_;
+  std::string name_, source_;
+  std::optional<jinja::Template> main_;
+  std::optional<jinja::Template> tool_use_;
+  TurnMarks marks_;
+  std::vector<std::string_view> left_out_;  // those of kRoles whose messages it does not write
+  std::optional<int32_t> end_of_turn_;
 };
-
-// <|start_header_id|>role<|end_header_id|> \n\n content <|eot_id|>
-class Llama3 : public MarkedTemplate {
- public:
-  using MarkedTemplate::MarkedTemplate;
-  std::string_view name() const override { return "llama3"; }
-  Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
-                                      bool add_generation_prompt) const override {
-    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant"}));
-    SegmentList out;
-    for (const ChatMessage& message : messages) {
-      out.Template(Header(message.role));
-      out.Message(Trim(message.content));
-      out.Template("<|eot_id|>");
-    }
-    if (add_generation_prompt) out.Template(Header("assistant"));
-    return out.Take();
-  }
-
- private:
-  static std::string Header(const std::string& role) {
-    return "<|start_header_id|>" + role + "<|end_header_id|>\n\n";
-  }
-};
-
-// <|role|> \n content </s> \n
-class Zephyr : public MarkedTemplate {
- public:
-  Zephyr(std::string eos, std::vector<std::string> plain_marks)
-      : MarkedTemplate(std::move(plain_marks)), eos_(std::move(eos)) {}
-  std::string_view name() const override { return "zephyr"; }
-  Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
-                                      bool add_generation_prompt) const override {
-    RETURN_IF_ERROR(Check(messages, {"system", "user", "assistant"}));
-    SegmentList out;
-    for (const ChatMessage& message : messages) {
-      out.Template("<|" + message.role + "|>\n");
-      out.Message(message.content);
-      out.Template(eos_ + "\n");
-    }
-    if (add_generation_prompt) out.Template("<|assistant|>\n");
-    return out.Take();
-  }
-
- private:
-  std::string eos_;
-};
-
-// The model's Jinja text: chat_template.jinja, else that of tokenizer_config.json; may be empty.
-Result<std::string> ReadJinja(const std::filesystem::path& directory,
-                              const TokenizerConfig& config) {
-  Result<std::string> file = ReadTextFile(directory / "chat_template.jinja", kMaxTextFileBytes);
-  if (file.ok() || file.error().code != ErrorCode::kNotFound) return file;
-  return config.chat_template;
-}
-
-// The name of the template whose control tokens a Jinja text uses.
-std::optional<std::string_view> Recognize(std::string_view jinja) {
-  const auto has = [jinja](std::string_view text) { return jinja.find(text) != jinja.npos; };
-  if (has("<|im_start|>") && has("<|im_end|>")) return "chatml";
-  if (has("<|start_header_id|>") && has("<|eot_id|>")) return "llama3";
-  if (has("[INST]") && has("<<SYS>>")) return "llama2";
-  if (has("<|user|>") && has("<|assistant|>") && has("eos_token")) return "zephyr";
-  return std::nullopt;
-}
 
 }  // namespace
 
-Result<std::string> ChatTemplate::ReadSource(const std::filesystem::path& directory) {
-  ASSIGN_OR_RETURN(const TokenizerConfig config, ReadTokenizerConfig(directory));
-  return ReadJinja(directory, config);
+std::vector<std::string> ChatTemplate::Names() {
+  std::vector<std::string> names;
+  for (const BuiltIn& one : kBuiltIns) names.emplace_back(one.name);
+  return names;
 }
 
-std::vector<std::string> ChatTemplate::Names() { return {"chatml", "llama2", "llama3", "zephyr"}; }
-
 Result<std::shared_ptr<const ChatTemplate>> ChatTemplate::Load(
-    const std::filesystem::path& directory, std::string_view name, const Tokenizer* tokenizer) {
-  using Pointer = std::shared_ptr<const ChatTemplate>;
+    const std::filesystem::path& directory, std::string_view name,
+    std::shared_ptr<const Tokenizer> tokenizer) {
   ASSIGN_OR_RETURN(const TokenizerConfig config, ReadTokenizerConfig(directory));
-  std::string wanted(name);
-  if (name == "auto") {
-    ASSIGN_OR_RETURN(const std::string jinja, ReadJinja(directory, config));
-    if (jinja.empty()) return Pointer();
-    const std::optional<std::string_view> recognized = Recognize(jinja);
-    if (!recognized) {
-      return InvalidArgument(directory.string() +
-                             ": the model's chat template is none of those built in (chatml, "
-                             "llama2, llama3, zephyr)");
-    }
-    wanted = *recognized;
-  }
-  const auto plain = [tokenizer](std::vector<std::string> marks) {
-    std::erase_if(marks, [tokenizer](const std::string& mark) {
-      const auto id = tokenizer != nullptr ? tokenizer->TokenId(mark) : std::nullopt;
-      return id && tokenizer->IsSpecial(*id);
-    });
-    return marks;
-  };
-  const std::string bos = config.bos_token.value_or("<s>");
-  const std::string eos = config.eos_token.value_or("</s>");
-  if (wanted == "chatml") {
-    return Pointer(std::make_shared<ChatMl>(plain({"<|im_start|>", "<|im_end|>"})));
-  }
-  if (wanted == "llama2") {
-    return Pointer(std::make_shared<Llama2>(
-        bos, eos, plain({"[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", bos, eos})));
-  }
-  if (wanted == "llama3") {
-    return Pointer(std::make_shared<Llama3>(
-        plain({"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"})));
-  }
-  if (wanted == "zephyr") {
-    return Pointer(
-        std::make_shared<Zephyr>(eos, plain({"<|system|>", "<|user|>", "<|assistant|>", eos})));
-  }
-  return InvalidArgument(
-      "chat template: expected auto, chatml, llama2, llama3 or zephyr, found \"" + wanted + "\"");
+  ASSIGN_OR_RETURN(const Sources sources, FindSources(directory, name, config));
+  if (!sources.main) return std::shared_ptr<const ChatTemplate>();
+  auto out = std::make_shared<JinjaChatTemplate>(config, std::move(tokenizer));
+  RETURN_IF_ERROR(out->Load(sources));
+  return std::shared_ptr<const ChatTemplate>(std::move(out));
+}
+
+std::vector<int32_t> EncodePrompt(const std::vector<TextSegment>& segments,
+                                  const Tokenizer& tokenizer) {
+  std::string bos;
+  if (tokenizer.bos_id()) bos = tokenizer.TokenBytes(*tokenizer.bos_id(), false, true);
+  const bool has_bos = !bos.empty() && !segments.empty() && segments.front().trusted &&
+                       segments.front().text.starts_with(bos);
+  return tokenizer.EncodeSegments(segments, /*add_bos=*/!has_bos);
 }
 
 }  // namespace innerq

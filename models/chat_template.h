@@ -1,8 +1,10 @@
 // ChatTemplate: a conversation to the prompt text its model was trained on.
 #pragma once
 
+#include <ctime>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,41 +16,60 @@ namespace innerq {
 
 // One turn of a conversation. `content` is plain text.
 struct ChatMessage {
-  std::string role;  // system, user, assistant, ...
+  std::string role;  // system, developer, user, assistant, tool, function
   std::string content;
 };
 
-// Renders conversations. Immutable; any thread may call it. The templates are native code; a
-// model's Jinja text is only recognized, and what it may add by itself (a default system message,
-// dates, tools) is left out.
+// What a template may use beside the messages.
+struct ChatOptions {
+  bool add_generation_prompt = true;          // end with the header of an assistant turn
+  std::string tools = {};                     // a JSON list as the client sent it; empty: none
+  std::optional<std::tm> now = std::nullopt;  // local; without it templates see no clock
+};
+
+// Renders conversations: a model's own template, in the Jinja language as transformers runs it, or
+// one of ours. Immutable; any thread may call it.
 class ChatTemplate {
  public:
-  // Names accepted by Load besides "auto".
+  // Names accepted by Load besides "auto": templates of ours for models that ship none.
   static std::vector<std::string> Names();
 
-  // `name` is "auto" (recognize the template in tokenizer_config.json or chat_template.jinja of the
-  // directory by the control tokens it uses) or one of Names(): chatml, llama2, llama3, zephyr.
-  // `tokenizer` tells which marks of turns are special tokens (null: none); used by Load only. Null
-  // if "auto" finds no template at all: the model cannot chat. Errors: invalid argument for a
-  // template that is not recognized, data loss for a damaged file.
-  static Result<std::shared_ptr<const ChatTemplate>> Load(const std::filesystem::path& directory,
-                                                          std::string_view name,
-                                                          const Tokenizer* tokenizer);
-  // The Jinja text of a model directory: chat_template.jinja, else that of tokenizer_config.json;
-  // empty if there is none. Errors: data loss for a damaged file.
-  static Result<std::string> ReadSource(const std::filesystem::path& directory);
+  // `name` is "auto" or one of Names(): chatml, llama2, llama3, zephyr. "auto" takes the model's
+  // own: chat_template.jinja of the directory, else chat_template of tokenizer_config.json, of
+  // several the one named "default"; beside it, for conversations with tools, one named "tool_use"
+  // (there, or additional_chat_templates/tool_use.jinja). `tokenizer` tells which texts are tokens
+  // (null: none). Null if "auto" finds no template at all: the model cannot chat. Errors: invalid
+  // argument for a template that the interpreter cannot run, with file, line and reason, or that
+  // cannot even render a user's message; data loss for a damaged file.
+  static Result<std::shared_ptr<const ChatTemplate>> Load(
+      const std::filesystem::path& directory, std::string_view name,
+      std::shared_ptr<const Tokenizer> tokenizer);
+
   virtual ~ChatTemplate() = default;
 
+  // One of Names(), or the file that the model's own comes from.
   virtual std::string_view name() const = 0;
-  using Segment = TextSegment;
-  // Text for Tokenizer::EncodeSegments, without the first BOS. What the template writes is trusted,
-  // message text is not, so a message that spells a special token cannot forge a turn. Ends with
-  // the header of an assistant turn if `add_generation_prompt` (llama2 has none to add).
-  // Errors: invalid argument, with the message's place in `param`, for a role or an order that the
-  // template does not know, and for message text that spells a mark of turns which is no special
-  // token of the model and hence could not be told from the template's own ([INST], say).
-  virtual Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
-                                              bool add_generation_prompt) const = 0;
+  // Its Jinja text: the one for conversations without tools.
+  virtual std::string_view source() const = 0;
+  // The special token that the template writes right after an answer: the model ends its turn with
+  // it. Absent if there is none.
+  virtual std::optional<int32_t> end_of_turn() const = 0;
+
+  // Text for EncodePrompt. What the template writes is trusted, message text is not, so a message
+  // that spells a special token cannot forge a turn. Steps, depth and output are bounded (see
+  // jinja::Limits). Errors: invalid argument, with the message's place in `param`, for
+  // - no messages, more than 65536, a role that is not one of ChatMessage's or whose messages the
+  //   template leaves out;
+  // - message text that spells a mark of turns which is no token of the model and hence could not
+  //   be told from the template's own ([INST], say; TurnMarks has the rule);
+  // - what the template itself refuses (raise_exception), with its words, and what it cannot do.
+  virtual Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,
+                                                  const ChatOptions& options) const = 0;
 };
+
+// The ids of a rendered conversation. The tokenizer's BOS comes first, where it puts one before
+// texts, unless the template wrote it.
+std::vector<int32_t> EncodePrompt(const std::vector<TextSegment>& segments,
+                                  const Tokenizer& tokenizer);
 
 }  // namespace innerq

@@ -249,12 +249,14 @@ Result<Value> Renderer::EvalCall(const Expr& expr) {
   ASSIGN_OR_RETURN(const Value callee, Lookup(expr.name));
   ASSIGN_OR_RETURN(std::vector<Value> args, EvalAll(expr));
   if (callee.is(Value::Kind::kMacro)) {
-    return CallMacro(expr, *program_.macros[static_cast<size_t>(callee.index())], std::move(args));
+    return CallMacro(expr, *program_.macros[static_cast<size_t>(callee.index())], std::move(args),
+                     nullptr);
   }
   if (callee.is(Value::Kind::kFunction)) {
     if (callee.index() < 0) return MakeNamespace(expr, std::move(args));
     return CallFunction(expr, Functions()[static_cast<size_t>(callee.index())], std::move(args));
   }
+  if (callee.is_undefined() && expr.name == "caller" && caller_ != nullptr) return CallCaller(expr);
   if (callee.is_undefined()) return InvalidArgument(callee.why_undefined());
   return InvalidArgument("expected a function or macro to call, found " + TypeName(callee));
 }
@@ -292,7 +294,20 @@ Result<Value> Renderer::CallFunction(const Expr& expr, const Signature& function
   return function.function(call);
 }
 
-Result<Value> Renderer::CallMacro(const Expr& expr, const Macro& macro, std::vector<Value> args) {
+// The text of the call block, with the names that it sees where it stands. It has no caller() of
+// its own, as in Jinja2, even where it stands in a macro.
+Result<Value> Renderer::CallCaller(const Expr& expr) {
+  if (!expr.args.empty()) return InvalidArgument("caller expects no arguments");
+  const Caller* const caller = std::exchange(caller_, nullptr);
+  const size_t outer = Push(caller->frame);
+  ASSIGN_OR_RETURN(Text text, Capture(*caller->body));
+  Pop(outer);
+  caller_ = caller;
+  return Value::String(std::move(text));
+}
+
+Result<Value> Renderer::CallMacro(const Expr& expr, const Macro& macro, std::vector<Value> args,
+                                  const Caller* caller) {
   const size_t positional = args.size() - expr.names.size();
   if (positional > macro.params.size()) {
     return InvalidArgument("macro " + macro.name + " expects at most " +
@@ -312,6 +327,7 @@ Result<Value> Renderer::CallMacro(const Expr& expr, const Macro& macro, std::vec
     }
     bound[place] = std::move(args[i]);
   }
+  const Caller* const outer_caller = std::exchange(caller_, caller);
   const size_t outer = Push(0);
   for (size_t i = 0; i < bound.size(); ++i) {
     Value value =
@@ -323,6 +339,7 @@ Result<Value> Renderer::CallMacro(const Expr& expr, const Macro& macro, std::vec
   }
   ASSIGN_OR_RETURN(Text text, Capture(macro.body));
   Pop(outer);
+  caller_ = outer_caller;
   return Value::String(std::move(text));
 }
 

@@ -203,7 +203,10 @@ Result<ExprPtr> Parser::ParsePrimary() {
   if (token.text == "true" || token.text == "True") return literal(Value::Bool(true));
   if (token.text == "false" || token.text == "False") return literal(Value::Bool(false));
   if (token.text == "none" || token.text == "None") return literal(Value::None());
+  const bool calls_caller = token.text == "caller" && macro_ != nullptr && IsOp("(");
+  if (calls_caller) macro_->has_caller = true;
   for (const std::string_view special : {"caller", "varargs", "kwargs", "self"}) {
+    if (calls_caller) break;
     if (token.text == special && !assigned_.contains(token.text)) {
       return ErrorAt(token.line, "the variable " + token.text + " is not supported");
     }

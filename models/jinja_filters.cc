@@ -1,6 +1,5 @@
-// The filters of templates.
+// The filters of templates; those of lists and dicts are in jinja_collection_filters.cc.
 #include <algorithm>
-#include <bit>
 #include <charconv>
 #include <cmath>
 
@@ -47,51 +46,6 @@ Result<Value> DefaultFilter(Call& call) {
   const bool absent = call.input().is_undefined() || (call.Flag(2) && !Truthy(call.input()));
   if (!absent) return call.input();
   return call.has(1) ? call.arg(1) : Value::String("");
-}
-
-Result<Value> JoinFilter(Call& call) {
-  Text separator;
-  if (call.has(1)) {
-    RETURN_IF_ERROR(call.budget.SpendOn(call.arg(1)));
-    ASSIGN_OR_RETURN(separator, Str(call.arg(1)));
-  }
-  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
-  Text out;
-  for (size_t i = 0; i < items->size(); ++i) {
-    Value item = (*items)[i];
-    if (call.has(2)) {
-      ASSIGN_OR_RETURN(item, GetPath(item, call.arg(2)));
-    }
-    RETURN_IF_ERROR(call.budget.SpendOn(item));
-    ASSIGN_OR_RETURN(const Text text, Str(item));
-    if (i > 0) out.Append(separator);
-    RETURN_IF_ERROR(
-        call.budget.Spend(static_cast<int64_t>((separator.bytes.size() + text.bytes.size()) / 64)));
-    out.Append(text);
-    if (static_cast<int64_t>(out.bytes.size()) > call.budget.limits().max_output_bytes) {
-      RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(out.bytes.size())));
-    }
-  }
-  return Value::String(std::move(out));
-}
-
-Result<Value> ListFilter(Call& call) {
-  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
-  RETURN_IF_ERROR(call.budget.Spend(static_cast<int64_t>(items->size())));
-  return Value::List(*items);
-}
-
-Result<Value> FirstFilter(Call& call) {
-  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
-  return items->empty() ? Value::Undefined("no first item, the sequence is empty") : items->front();
-}
-
-Result<Value> LastFilter(Call& call) {
-  if (call.input().is(Kind::kSequence) && call.input().sequence()->flavor == Flavor::kIterator) {
-    return InvalidArgument("last expects a list, found an iterator (use the filter list)");
-  }
-  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
-  return items->empty() ? Value::Undefined("no last item, the sequence is empty") : items->back();
 }
 
 Result<Value> ReplaceFilter(Call& call) {
@@ -200,113 +154,14 @@ Result<Value> AbsFilter(Call& call) {
   return Binary("-", Value::Int(0), input, call.budget);
 }
 
-Result<Value> ItemsFilter(Call& call) {
-  if (call.input().is_undefined()) return Value::Of(Flavor::kIterator, {});
-  if (!call.input().is(Kind::kDict)) {
-    return InvalidArgument("items expects a dict, found " + TypeName(call.input()));
-  }
-  std::vector<Value> out;
-  for (const auto& [key, value] : call.input().dict().items()) {
-    RETURN_IF_ERROR(call.budget.Spend(4));
-    out.push_back(Value::Tuple({key, value}));
-  }
-  return Value::Of(Flavor::kIterator, std::move(out));
-}
-
-// What sort and unique compare: the item or its attribute, in lower case unless that matters.
-Result<Value> Key(Call& call, const Value& item, bool case_sensitive, size_t attribute) {
-  Value key = item;
-  if (call.has(attribute) && !call.arg(attribute).is_none()) {
-    ASSIGN_OR_RETURN(key, GetPath(item, call.arg(attribute)));
-  }
-  if (case_sensitive || !key.is_string()) return key;
-  RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(key.text().bytes.size())));
-  return Value::String(Lower(key.text().bytes));
-}
-
-struct Keyed {
-  Value key;
-  Value item;
-};
-
-Result<std::vector<Keyed>> Keys(Call& call, bool case_sensitive, size_t attribute) {
-  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
-  std::vector<Keyed> out;
-  for (const Value& item : *items) {
-    RETURN_IF_ERROR(call.budget.Spend(1));
-    ASSIGN_OR_RETURN(Value key, Key(call, item, case_sensitive, attribute));
-    out.push_back({std::move(key), item});
-  }
-  return out;
-}
-
-Result<void> StableSort(std::vector<Keyed>& items, bool descending, Budget& budget) {
-  int64_t weight = 0;
-  for (const Keyed& item : items) {
-    RETURN_IF_ERROR(budget.SpendOn(item.key));  // so the sum is below the limit of steps
-    weight += item.key.extent().weight;
-  }
-  RETURN_IF_ERROR(budget.Spend(weight * (1 + std::bit_width(items.size()))));
-  // A comparison that fails is remembered; the order of the rest no longer matters.
-  std::optional<Error> failed;
-  std::stable_sort(items.begin(), items.end(), [&](const Keyed& a, const Keyed& b) {
-    if (failed) return false;
-    const Result<int> order = Order(a.key, b.key);
-    if (!order.ok()) failed = order.error();
-    return order.ok() && (descending ? *order > 0 : *order < 0);
-  });
-  if (failed) return *failed;
-  return {};
-}
-
-Value Unkeyed(Flavor flavor, std::vector<Keyed> items) {
-  std::vector<Value> out;
-  for (Keyed& item : items) out.push_back(std::move(item.item));
-  return Value::Of(flavor, std::move(out));
-}
-
-Result<Value> SortFilter(Call& call) {
-  if (call.has(3) && call.arg(3).is_string() &&
-      call.arg(3).text().bytes.find(',') != std::string::npos) {
-    return InvalidArgument("sort expects one attribute, found several");
-  }
-  ASSIGN_OR_RETURN(std::vector<Keyed> items, Keys(call, call.Flag(2), 3));
-  RETURN_IF_ERROR(StableSort(items, call.Flag(1), call.budget));
-  return Unkeyed(Flavor::kList, std::move(items));
-}
-
-Result<Value> UniqueFilter(Call& call) {
-  ASSIGN_OR_RETURN(std::vector<Keyed> items, Keys(call, call.Flag(1), 2));
-  std::vector<Keyed> out;
-  for (Keyed& item : items) {
-    bool seen = false;
-    for (const Keyed& other : out) {
-      RETURN_IF_ERROR(call.budget.Spend(1));
-      ASSIGN_OR_RETURN(const bool same, Compare("==", item.key, other.key, call.budget));
-      seen = seen || same;
-    }
-    if (!seen) out.push_back(std::move(item));
-  }
-  return Unkeyed(Flavor::kIterator, std::move(out));
-}
-
-Result<Value> ReverseFilter(Call& call) {
-  if (call.input().is_string()) {
-    const std::optional<int64_t> backwards[3] = {std::nullopt, std::nullopt, -1};
-    return Slice(call.input(), backwards, call.budget);
-  }
-  ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
-  RETURN_IF_ERROR(call.budget.Spend(static_cast<int64_t>(items->size())));
-  return Value::Of(Flavor::kIterator, {items->rbegin(), items->rend()});
-}
-
 Result<Value> RoundFilter(Call& call) {
   const Value& input = call.input();
   if (!input.is_number()) {
     return InvalidArgument("round expects a number, found " + TypeName(input));
   }
   ASSIGN_OR_RETURN(const int64_t places, call.Int(1, 0));
-  ASSIGN_OR_RETURN(const std::string method, call.String(2, "common"));
+  ASSIGN_OR_RETURN(const std::string name, call.String(2, "common"));
+  const std::string_view method = name;
   if (places < 0 || places > 100) return InvalidArgument("round expects a precision of 0 to 100");
   if (method == "common") {
     if (input.is_integral()) return Value::Int(input.integer());
@@ -319,11 +174,40 @@ Result<Value> RoundFilter(Call& call) {
     return Value::Float(rounded);
   }
   if (method != "ceil" && method != "floor") {
-    return InvalidArgument("round expects the method common, ceil or floor, found " + method);
+    return InvalidArgument("round expects the method common, ceil or floor, found " + name);
   }
   const double scale = std::pow(10.0, static_cast<double>(places));
   const double scaled = input.number() * scale;
   return Value::Float((method == "ceil" ? std::ceil(scaled) : std::floor(scaled)) / scale);
+}
+
+Result<Value> IndentFilter(Call& call) {
+  ASSIGN_OR_RETURN(Text text, InputText(call));
+  std::string indent(4, ' ');
+  if (call.has(1) && call.arg(1).is_string()) {
+    indent = call.arg(1).text().bytes;
+  } else if (call.has(1)) {
+    ASSIGN_OR_RETURN(const int64_t width, call.Int(1, 4));
+    constexpr int64_t kWidthMax = 1000;
+    if (width > kWidthMax) return InvalidArgument("indent expects a width of at most 1000");
+    indent.assign(static_cast<size_t>(std::max<int64_t>(width, 0)), ' ');
+  }
+  text.Append("\n", false);  // so that a text that ends a line has an empty last one
+  Call split{{Value::String(std::move(text))}, call.budget, call.now};
+  ASSIGN_OR_RETURN(const Value lines, FindMethod("splitlines")->function(split));
+  Text out;
+  const bool blank = call.Flag(3);
+  for (const Value& line : lines.sequence()->items) {
+    const bool first = &line == &lines.sequence()->items.front();
+    const auto more = static_cast<int64_t>(line.text().bytes.size() + indent.size() + 1);
+    const auto all = static_cast<int64_t>(out.bytes.size()) + more;
+    RETURN_IF_ERROR(call.budget.Spend(1 + more / 64));
+    if (all > call.budget.limits().max_output_bytes) return call.budget.SpendBytes(all).error();
+    if (!first) out.Append("\n", false);
+    if (first ? call.Flag(2) : blank || !line.text().bytes.empty()) out.Append(indent, false);
+    out.Append(line.text());
+  }
+  return Value::String(std::move(out));
 }
 
 Result<Value> SafeFilter(Call& call) { return call.input(); }
@@ -337,30 +221,26 @@ const Signature* FindFilter(std::string_view name) {
       {"count", {}, 0, LengthFilter},
       {"d", {"default_value", "boolean"}, 0, DefaultFilter},
       {"default", {"default_value", "boolean"}, 0, DefaultFilter},
-      {"first", {}, 0, FirstFilter},
       {"float", {"default"}, 0, FloatFilter},
+      {"indent", {"width", "first", "blank"}, 0, IndentFilter},
       {"int", {"default", "base"}, 0, IntFilter},
-      {"items", {}, 0, ItemsFilter},
-      {"join", {"d", "attribute"}, 0, JoinFilter},
-      {"last", {}, 0, LastFilter},
       {"length", {}, 0, LengthFilter},
-      {"list", {}, 0, ListFilter},
       {"lower", {}, 0, MapText<Lower>},
       {"replace", {"old", "new", "count"}, 2, ReplaceFilter},
-      {"reverse", {}, 0, ReverseFilter},
       {"round", {"precision", "method"}, 0, RoundFilter},
       {"safe", {}, 0, SafeFilter},
-      {"sort", {"reverse", "case_sensitive", "attribute"}, 0, SortFilter},
       {"string", {}, 0, StringFilter},
       {"title", {}, 0, MapText<TitleFilter>},
       {"tojson", {"ensure_ascii", "indent", "separators", "sort_keys"}, 0, ToJsonFilter},
       {"trim", {"chars"}, 0, TrimFilter},
-      {"unique", {"case_sensitive", "attribute"}, 0, UniqueFilter},
       {"upper", {}, 0, MapText<Upper>},
   };
-  const auto found = std::find_if(kFilters.begin(), kFilters.end(),
-                                  [&](const Signature& filter) { return filter.name == name; });
-  return found == kFilters.end() ? nullptr : &*found;
+  for (const std::vector<Signature>* filters : {&kFilters, &CollectionFilters()}) {
+    const auto found = std::find_if(filters->begin(), filters->end(),
+                                    [&](const Signature& filter) { return filter.name == name; });
+    if (found != filters->end()) return &*found;
+  }
+  return nullptr;
 }
 
 }  // namespace innerq::jinja

@@ -1,6 +1,7 @@
-// tojson: Python's json.dumps on Value.
+// JSON of templates: Python's json.dumps on Value, and Values from JSON text.
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 
 #include "models/jinja_value.h"
 
@@ -109,7 +110,95 @@ class JsonWriter {
   int level_ = 0;
 };
 
+// Builds a Value from the events of a JSON parser; nothing here recurses.
+class JsonReader : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  explicit JsonReader(int max_depth) : max_depth_(max_depth) {}
+
+  Result<Value> Take() {
+    if (!error_.empty()) return InvalidArgument(error_);
+    return std::move(root_);
+  }
+
+  bool null() override { return Add(Value::None()); }
+  bool boolean(bool value) override { return Add(Value::Bool(value)); }
+  bool number_integer(int64_t value) override { return Add(Value::Int(value)); }
+  bool number_unsigned(uint64_t value) override {
+    if (value <= INT64_MAX) return Add(Value::Int(static_cast<int64_t>(value)));
+    return Fail("expected an integer of 64 bits, found " + std::to_string(value));
+  }
+  bool number_float(double value, const std::string& /*text*/) override {
+    return Add(Value::Float(value));
+  }
+  bool string(std::string& value) override { return Add(Value::String(value, false)); }
+  bool binary(nlohmann::json::binary_t& /*value*/) override {
+    return Fail("expected JSON, found bytes");
+  }
+  bool start_object(size_t /*size*/) override { return Open(true); }
+  bool start_array(size_t /*size*/) override { return Open(false); }
+  bool key(std::string& key) override {
+    open_.back().key = key;
+    return true;
+  }
+  bool end_object() override {
+    Value done = Value::Of(std::move(open_.back().dict));
+    open_.pop_back();
+    return Add(std::move(done));
+  }
+  bool end_array() override {
+    Value done = Value::List(std::move(open_.back().items));
+    open_.pop_back();
+    return Add(std::move(done));
+  }
+  bool parse_error(size_t at, const std::string& /*token*/,
+                   const nlohmann::json::exception& /*error*/) override {
+    return Fail("not JSON at byte " + std::to_string(at));
+  }
+
+ private:
+  struct Container {
+    bool is_dict;
+    std::string key;
+    Dict dict;
+    std::vector<Value> items;
+  };
+
+  bool Fail(std::string error) {
+    error_ = std::move(error);
+    return false;
+  }
+  bool Open(bool is_dict) {
+    if (static_cast<int>(open_.size()) >= max_depth_) {
+      return Fail("expected at most " + std::to_string(max_depth_) +
+                  " lists or dicts within each other, found more");
+    }
+    open_.push_back({.is_dict = is_dict, .key = {}, .dict = {}, .items = {}});
+    return true;
+  }
+  bool Add(Value value) {
+    if (open_.empty()) {
+      root_ = std::move(value);
+    } else if (open_.back().is_dict) {
+      open_.back().dict.Set(Value::String(open_.back().key, false), value);
+    } else {
+      open_.back().items.push_back(std::move(value));
+    }
+    return true;
+  }
+
+  const int max_depth_;
+  std::vector<Container> open_;  // lists and dicts that have not ended, outermost first
+  Value root_;
+  std::string error_;
+};
+
 }  // namespace
+
+Result<Value> ParseJson(std::string_view text, int max_depth) {
+  JsonReader reader(max_depth);
+  nlohmann::json::sax_parse(text.begin(), text.end(), &reader);
+  return reader.Take();
+}
 
 Result<Text> ToJson(const Value& value, const JsonStyle& style) {
   JsonWriter writer(style);

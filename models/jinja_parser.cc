@@ -84,7 +84,7 @@ Result<std::shared_ptr<const Program>> Parser::Run() {
   ASSIGN_OR_RETURN(program_->body, ParseBody({}));
   for (const auto& [name, line] : calls_) {
     if (assigned_.contains(name) || FindFunction(name) != nullptr) continue;
-    if (name == "namespace" || name == "dict") continue;
+    if (name == "namespace" || name == "dict" || name == "caller") continue;
     return ErrorAt(line, "the function " + name + " is not supported");
   }
   return std::shared_ptr<const Program>(program_);
@@ -128,6 +128,8 @@ Result<void> Parser::ParseStatement(Body& body) {
       {"for", &Parser::ParseFor},
       {"set", &Parser::ParseSet},
       {"macro", &Parser::ParseMacro},
+      {"call", &Parser::ParseCallBlock},
+      {"with", &Parser::ParseWith},
       {"generation", &Parser::ParseGeneration}};
   for (const auto& [known, method] : kStatements) {
     if (name != known) continue;
@@ -145,7 +147,7 @@ Result<void> Parser::ParseStatement(Body& body) {
     return ErrorAt(line, "found " + name + ", which ends no open block");
   }
   return ErrorAt(line, "the statement " + name + " is not supported; expected if, for, set, " +
-                           "macro, generation, break, continue or raw");
+                           "macro, call, with, generation, break, continue or raw");
 }
 
 Result<Stmt> Parser::ParseIf(int line) {
@@ -274,10 +276,44 @@ Result<Stmt> Parser::ParseMacro(int line) {
   }
   RETURN_IF_ERROR(ExpectOp(")"));
   RETURN_IF_ERROR(EndBlock());
+  macro_ = macro.get();
   ASSIGN_OR_RETURN(macro->body, ParseClosedBody("endmacro"));
+  macro_ = nullptr;
   Stmt out{.kind = Stmt::Kind::kMacro, .line = line};
   out.macro = program_->macros.size();
   program_->macros.push_back(std::move(macro));
+  return out;
+}
+
+Result<Stmt> Parser::ParseCallBlock(int line) {
+  if (IsOp("(")) return ErrorAt(line, "a call block with parameters is not supported");
+  Stmt out{.kind = Stmt::Kind::kCall, .line = line};
+  ASSIGN_OR_RETURN(ExprPtr call, ParseExpression());
+  if (call->kind != Expr::Kind::kCall) return ErrorAt(line, "a call block expects a macro's call");
+  out.exprs.push_back(std::move(call));
+  RETURN_IF_ERROR(EndBlock());
+  ASSIGN_OR_RETURN(Body body, ParseClosedBody("endcall"));
+  out.bodies.push_back(std::move(body));
+  return out;
+}
+
+Result<Stmt> Parser::ParseWith(int line) {
+  Stmt out{.kind = Stmt::Kind::kScope, .line = line};
+  while (now().kind != Kind::kBlockEnd) {
+    if (!out.targets.empty()) RETURN_IF_ERROR(ExpectOp(","));
+    ASSIGN_OR_RETURN(std::string name, ExpectName("a name to assign to"));
+    assigned_.insert(name);
+    RETURN_IF_ERROR(ExpectOp("="));
+    ASSIGN_OR_RETURN(ExprPtr value, ParseExpression());
+    out.targets.push_back({std::move(name), ""});
+    out.exprs.push_back(std::move(value));
+  }
+  RETURN_IF_ERROR(EndBlock());
+  const bool outer = std::exchange(nested_, true);
+  ASSIGN_OR_RETURN(Body body, ParseBody({"endwith"}));
+  nested_ = outer;
+  TakeName("endwith");
+  out.bodies.push_back(std::move(body));
   return out;
 }
 

@@ -55,6 +55,8 @@ class Parser {
   Result<Stmt> ParseFor(int line);
   Result<Stmt> ParseSet(int line);
   Result<Stmt> ParseMacro(int line);
+  Result<Stmt> ParseCallBlock(int line);
+  Result<Stmt> ParseWith(int line);
   Result<Stmt> ParseGeneration(int line);
   Result<std::vector<Stmt::Target>> ParseTargets(bool attributes, bool& unpack);
   Result<void> EndBlock();
@@ -95,6 +97,7 @@ class Parser {
   size_t at_ = 0;
   int depth_ = 0;
   int loops_ = 0;                   // for blocks that a break here would end
+  Macro* macro_ = nullptr;          // whose body is read
   bool nested_ = false;             // inside a for, macro or other block with names of its own
   std::set<std::string> assigned_;  // names that the template itself gives values
   std::vector<std::pair<std::string, int>> calls_;  // names called, with lines

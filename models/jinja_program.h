@@ -77,6 +77,8 @@ struct Signature {
   Result<Value> (*function)(Call& call);
 };
 
+// The filters of lists and dicts, a part of those that FindFilter knows.
+const std::vector<Signature>& CollectionFilters();
 // Null if there is none of that name.
 const Signature* FindFilter(std::string_view name);
 const Signature* FindTest(std::string_view name);
@@ -135,7 +137,8 @@ struct Stmt {
     kSet,       // targets = exprs[0]
     kSetBlock,  // targets[0] = the text of bodies[0] through exprs[0], a filter chain or null
     kMacro,     // macro
-    kScope,     // bodies[0] with names of its own
+    kCall,      // prints exprs[0], a call of a macro whose caller() is the text of bodies[0]
+    kScope,     // bodies[0] with names of its own: targets[i] = exprs[i], all read outside
     kBreak,
     kContinue,
   };
@@ -158,6 +161,7 @@ struct Macro {
   std::vector<std::string> params;
   std::vector<ExprPtr> defaults;  // one per parameter, null where it has none
   Body body;
+  bool has_caller = false;  // calls caller()
 };
 
 struct Program {

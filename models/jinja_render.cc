@@ -83,18 +83,47 @@ Result<Renderer::Flow> Renderer::RunStatement(const Stmt& stmt) {
       Set(program_.macros[stmt.macro]->name,
           Value::Reference(Value::Kind::kMacro, static_cast<int64_t>(stmt.macro)));
       return Flow::kNext;
-    case Stmt::Kind::kScope: {
-      const size_t outer = Push(frame_);
-      ASSIGN_OR_RETURN(const Flow flow, RunBody(stmt.bodies[0]));
-      Pop(outer);
-      return flow;
-    }
+    case Stmt::Kind::kScope:
+      return RunScope(stmt);
+    case Stmt::Kind::kCall:
+      RETURN_IF_ERROR(RunCallBlock(stmt));
+      return Flow::kNext;
     case Stmt::Kind::kBreak:
       return Flow::kBreak;
     case Stmt::Kind::kContinue:
       return Flow::kContinue;
   }
   return Flow::kNext;
+}
+
+Result<void> Renderer::RunCallBlock(const Stmt& stmt) {
+  const Expr& call = *stmt.exprs[0];
+  ASSIGN_OR_RETURN(const Value callee, Lookup(call.name));
+  ASSIGN_OR_RETURN(std::vector<Value> args, EvalAll(call));
+  line_ = stmt.line;
+  if (!callee.is(Value::Kind::kMacro)) {
+    return InvalidArgument("a call block expects a macro, found " + TypeName(callee));
+  }
+  const Macro& macro = *program_.macros[static_cast<size_t>(callee.index())];
+  if (!macro.has_caller) return InvalidArgument("macro " + macro.name + " calls no caller()");
+  const Caller caller{&stmt.bodies[0], frame_};
+  ASSIGN_OR_RETURN(const Value text, CallMacro(call, macro, std::move(args), &caller));
+  return Write(text.text());
+}
+
+Result<Renderer::Flow> Renderer::RunScope(const Stmt& stmt) {
+  std::vector<Value> values;
+  for (const ExprPtr& expr : stmt.exprs) {
+    ASSIGN_OR_RETURN(Value value, Eval(*expr));
+    values.push_back(std::move(value));
+  }
+  const size_t outer = Push(frame_);
+  for (size_t i = 0; i < values.size(); ++i) {
+    RETURN_IF_ERROR(AssignOne(stmt.targets[i], std::move(values[i])));
+  }
+  ASSIGN_OR_RETURN(const Flow flow, RunBody(stmt.bodies[0]));
+  Pop(outer);
+  return flow;
 }
 
 Result<Renderer::Flow> Renderer::RunIf(const Stmt& stmt) {

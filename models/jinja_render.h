@@ -39,10 +39,17 @@ class Renderer {
     std::map<std::string, Value, std::less<>> names;
   };
   class Level;
+  // The body of a call block, and where that stands.
+  struct Caller {
+    const Body* body;
+    size_t frame;
+  };
 
   // Statements.
   Result<Flow> RunBody(const Body& body);
   Result<Flow> RunStatement(const Stmt& stmt);
+  Result<void> RunCallBlock(const Stmt& stmt);
+  Result<Flow> RunScope(const Stmt& stmt);
   Result<Flow> RunIf(const Stmt& stmt);
   Result<Flow> RunFor(const Stmt& stmt);
   Result<Flow> RunLoop(const Stmt& stmt, const std::shared_ptr<Loop>& loop);
@@ -83,7 +90,9 @@ class Renderer {
   Result<std::vector<Value>> EvalAll(const Expr& expr);
   Result<Value> EvalCall(const Expr& expr);
   Result<Value> CallFunction(const Expr& expr, const Signature& function, std::vector<Value> args);
-  Result<Value> CallMacro(const Expr& expr, const Macro& macro, std::vector<Value> args);
+  Result<Value> CallMacro(const Expr& expr, const Macro& macro, std::vector<Value> args,
+                          const Caller* caller);
+  Result<Value> CallCaller(const Expr& expr);
   Result<Value> MakeNamespace(const Expr& expr, std::vector<Value> args);
 
   const Program& program_;
@@ -93,6 +102,7 @@ class Renderer {
   std::vector<Frame> frames_;
   size_t frame_ = 0;
   std::vector<Dict> namespaces_;
+  const Caller* caller_ = nullptr;  // of the macro that runs, if it was called by a call block
   Text out_;
   int depth_ = 0;
   int line_ = 1;

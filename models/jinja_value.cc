@@ -66,12 +66,17 @@ void Extent::Add(const Value& value) {
 void Dict::Set(const Value& key, const Value& value) {
   extent_.Add(key);
   extent_.Add(value);
-  if (const Value* found = Find(key); found != nullptr) {
+  if (key.is_string()) {
+    const auto [at, is_new] = by_text_.try_emplace(key.text().bytes, items_.size());
+    if (!is_new) {
+      items_[at->second].second = value;
+      return;
+    }
+  } else if (const Value* found = Find(key); found != nullptr) {
     const auto same = [&](const auto& item) { return &item.second == found; };
     std::find_if(items_.begin(), items_.end(), same)->second = value;
     return;
   }
-  if (key.is_string()) by_text_.emplace(key.text().bytes, items_.size());
   items_.emplace_back(key, value);
 }
 

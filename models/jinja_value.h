@@ -143,5 +143,9 @@ struct JsonStyle {
 };
 // json.dumps. Errors: values that JSON has no form for.
 Result<Text> ToJson(const Value& value, const JsonStyle& style);
+// The value of a JSON text; its strings are not trusted, keys and their order are kept. Errors:
+// invalid argument for what is not JSON, for nesting beyond `max_depth` and integers beyond 64
+// bits.
+Result<Value> ParseJson(std::string_view text, int max_depth);
 
 }  // namespace innerq::jinja

@@ -58,7 +58,7 @@ class SentencePieceTokenizer : public Tokenizer {
     }
     ReadPieces();
     RETURN_IF_ERROR(AddTokens(config.added_tokens, config_path));
-    add_bos_ = config.add_bos;
+    add_bos_ = config.add_bos.value_or(true);  // as SentencePiece models are trained
     return SetEnds(config, config_path);
   }
 

@@ -7,13 +7,13 @@ namespace innerq {
 
 Result<std::shared_ptr<const Tokenizer>> Tokenizer::Load(const std::filesystem::path& directory) {
   std::error_code ignored;  // what cannot be looked at counts as absent
-  if (std::filesystem::exists(directory / "tokenizer.model", ignored)) {
-    return LoadSentencePieceTokenizer(directory);
-  }
   if (std::filesystem::exists(directory / "tokenizer.json", ignored)) {
     return LoadBpeTokenizer(directory);
   }
-  return Error{ErrorCode::kNotFound, directory.string() + ": no tokenizer.model or tokenizer.json"};
+  if (std::filesystem::exists(directory / "tokenizer.model", ignored)) {
+    return LoadSentencePieceTokenizer(directory);
+  }
+  return Error{ErrorCode::kNotFound, directory.string() + ": no tokenizer.json or tokenizer.model"};
 }
 
 std::vector<int32_t> Tokenizer::EncodeSegments(std::span<const TextSegment> segments,

@@ -29,9 +29,9 @@ struct EncodeOptions {
 // A model's vocabulary. Immutable after loading; any thread may call it.
 class Tokenizer {
  public:
-  // Loads the tokenizer of a model directory: tokenizer.model (SentencePiece), else tokenizer.json
-  // (Hugging Face, BPE), with tokenizer_config.json where present. Errors: not found, data loss,
-  // invalid argument, naming the file and what is wrong in it.
+  // Loads the tokenizer of a model directory: tokenizer.json (Hugging Face, BPE), as transformers
+  // prefers it, else tokenizer.model (SentencePiece), with tokenizer_config.json where present.
+  // Errors: not found, data loss, invalid argument, naming the file and what is wrong in it.
   static Result<std::shared_ptr<const Tokenizer>> Load(const std::filesystem::path& directory);
   virtual ~Tokenizer() = default;
 

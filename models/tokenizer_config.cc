@@ -13,13 +13,18 @@ using nlohmann::json;
 constexpr int32_t kMaxTokenId = (1 << 20) - 1;
 
 // A flag that may be absent or null.
-Result<bool> ReadFlag(const json& file, const char* key, bool fallback) {
+Result<std::optional<bool>> ReadFlag(const json& file, const char* key) {
   const auto at = file.find(key);
-  if (at == file.end() || at->is_null()) return fallback;
+  if (at == file.end() || at->is_null()) return std::optional<bool>();
   if (!at->is_boolean()) {
     return Error{ErrorCode::kDataLoss, std::string(key) + ": expected true or false"};
   }
-  return at->get<bool>();
+  return std::optional<bool>(at->get<bool>());
+}
+
+Result<bool> ReadFlag(const json& file, const char* key, bool fallback) {
+  ASSIGN_OR_RETURN(const std::optional<bool> flag, ReadFlag(file, key));
+  return flag.value_or(fallback);
 }
 
 // A string member of an object, if there is one.
@@ -29,10 +34,30 @@ std::optional<std::string> ReadText(const json& object, const char* key) {
   return at->get<std::string>();
 }
 
-// The text of "bos_token" or the like: a string, or an object with "content".
-std::optional<std::string> ReadTokenText(const json& file, const char* key) {
-  const auto at = file.find(key);
-  return at != file.end() && at->is_object() ? ReadText(*at, "content") : ReadText(file, key);
+// The text of a token: a string, or an object with "content".
+std::optional<std::string> TokenText(const json& token) {
+  if (token.is_string()) return token.get<std::string>();
+  return token.is_object() ? ReadText(token, "content") : std::nullopt;
+}
+
+// Tokens by their names: "bos_token" and the like, and the members of "extra_special_tokens".
+void ReadSpecialTokens(const json& file, TokenizerConfig& out) {
+  const auto add = [&out](const std::string& name, const json& token) {
+    if (const auto text = TokenText(token)) out.special_tokens.push_back({name, *text});
+  };
+  for (const auto& [key, value] : file.items()) {
+    if (key.ends_with("_token")) add(key, value);
+    if (key == "bos_token") out.bos_token = TokenText(value);
+    if (key == "eos_token") out.eos_token = TokenText(value);
+    if (key == "extra_special_tokens" && value.is_object()) {
+      for (const auto& [name, token] : value.items()) add(name, token);
+    }
+    if (key == "additional_special_tokens" && value.is_array()) {
+      for (const json& token : value) {
+        if (const auto text = TokenText(token)) out.additional_special_tokens.push_back(*text);
+      }
+    }
+  }
 }
 
 // "added_tokens_decoder": id -> {"content", "special", ...}.
@@ -60,28 +85,49 @@ Result<std::vector<TokenizerConfig::AddedToken>> ReadAddedTokens(const json& fil
 }
 
 // "chat_template": a string, or a list of {"name", "template"}, one of them named "default".
-Result<std::string> ReadChatTemplate(const json& file) {
+Result<std::vector<TokenizerConfig::Named>> ReadChatTemplates(const json& file) {
+  std::vector<TokenizerConfig::Named> out;
   const auto at = file.find("chat_template");
-  if (at == file.end() || at->is_null()) return std::string();
-  if (at->is_string()) return at->get<std::string>();
-  if (at->is_array()) {
-    for (const json& entry : *at) {
-      if (ReadText(entry, "name") != "default") continue;
-      return ReadText(entry, "template").value_or("");
-    }
+  if (at == file.end() || at->is_null()) return out;
+  if (at->is_string()) {
+    out.push_back({"default", at->get<std::string>()});
+    return out;
   }
-  return Error{ErrorCode::kDataLoss,
-               "chat_template: expected a string, or a list with one named default"};
+  const Error error{ErrorCode::kDataLoss,
+                    "chat_template: expected a string, or a list with one named default"};
+  if (!at->is_array()) return error;
+  bool has_default = false;
+  for (const json& entry : *at) {
+    const auto name = ReadText(entry, "name");
+    const auto text = ReadText(entry, "template");
+    if (!name || !text) continue;
+    has_default = has_default || name == "default";
+    out.push_back({*name, *text});
+  }
+  if (has_default) return out;
+  return error;
+}
+
+Result<std::optional<bool>> ReadAddBos(const json& file) {
+  ASSIGN_OR_RETURN(const bool add_eos, ReadFlag(file, "add_eos_token", false));
+  if (add_eos) {
+    return InvalidArgument(
+        "add_eos_token: expected false, for a prompt that ends with EOS leaves nothing to complete;"
+        " found true");
+  }
+  ASSIGN_OR_RETURN(const std::optional<bool> add_bos, ReadFlag(file, "add_bos_token"));
+  const auto name = ReadText(file, "tokenizer_class");
+  const bool adds_by_itself = name == "LlamaTokenizer" || name == "LlamaTokenizerFast";
+  return !add_bos && adds_by_itself ? std::optional<bool>(true) : add_bos;
 }
 
 Result<TokenizerConfig> ParseConfig(const json& file) {
   TokenizerConfig config;
-  ASSIGN_OR_RETURN(config.add_bos, ReadFlag(file, "add_bos_token", true));
+  ASSIGN_OR_RETURN(config.add_bos, ReadAddBos(file));
   ASSIGN_OR_RETURN(config.legacy, ReadFlag(file, "legacy", true));
   ASSIGN_OR_RETURN(config.add_prefix_space, ReadFlag(file, "add_prefix_space", true));
   ASSIGN_OR_RETURN(config.added_tokens, ReadAddedTokens(file));
-  config.bos_token = ReadTokenText(file, "bos_token");
-  config.eos_token = ReadTokenText(file, "eos_token");
+  ReadSpecialTokens(file, config);
   return config;
 }
 
@@ -89,8 +135,8 @@ Result<TokenizerConfig> ParseConfig(const json& file) {
 
 Result<TokenizerConfig> ReadTokenizerConfig(const std::filesystem::path& directory) {
   const std::filesystem::path path = directory / "tokenizer_config.json";
-  const auto damaged = [&path](const std::string& what) {
-    return Error{ErrorCode::kDataLoss, path.string() + ": " + what};
+  const auto in_file = [&path](const Error& error) {
+    return Error{error.code, path.string() + ": " + error.message};
   };
   const Result<std::string> text = ReadTextFile(path, kMaxTextFileBytes);
   if (!text.ok()) {
@@ -98,12 +144,12 @@ Result<TokenizerConfig> ReadTokenizerConfig(const std::filesystem::path& directo
     return text.error();
   }
   const json file = json::parse(*text, nullptr, /*allow_exceptions=*/false);
-  if (!file.is_object()) return damaged("not a JSON object");
+  if (!file.is_object()) return in_file({ErrorCode::kDataLoss, "not a JSON object"});
   Result<TokenizerConfig> config = ParseConfig(file);
-  if (!config.ok()) return damaged(config.error().message);
-  config->chat_template = ReadChatTemplate(file);
-  if (!config->chat_template.ok()) {
-    config->chat_template = damaged(config->chat_template.error().message);
+  if (!config.ok()) return in_file(config.error());
+  config->chat_templates = ReadChatTemplates(file);
+  if (!config->chat_templates.ok()) {
+    config->chat_templates = in_file(config->chat_templates.error());
   }
   return config;
 }

@@ -19,19 +19,31 @@ struct TokenizerConfig {
     std::string content;  // not empty
     bool special = false;
   };
-  bool add_bos = true;
+  // A text and what it is called.
+  struct Named {
+    std::string name;
+    std::string text;
+  };
+  // Whether texts begin with BOS, if anything says so: add_bos_token, else the class, for
+  // transformers' LlamaTokenizer and LlamaTokenizerFast do so whatever tokenizer.json says.
+  std::optional<bool> add_bos;
   bool legacy = true;
   bool add_prefix_space = true;
   std::optional<std::string> bos_token;
   std::optional<std::string> eos_token;
   std::vector<AddedToken> added_tokens;
-  // Jinja text, empty if there is none. A value of a form that is not known is an error only for
-  // those who want to chat.
-  Result<std::string> chat_template = std::string();
+  // What chat templates know by name: the keys *_token, bos_token and eos_token among them, and
+  // those of extra_special_tokens.
+  std::vector<Named> special_tokens;
+  std::vector<std::string> additional_special_tokens;
+  // Jinja texts, empty if there are none; a single one is called "default". A value of a form that
+  // is not known is an error only for those who want to chat.
+  Result<std::vector<Named>> chat_templates = std::vector<Named>();
 };
 
 // Reads tokenizer_config.json of a model directory; gives the defaults if it is absent. Errors:
-// data loss, naming file and key.
+// data loss, naming file and key; invalid argument for an add_eos_token of true: a prompt that ends
+// with EOS leaves nothing to complete.
 Result<TokenizerConfig> ReadTokenizerConfig(const std::filesystem::path& directory);
 
 }  // namespace innerq

@@ -51,9 +51,8 @@ void PrintCache(const KvLayout& layout) {
 Result<void> PrintConfig(const Options& options) {
   RETURN_IF_ERROR(LoadApiKeys(options.server));
   ASSIGN_OR_RETURN(const auto tokenizer, Tokenizer::Load(options.model.path));
-  ASSIGN_OR_RETURN(
-      const auto chat_template,
-      ChatTemplate::Load(options.model.path, options.model.chat_template, tokenizer.get()));
+  ASSIGN_OR_RETURN(const auto chat_template,
+                   ChatTemplate::Load(options.model.path, options.model.chat_template, tokenizer));
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
   ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(checkpoint->config(), options.runner));
   fmt::print("the configuration is valid; it would serve {} as {} on {}:{}\n",

@@ -3,10 +3,9 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <optional>
-
-#include "server/openai_api.h"
 
 namespace innerq {
 namespace {
@@ -61,6 +60,18 @@ std::string Describe(const KvLayerLayout& layer) {
                      layer.normalize_keys ? " normalized" : "", Describe(layer.value));
 }
 
+// The ids that end an answer: those of generation_config.json or config.json, the tokenizer's end
+// of sequence, and what the chat template writes after an answer.
+std::vector<int32_t> StopTokens(const LoadedModel& model) {
+  std::vector<int32_t> ids = model.config.eos_token_ids;
+  const auto add = [&ids](std::optional<int32_t> id) {
+    if (id && std::find(ids.begin(), ids.end(), *id) == ids.end()) ids.push_back(*id);
+  };
+  add(model.tokenizer->eos_id());
+  if (model.chat_template != nullptr) add(model.chat_template->end_of_turn());
+  return ids;
+}
+
 }  // namespace
 
 std::vector<std::string> DescribeCache(const KvLayout& layout) {
@@ -85,14 +96,10 @@ Result<LoadedModel> LoadModel(const Options& options) {
   ASSIGN_OR_RETURN(model.tokenizer, Tokenizer::Load(options.model.path));
   ASSIGN_OR_RETURN(
       model.chat_template,
-      ChatTemplate::Load(options.model.path, options.model.chat_template, model.tokenizer.get()));
-  if (options.model.chat_template == "auto") {
-    ASSIGN_OR_RETURN(model.chat_template_source, ChatTemplate::ReadSource(options.model.path));
-  }
+      ChatTemplate::Load(options.model.path, options.model.chat_template, model.tokenizer));
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
   model.config = checkpoint->config();
-  model.stop_token_ids =
-      ModelStopTokens(model.config.eos_token_ids, *model.tokenizer, model.chat_template.get());
+  model.stop_token_ids = StopTokens(model);
   ModelRunnerOptions runner_options = options.runner;
   ProgressBar bar;
   runner_options.progress = [&bar](int64_t done, int64_t total) { bar.Show(done, total); };

@@ -18,7 +18,6 @@ struct LoadedModel {
   ModelConfig config;
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
-  std::string chat_template_source;  // the model's own Jinja text; empty if another is used
   std::vector<int32_t> stop_token_ids;
   ModelReport report;
   CacheInfo cache;

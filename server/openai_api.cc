@@ -79,28 +79,18 @@ std::string PlainAnswer(const AnswerHead& head, Answer& answer, const ApiRequest
 
 }  // namespace
 
-std::vector<int32_t> ModelStopTokens(const std::vector<int32_t>& eos_token_ids,
-                                     const Tokenizer& tokenizer,
-                                     const ChatTemplate* chat_template) {
-  std::vector<int32_t> ids = eos_token_ids;
-  const auto add = [&ids](std::optional<int32_t> id) {
-    if (id && std::find(ids.begin(), ids.end(), *id) == ids.end()) ids.push_back(*id);
-  };
-  add(tokenizer.eos_id());
-  if (chat_template != nullptr && chat_template->name() == "chatml") {
-    add(tokenizer.TokenId("<|im_end|>"));
-  }
-  if (chat_template != nullptr && chat_template->name() == "llama3") {
-    add(tokenizer.TokenId("<|eot_id|>"));
-  }
-  return ids;
+std::tm LocalTime() {
+  const std::time_t seconds = std::time(nullptr);
+  std::tm now{};
+  localtime_r(&seconds, &now);
+  return now;
 }
 
 Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages,
                                         const Tokenizer& tokenizer,
                                         const ChatTemplate& chat_template) {
-  ASSIGN_OR_RETURN(const auto segments, chat_template.Render(messages, true));
-  return tokenizer.EncodeSegments(segments, /*add_bos=*/true);
+  ASSIGN_OR_RETURN(const auto segments, chat_template.Render(messages, {.now = LocalTime()}));
+  return EncodePrompt(segments, tokenizer);
 }
 
 HttpResponse ErrorResponse(const ApiError& error) {

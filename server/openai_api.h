@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <ctime>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -29,12 +30,11 @@ struct ApiModel {
   std::vector<int32_t> stop_token_ids;
 };
 
-// The ids that end an answer: those of config.json, the tokenizer's end of sequence, and the end of
-// a turn in the chat template's format, where the vocabulary has one.
-std::vector<int32_t> ModelStopTokens(const std::vector<int32_t>& eos_token_ids,
-                                     const Tokenizer& tokenizer, const ChatTemplate* chat_template);
+// The local time, for chat templates that write the date.
+std::tm LocalTime();
 
-// Turns a conversation into prompt ids. Errors: invalid argument as of ChatTemplate::Render.
+// Turns a conversation into prompt ids, for an answer given now. Errors: invalid argument as of
+// ChatTemplate::Render.
 Result<std::vector<int32_t>> EncodeChat(const std::vector<ChatMessage>& messages,
                                         const Tokenizer& tokenizer,
                                         const ChatTemplate& chat_template);

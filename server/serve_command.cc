@@ -154,7 +154,6 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
                 .engine = std::move(model->engine),
                 .props = {.version = version,
                           .model_path = options->model.path.string(),
-                          .chat_template = std::move(model->chat_template_source),
                           .backend = model->report.backend,
                           .kv_cache = options->kv_cache_json}});
   signals.Catch();

@@ -14,7 +14,9 @@ HttpResponse Answer(const Json& json) {
   return {.body = json.dump(-1, ' ', false, Json::error_handler_t::replace)};
 }
 
-Json OrNull(const std::string& text) { return text.empty() ? Json() : Json(text); }
+Json TemplateSource(const ApiModel& model) {
+  return model.chat_template ? Json(model.chat_template->source()) : Json();
+}
 
 // The text of a special token, null if there is none.
 Json SpecialToken(const Tokenizer& tokenizer, const std::optional<int32_t>& id) {
@@ -65,7 +67,9 @@ std::variant<UtilityRequest, ApiError> UtilityApi::Read(const HttpRequest& http,
 std::variant<std::vector<TextSegment>, ApiError> UtilityApi::Render(
     const UtilityRequest& request) const {
   if (!model_.chat_template) return NoChatTemplateError(model_);
-  auto segments = model_.chat_template->Render(request.messages, request.add_generation_prompt);
+  auto segments = model_.chat_template->Render(
+      request.messages,
+      {.add_generation_prompt = request.add_generation_prompt, .now = LocalTime()});
   if (segments) return std::move(segments).value();
   return ApiError{.message = segments.error().message,
                   .param = segments.error().param,
@@ -84,7 +88,7 @@ HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
   } else {
     const auto rendered = Render(request);
     if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
-    ids = tokenizer.EncodeSegments(std::get<std::vector<TextSegment>>(rendered), /*add_bos=*/true);
+    ids = EncodePrompt(std::get<std::vector<TextSegment>>(rendered), tokenizer);
   }
   const auto bytes = [&](int32_t id) { return tokenizer.TokenBytes(id, false, true); };
   const std::string tokens = request.with_pieces
@@ -144,7 +148,7 @@ HttpResponse UtilityApi::TokenizerInfo() const {
                  {"eos_token", SpecialToken(tokenizer, tokenizer.eos_id())},
                  {"eos_token_id", id(tokenizer.eos_id())},
                  {"stop_token_ids", model_.stop_token_ids},
-                 {"chat_template", OrNull(props_.chat_template)}});
+                 {"chat_template", TemplateSource(model_)}});
 }
 
 HttpResponse UtilityApi::Props() const {
@@ -171,7 +175,7 @@ HttpResponse UtilityApi::Props() const {
        {"endpoint_metrics", true},
        {"bos_token", SpecialToken(tokenizer, tokenizer.bos_id())},
        {"eos_token", SpecialToken(tokenizer, tokenizer.eos_id())},
-       {"chat_template", OrNull(props_.chat_template)},
+       {"chat_template", TemplateSource(model_)},
        {"build_info", "innerq " + props_.version},
        {"backend", props_.backend},
        {"scheduler",

@@ -16,7 +16,6 @@ namespace innerq {
 struct ServerProps {
   std::string version;
   std::string model_path;
-  std::string chat_template;      // the model's own Jinja text; empty if another is used
   std::string backend;            // and its variant, as ModelReport says it
   std::string kv_cache = "null";  // the configuration's section, as JSON
 };

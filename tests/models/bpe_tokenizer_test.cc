@@ -458,6 +458,40 @@ TEST(BpeTokenizerTest, TokenizerConfigAddsTokensAndNamesTheEnds) {
   EXPECT_EQ(Make(ByteLevelFile())->eos_id(), std::nullopt);
 }
 
+TEST(BpeTokenizerTest, TokenizerConfigSaysWhetherTextsBeginWithBos) {
+  json with = ByteLevelFile();  // a post-processor that puts <s> first
+  json without = ByteLevelFile();
+  without["post_processor"] = nullptr;
+  const auto config = [](const json& more) {
+    json out = {{"bos_token", "<t>"}};
+    out.update(more);
+    return out;
+  };
+  const std::string llama = "LlamaTokenizerFast", other = "PreTrainedTokenizerFast";
+  // add_bos_token, if it is there, decides.
+  EXPECT_EQ(Make(with, config({{"add_bos_token", true}}))->Encode("a", {}), (Ids{300, 'a'}));
+  EXPECT_EQ(Make(without, config({{"add_bos_token", true}}))->Encode("a", {}), (Ids{301, 'a'}));
+  EXPECT_EQ(Make(with, config({{"add_bos_token", false}}))->Encode("a", {}), Ids{'a'});
+  EXPECT_EQ(
+      Make(with, config({{"add_bos_token", false}, {"tokenizer_class", llama}}))->Encode("a", {}),
+      Ids{'a'});
+  // Then the class, which may add it by itself, then tokenizer.json.
+  EXPECT_EQ(Make(without, config({{"tokenizer_class", llama}}))->Encode("a", {}), (Ids{301, 'a'}));
+  EXPECT_EQ(Make(without, config({{"tokenizer_class", other}}))->Encode("a", {}), Ids{'a'});
+  EXPECT_EQ(Make(with, config({{"tokenizer_class", other}}))->Encode("a", {}), (Ids{300, 'a'}));
+  EXPECT_EQ(Make(without, config({{"add_bos_token", nullptr}}))->Encode("a", {}), Ids{'a'});
+  const auto refuse = [](const json& file, const json& values, const std::string& message) {
+    const auto tokenizer = LoadText(file.dump(), values);
+    ASSERT_FALSE(tokenizer.ok());
+    EXPECT_EQ(tokenizer.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_NE(tokenizer.error().message.find("tokenizer_config.json: " + message),
+              std::string::npos)
+        << tokenizer.error().message;
+  };
+  refuse(without, {{"add_bos_token", true}}, "bos_token: expected a token");
+  refuse(with, {{"add_eos_token", true}}, "add_eos_token: expected false");
+}
+
 // Texts for round trips: half of arbitrary bytes, half of what patterns and merges look at.
 std::string RandomText(std::mt19937& random) {
   static const std::vector<std::string> kParts = {" ",

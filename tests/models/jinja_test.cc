@@ -15,23 +15,7 @@ using json = nlohmann::ordered_json;
 
 constexpr Time kNow{.year = 2026, .month = 3, .day = 5, .hour = 14, .minute = 7, .second = 9};
 
-Value FromJson(const json& from) {
-  if (from.is_null()) return Value::None();
-  if (from.is_boolean()) return Value::Bool(from.get<bool>());
-  if (from.is_number_integer()) return Value::Int(from.get<int64_t>());
-  if (from.is_number()) return Value::Float(from.get<double>());
-  if (from.is_string()) return Value::String(from.get<std::string>(), false);
-  if (from.is_array()) {
-    std::vector<Value> items;
-    for (const json& item : from) items.push_back(FromJson(item));
-    return Value::List(std::move(items));
-  }
-  Dict out;
-  for (const auto& [key, value] : from.items()) out.Set(Value::String(key), FromJson(value));
-  return Value::Of(std::move(out));
-}
-
-Dict Variables(const json& context) { return FromJson(context).dict(); }
+Dict Variables(const json& context) { return ParseJson(context.dump(), 64).value().dict(); }
 
 // The output, or "error: " and why there is none.
 std::string Rendered(std::string_view source, const json& context = json::object(),
@@ -178,6 +162,61 @@ TEST(JinjaTest, AppliesFilters) {
        {"{{ '<' | safe }}", "<"}});
 }
 
+TEST(JinjaTest, OrdersAndSumsCollections) {
+  Expect(
+      {{"{% for k, v in {'b': 1, 'A': 2, 'a': 0} | dictsort %}{{ k }}{{ v }} {% endfor %}",
+        "A2 a0 b1 "},
+       {"{{ {'b': 1, 'A': 2} | dictsort(true, 'value', reverse=true) }}", "[('A', 2), ('b', 1)]"},
+       {"{{ [1] | dictsort }}", "error: line 1: dictsort expects a dict, found list"},
+       {"{{ {} | dictsort(by='x') }}",
+        "error: line 1: dictsort expects by to be key or value, found x"},
+       {"{{ [3, 1, 2] | min }}{{ [3, 1, 2] | max }}{{ ['b', 'A'] | min }}{{ [] | max }}", "13A"},
+       {"{{ [{'n': 2}, {'n': 1}] | min(attribute='n') }}", "{'n': 1}"},
+       {"{{ [1, 'a'] | max }}",
+        "error: line 1: expected two numbers, strings or lists to order, found str and int"},
+       {"{{ [1, 2.5] | sum }}{{ [{'n': 2}, {'n': 3}] | sum('n', 10) }}{{ [] | sum }}", "3.5150"},
+       {"{{ [[1], [2]] | sum(start=[]) }}", "[1, 2]"}});
+}
+
+TEST(JinjaTest, IndentsLines) {
+  Expect({{"{{ 'a\nb\n\nc' | indent }}", "a\n    b\n\n    c"},
+          {"{{ 'a\nb\n' | indent(2) }}|", "a\n  b\n|"},
+          {"{{ 'a\n\nb' | indent(1, true, true) }}", " a\n \n b"},
+          {"{{ 'a\nb' | indent('> ', first=true) }}", "> a\n> b"},
+          {"{{ '' | indent(first=true) }}|", "    |"},
+          {"{{ 'a' | indent(1001) }}", "error: line 1: indent expects a width of at most 1000"}});
+}
+
+TEST(JinjaTest, CallBlocksGiveMacrosAText) {
+  Expect({{"{% macro m(a) %}<{{ caller() }}{{ a }}{{ caller() }}>{% endmacro %}"
+           "{% for i in [1, 2] %}{% call m(i + 1) %}[{{ i }}{{ a is defined }}]{% endcall %}"
+           "{% endfor %}",
+           "<[1False]2[1False]><[2False]3[2False]>"},
+          {"{% macro i() %}({{ caller() }}){% endmacro %}"
+           "{% macro o() %}{% call i() %}{{ caller() }}!{% endcall %}{% endmacro %}"
+           "{% call o() %}x{% endcall %}",
+           "error: line 1: 'caller' is undefined"},
+          {"{% macro m() %}{{ caller() }}{% endmacro %}\n{{ m() }}",
+           "error: line 1: 'caller' is undefined"},
+          {"{% macro m() %}{% endmacro %}{% call m() %}x{% endcall %}",
+           "error: line 1: macro m calls no caller()"},
+          {"{% call x %}{% endcall %}", "error: line 1: a call block expects a macro's call"},
+          {"{% call range(2) %}{% endcall %}",
+           "error: line 1: a call block expects a macro, found function"},
+          {"{{ caller() }}", "error: line 1: the variable caller is not supported"}});
+}
+
+TEST(JinjaTest, ScopesNamesByWith) {
+  Expect({{"{% set x = 1 %}{% with x = 2, y = x %}{{ x }}{{ y }}{% set z = 3 %}{% endwith %}"
+           "{{ x }}{{ y is defined }}{{ z is defined }}",
+           "211FalseFalse"},
+          {"{% with %}a{% endwith %}", "a"},
+          {"{% for i in [1, 2, 3] %}{% with j = i %}{% if j == 2 %}{% break %}{% endif %}{{ j }}"
+           "{% endwith %}{% endfor %}",
+           "1"},
+          {"{% with x %}{% endwith %}", "error: line 1: expected =, found %}"}});
+}
+
 TEST(JinjaTest, WritesJsonAsTransformers) {
   const json context = {
       {"x", {{"a", {1, 1.0, nullptr, true}}, {"b", "é\"\\\n\t\x01/<'"}, {"c", json::array()}}}};
@@ -233,7 +272,7 @@ TEST(JinjaTest, RefusesAtParseWithLineAndName) {
   Expect(
       {{"a\n{% include 'x' %}",
         "error: line 2: the statement include is not supported; expected if, for, set, macro, "
-        "generation, break, continue or raw"},
+        "call, with, generation, break, continue or raw"},
        {"{{ x | wordwrap }}", "error: line 1: the filter \"wordwrap\" is not supported"},
        {"\n\n{{ x is sameas y }}", "error: line 3: the test \"sameas\" is not supported"},
        {"{{ x.append(1) }}", "error: line 1: the method \"append\" is not supported"},
@@ -567,6 +606,44 @@ TEST_F(JinjaReferenceTest, RendersTheLanguageAsJinja2) {
     Add(source, context);
   }
   Compare(60);
+}
+
+TEST_F(JinjaReferenceTest, RendersCollectionsAndBlocksAsJinja2) {
+  if (!HasJinja2()) GTEST_SKIP() << "no jinja2 for " << Python() << "; set INNERQ_PYTHON";
+  const json context = {{"s", " Two\nlines\n\n"},
+                        {"d", {{"b", {1, 2.0}}, {"A", {3}}}},
+                        {"l", {3, 1, 2}},
+                        {"f", {0.1, 1e17, -0.0}}};
+  for (const char* source :
+       {"{{ {'b': 1, 'A': 2, 'a': none, 'B': 'x'} | dictsort }}",
+        "{{ {'b': 1, 'A': 2, 'a': 0} | dictsort(true, by='value') }}",
+        "{{ {3: 1, 2: 4} | dictsort(reverse=true) }}{{ d | dictsort(by='value') }}",
+        "{{ {'b': 1, 2: 4} | dictsort }}",
+        "{{ l | min }}{{ l | max }}{{ f | max }}{{ s | min }}{{ ['b', 'B', 'a'] | max(true) }}",
+        "{{ [] | min is defined }}{{ ['b', 'B'] | max }}{{ [{'x': 2}, {'x': 1}] | "
+        "min(attribute='x') "
+        "}}",
+        "{{ l | sum }}{{ f | sum }}{{ [{'x': 2}, {'x': 1}] | sum('x', 5) }}{{ [] | sum }}",
+        "{{ l | map('string') | sum }}",
+        "{{ [d, {'b': [2]}] | sum('b.0') }}{{ l | sum(start=0.5) }}",
+        "{{ s | indent }}|{{ (s * 3) | indent(2, blank=true) }}|{{ s | indent('> ', true) }}|",
+        "{{ 'a\\r\\nb\\x0bc' | indent(1) }}{{ '' | indent(first=true) }}|{{ 'a' | indent(-1) }}",
+        "{% macro m(a) %}{{ a }}{{ caller() }}{{ caller() | upper }}{% endmacro %}{% for i in l "
+        "%}{% "
+        "call m(i) %}{{ i }}{{ a is defined }}{% set i = 9 %}x{% endcall %}{{ i }}{% endfor %}",
+        "{% macro m() %}{{ caller() }}{% endmacro %}{{ m() }}",
+        "{% macro m() %}{% endmacro %}{% call m() %}x{% endcall %}",
+        "{% macro i() %}({{ caller() }}){% endmacro %}{% macro o() %}{% call i() %}{{ caller() "
+        "}}!{% "
+        "endcall %}{% endmacro %}{% call o() %}x{% endcall %}",
+        "{% with a = l, b = 2 %}{{ a }}{{ b }}{% with a = b %}{{ a }}{% endwith %}{{ a }}{% "
+        "endwith "
+        "%}{{ a }}",
+        "{% with b = 1, c = b %}{{ c }}{% endwith %}|{% with %}{% set z = 1 %}{% endwith %}{{ z "
+        "}}"}) {
+    Add(source, context);
+  }
+  Compare(12);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <chrono>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <sstream>
@@ -263,6 +264,23 @@ TEST(TokenizerTest, LongTextOfSpecialTokensGivesTheirIds) {
   EXPECT_EQ(tokenizer->Encode(text, kSpecial), Ids(200'000, 1));
 }
 
+TEST(TokenizerTest, MegabytesOfOneKindComeBackWhole) {
+  constexpr double kSeconds = 20;  // the library takes one; what is not linear would take hours
+  for (const auto& model : {Llama2(), Demo()}) {
+    if (!std::filesystem::exists(model)) continue;
+    const auto tokenizer = Load(model);
+    for (const std::string unit : {"a", " ", "\n", "7", "\xf0\x9f\x98\x80", "\xff", "<", "</s"}) {
+      std::string text;
+      while (text.size() < 1 << 20) text += unit;
+      const auto begin = std::chrono::steady_clock::now();
+      const Ids ids = tokenizer->Encode(text, kSpecial);
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+      EXPECT_TRUE(seconds.count() <= kSeconds) << "of " << unit << ": " << seconds.count() << " s";
+      EXPECT_TRUE(tokenizer->Decode(ids, false) == text) << "of " << unit;
+    }
+  }
+}
+
 TEST(TokenizerTest, NamesWhatIsMissingUnsupportedOrDamaged) {
   const auto expect_error = [](const std::filesystem::path& directory, ErrorCode code,
                                const std::string& part) {
@@ -272,11 +290,12 @@ TEST(TokenizerTest, NamesWhatIsMissingUnsupportedOrDamaged) {
     EXPECT_NE(tokenizer.error().message.find(part), std::string::npos) << tokenizer.error().message;
   };
   TemporaryDirectory directory;
-  expect_error(directory.path(), ErrorCode::kNotFound, "no tokenizer.model");
-  WriteAll(directory.path() / "tokenizer.json", "{}");
-  expect_error(directory.path(), ErrorCode::kInvalidArgument, "tokenizer.json: this kind");
+  expect_error(directory.path(), ErrorCode::kNotFound, "no tokenizer.json or tokenizer.model");
   WriteAll(directory.path() / "tokenizer.model", "IQ== 0\nIg== 1\n");
   expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.model: not a SentencePiece");
+  WriteAll(directory.path() / "tokenizer.json", "{}");  // of both, this one is read
+  expect_error(directory.path(), ErrorCode::kInvalidArgument, "tokenizer.json: this kind");
+  std::filesystem::remove(directory.path() / "tokenizer.json");
 
   const auto stories = SharedPath("assets/models/stories260K-hf/tokenizer.model");
   SKIP_WITHOUT(stories);

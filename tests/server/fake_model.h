@@ -45,8 +45,10 @@ class ByteTokenizer : public Tokenizer {
 class PlainTemplate : public ChatTemplate {
  public:
   std::string_view name() const override { return "plain"; }
-  Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
-                                      bool add_generation_prompt) const override {
+  std::string_view source() const override { return "{{ messages }}"; }
+  std::optional<int32_t> end_of_turn() const override { return std::nullopt; }
+  Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,
+                                          const ChatOptions& options) const override {
     std::string text;
     for (size_t i = 0; i < messages.size(); ++i) {
       const std::string& role = messages[i].role;
@@ -55,8 +57,8 @@ class PlainTemplate : public ChatTemplate {
       }
       text += role + ":" + messages[i].content + "|";
     }
-    if (add_generation_prompt) text += "assistant:";
-    return std::vector<Segment>{{.text = text, .trusted = true}};
+    if (options.add_generation_prompt) text += "assistant:";
+    return std::vector<TextSegment>{{.text = text, .trusted = true}};
   }
 };
 

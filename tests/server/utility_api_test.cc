@@ -46,7 +46,7 @@ class UtilityTest : public testing::Test {
   void Load(const std::filesystem::path& directory) {
     auto tokenizer = Tokenizer::Load(directory);
     ASSERT_TRUE(tokenizer.ok()) << tokenizer.error().message;
-    auto chat_template = ChatTemplate::Load(directory, "auto", tokenizer->get());
+    auto chat_template = ChatTemplate::Load(directory, "auto", *tokenizer);
     ASSERT_TRUE(chat_template.ok()) << chat_template.error().message;
     Serve(*tokenizer, *chat_template);
   }
@@ -131,9 +131,9 @@ TEST_F(UtilityTest, TemplatesAreAppliedWithoutBos) {
 // Writes BOS first, as many models' templates do.
 class BosTemplate : public PlainTemplate {
  public:
-  Result<std::vector<Segment>> Render(const std::vector<ChatMessage>& messages,
-                                      bool add_generation_prompt) const override {
-    ASSIGN_OR_RETURN(auto segments, PlainTemplate::Render(messages, add_generation_prompt));
+  Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,
+                                          const ChatOptions& options) const override {
+    ASSIGN_OR_RETURN(auto segments, PlainTemplate::Render(messages, options));
     segments.front().text = "<s>" + segments.front().text;
     return segments;
   }
@@ -191,7 +191,7 @@ TEST_F(UtilityTest, TheTokenizerIsDescribed) {
   EXPECT_EQ(Answered(api_->TokenizerInfo()), json::parse(R"({"vocab_size": 258,
       "model_max_length": 1024, "add_bos_token": true, "bos_token": "<s>", "bos_token_id": 256,
       "eos_token": "</s>", "eos_token_id": 257, "stop_token_ids": [257],
-      "chat_template": null})"));
+      "chat_template": "{{ messages }}"})"));
 }
 
 TEST_F(UtilityTest, PropertiesTellTheConfigurationOfTheCache) {
@@ -200,14 +200,13 @@ TEST_F(UtilityTest, PropertiesTellTheConfigurationOfTheCache) {
   Serve(model_.tokenizer, model_.chat_template,
         {.version = "1.2.3",
          .model_path = "/path",
-         .chat_template = "{{ x }}",
          .backend = "cpu/scalar",
          .kv_cache = options->kv_cache_json});
   const json props = Answered(api_->Props());
   EXPECT_EQ(props["build_info"], "innerq 1.2.3");
   EXPECT_EQ(props["model_alias"], "m");
   EXPECT_EQ(props["model_path"], "/path");
-  EXPECT_EQ(props["chat_template"], "{{ x }}");
+  EXPECT_EQ(props["chat_template"], "{{ messages }}");
   EXPECT_EQ(props["total_slots"], engine_->options().max_sequences);
   EXPECT_EQ(props["default_generation_settings"]["n_ctx"], 1024);
   EXPECT_EQ(props["default_generation_settings"]["params"]["temperature"], 1.0);
