@@ -19,7 +19,7 @@
 namespace innerq {
 namespace {
 
-constexpr std::array kStatuses = {"200", "400", "404", "405", "408", "411", "413",
+constexpr std::array kStatuses = {"100", "200", "400", "404", "405", "408", "411", "413",
                                   "414", "415", "416", "417", "431", "501", "505"};
 
 std::unique_ptr<HttpServer> StartServer() {
