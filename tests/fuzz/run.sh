@@ -15,6 +15,7 @@ parallel=2
 work=$PWD/build/fuzz/run
 declare -A max_len=([tokenizer_roundtrip_fuzz]=2048 [http_fuzz]=2048 [variants_fuzz]=64)
 
+docker/install-deps.sh test
 cmake --preset fuzz >/dev/null
 cmake --build --preset fuzz --target "${targets[@]}"
 
