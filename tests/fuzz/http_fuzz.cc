@@ -1,5 +1,5 @@
 // One connection's bytes to a running HTTP server: whatever they are, it answers with statuses that
-// it documents and lets the connection go.
+// blame the client and lets the connection go.
 //
 // The input is cut at 0xff bytes into what one send takes each.
 #include <arpa/inet.h>
@@ -7,7 +7,6 @@
 #include <sys/socket.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <string>
@@ -18,9 +17,6 @@
 
 namespace innerq {
 namespace {
-
-constexpr std::array kStatuses = {"100", "200", "400", "404", "405", "408", "411", "413",
-                                  "414", "415", "416", "417", "431", "501", "505"};
 
 std::unique_ptr<HttpServer> StartServer() {
   HttpServerOptions options;
@@ -88,7 +84,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!answer.empty()) {
     CHECK(answer.starts_with("HTTP/1.1 "), answer);
     const std::string status = answer.substr(9, 3);
-    CHECK(std::find(kStatuses.begin(), kStatuses.end(), status) != kStatuses.end(), answer);
+    // What the client did is never the server's fault: 501 and 505 name what HTTP has beyond us.
+    CHECK(status < "500" || status == "501" || status == "505", answer);
     CHECK(answer.find("\r\n\r\n") != answer.npos, "headers without an end: " + answer);
   }
   CHECK(server->WaitUntilIdle(std::chrono::seconds(5)), "a request outlives its connection");
