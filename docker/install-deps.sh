@@ -20,6 +20,7 @@ build=(
 test=(
   libgtest-dev libgmock-dev libbenchmark-dev  # GoogleTest's CMake files look for GoogleMock
   clang-format-14 git  # checks
+  clang-14 libclang-rt-14-dev  # fuzzers
   curl python3 python3-venv  # client tests
 )
 

@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "server/json_check.h"
+#include "server/utf8.h"
 
 namespace innerq {
 namespace {
@@ -172,6 +173,9 @@ std::vector<std::string> SplitPath(std::string_view path) {
 
 // Applies "a.b.c=value".
 Result<void> Override(const Json& schema, Json& config, const std::string& text) {
+  if (const std::string valid = ReplaceInvalidUtf8(text); valid != text) {
+    return InvalidArgument("--set needs UTF-8, not \"" + valid + "\"");
+  }
   const size_t equals = text.find('=');
   if (equals == std::string::npos || equals == 0) {
     return InvalidArgument("--set needs key=value, not \"" + text + "\"");

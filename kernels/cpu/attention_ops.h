@@ -94,7 +94,7 @@ struct UnpackArgs {
   int64_t group_size = 0;    // N, divides inner, a multiple of 4
   int32_t offset = 0;        // the code that stands for zero where zeros are implied, else 0
   int64_t num_rows = 0;      // R of the products to come
-  uint8_t* codes = nullptr;  // [kCodeBytes * outer * inner]
+  uint8_t* codes = nullptr;  // [kCodeBytes * outer * inner], readable for a panel more
 
   static constexpr int64_t kCodeBytes = 3;  // that `codes` has for each
 };

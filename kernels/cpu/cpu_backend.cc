@@ -20,7 +20,7 @@ namespace innerq {
 namespace {
 
 // Work below these runs on the calling thread: waking another costs some microseconds.
-constexpr int64_t kSerialElements = 16 * 1024;   // of a row operation
+[[maybe_unused]] constexpr int64_t kSerialElements = 16 * 1024;  // of a row operation
 constexpr int64_t kSerialWeights = 64 * 1024;    // elements of a product's weight, and
 constexpr int64_t kSerialProducts = 512 * 1024;  // its multiply-adds
 // Tasks per thread that a product is cut into, so that a thread that lags behind costs little.

@@ -1,5 +1,8 @@
 #include "kernels/cpu/cpu_isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -10,12 +13,23 @@ namespace {
 
 #if defined(__x86_64__)
 
+// What __builtin_cpu_supports of Clang 14 has no names for: bits of CPUID, Intel SDM volume 2A.
+bool HasF16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+
+bool HasAmxTilesBf16Int8() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBits = 1u << 24 | 1u << 22 | 1u << 25;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBits) == kBits;
+}
+
 // Highway compiles its AVX2 and AVX3 code with all of these, so all must be there.
 bool HasAvx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("pclmul") &&
-         __builtin_cpu_supports("aes");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c() &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("aes");
 }
 
 bool HasAvx512() {
@@ -31,10 +45,7 @@ bool HasAvx512Vnni() {
 
 bool HasAmx() {
 #if defined(__linux__)
-  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") ||
-      !__builtin_cpu_supports("amx-int8")) {
-    return false;
-  }
+  if (!HasAmxTilesBf16Int8()) return false;
   // Linux, Documentation/arch/x86/xstate.rst: tile data must be asked for, once per process.
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA

@@ -236,6 +236,15 @@ TEST(Options, OverridesReplaceKeysAndElements) {
   EXPECT_NE(Refusal("{}", {"server.port"}).message.find("key=value"), std::string::npos);
 }
 
+TEST(Options, OverridesThatAreNotUtf8AreRefused) {
+  for (const std::string text : {"model.alias=a\xff", "server.api_keys=[1, \xc3]", "\xe2\x82=1"}) {
+    const auto options = ParseOptions(R"({"model": {"path": "p"}})", {text});
+    ASSERT_FALSE(options.ok()) << text;
+    EXPECT_EQ(options.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_NE(options.error().message.find("UTF-8"), std::string::npos) << options.error().message;
+  }
+}
+
 TEST(Options, SizesKnowTheirUnitsAndOverflow) {
   EXPECT_EQ(*ParseSize("0B"), 0);
   EXPECT_EQ(*ParseSize("3KiB"), 3072);

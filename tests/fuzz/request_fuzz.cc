@@ -1,0 +1,62 @@
+// Bodies of requests to both endpoints, and configurations: each is read, or refused by an error
+// that is itself good JSON. The first byte chooses; a configuration's later parts are overrides.
+#include <nlohmann/json.hpp>
+
+#include "server/http_messages.h"
+#include "server/openai_request.h"
+#include "server/options.h"
+#include "tests/fuzz/fuzz_parts.h"
+
+namespace innerq {
+namespace {
+
+void CheckError(const ApiError& error) {
+  CHECK(error.status == 400, "status " + std::to_string(error.status));
+  CHECK(!error.message.empty() && !error.code.empty(), "an error without message or code");
+  const std::string body = ErrorJson(error.message, error.type, error.param, error.code);
+  CHECK(nlohmann::json::accept(body), body);
+}
+
+void ParseRequest(std::string_view body, bool chat) {
+  const auto parsed = ParseApiRequest(body, chat);
+  if (const auto* error = std::get_if<ApiError>(&parsed)) return CheckError(*error);
+  const auto& request = std::get<ApiRequest>(parsed);
+  CHECK(request.chat == chat && !request.model.empty(), "model");
+  CHECK(!chat || !request.messages.empty(), "messages");
+  for (const ChatMessage& message : request.messages) CHECK(!message.role.empty(), "role");
+  for (const std::string& stop : request.stop) CHECK(!stop.empty(), "stop");
+  for (const int32_t id : request.prompt_ids) CHECK(id >= 0, "prompt id");
+  for (const int32_t id : request.stop_token_ids) CHECK(id >= 0, "stop token id");
+  CHECK(!request.max_tokens || *request.max_tokens >= request.min_tokens, "min_tokens");
+}
+
+void ParseConfiguration(std::string_view text) {
+  FuzzParts parts = SplitParts(reinterpret_cast<const uint8_t*>(text.data()), text.size());
+  const std::string configuration = parts[""];
+  parts.erase("");
+  std::vector<std::string> overrides;
+  for (const auto& [name, content] : parts) overrides.push_back(name);
+  const auto options = ParseOptions(configuration, overrides);
+  if (!options.ok()) {
+    CHECK(!options.error().message.empty(), "an error without a message");
+    return;
+  }
+  CHECK(options.value().server.port >= 0 && options.value().server.port <= 65535, "port");
+  CHECK(options.value().runner.kv_cache.memory_bytes >= 0, "memory");
+  CHECK(options.value().server.max_body_bytes >= 0, "max_body");
+}
+
+}  // namespace
+}  // namespace innerq
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  using namespace innerq;
+  if (size == 0) return 0;
+  const std::string_view rest(reinterpret_cast<const char*>(data) + 1, size - 1);
+  if (data[0] == 'o') {
+    ParseConfiguration(rest);
+  } else {
+    ParseRequest(rest, data[0] == 'c');
+  }
+  return 0;
+}
