@@ -6,11 +6,10 @@ Needs the package "openai" (pip install openai). Prints each test's name; exits 
 """
 
 import sys
-import traceback
 
 import openai
 
-from server_process import model_id, serve
+from server_process import model_id, run_tests, serve
 
 MESSAGES = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many?"}]
 PROMPT = "Tom has 3 apples."
@@ -140,20 +139,10 @@ def test_keys(client, model):
 
 def main():
     binary, config = sys.argv[1:]
-    failures = 0
-    with serve(binary, config, "server.api_keys.0=sesame") as url:
-        client = openai.OpenAI(base_url=url + "/v1", api_key="sesame", max_retries=0, timeout=60)
-        model = model_id(url)
-        tests = {name: test for name, test in globals().items() if name.startswith("test_")}
-        for name, test in tests.items():
-            try:
-                test(client, model)
-                print("ok    ", name)
-            except Exception:  # pylint: disable=broad-except
-                traceback.print_exc()
-                print("FAILED", name)
-                failures += 1
-    return 1 if failures else 0
+    with serve(binary, config, "server.api_keys.0=sesame") as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="sesame", max_retries=0,
+                               timeout=60)
+        return run_tests(globals(), client, model_id(server.url))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
-import urllib.error
-import urllib.request
 
-from server_process import free_port, model_id, wait_until_ready
+from server_process import Server, model_id, run_tests
 
 BINARY, CONFIG = sys.argv[1:3]
 CONFIGS = pathlib.Path(CONFIG).resolve().parent
@@ -61,46 +57,19 @@ def write_empty_model(directory, head_dim):
         len(header).to_bytes(8, "little") + header + bytes(4))
 
 
-class Server:
-    """A running server; killed at the end if it did not end by itself."""
+def start(*overrides, **how):
+    return Server(BINARY, CONFIG, *overrides, **{"stderr": subprocess.DEVNULL, **how})
 
-    def __init__(self, *overrides, wrap=()):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [*wrap, BINARY, "serve", "-c", CONFIG, "--set", f"server.port={self.port}"]
-        for override in overrides:
-            command += ["--set", override]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
-    def __enter__(self):
-        wait_until_ready(self.process, self.url)
-        return self
-
-    def __exit__(self, *unused):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-
-    def wait_until_draining(self):
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(self.url + "/ready", timeout=5).close()
-            except urllib.error.HTTPError as error:
-                assert error.code == 503, error
-                return
-            time.sleep(0.01)
-        raise AssertionError("the server did not begin to drain")
-
-    def stream(self, tokens):
-        """Begins a streamed completion; returns the reply after its first event."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        body = {"model": model_id(self.url), "prompt": "Once", "max_tokens": tokens,
-                "ignore_eos": True, "stream": True}
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        reply = connection.getresponse()
-        assert reply.status == 200 and reply.readline().startswith(b"data: ")
-        return reply
+def stream(server, tokens):
+    """Begins a streamed completion; returns the reply after its first event."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = {"model": model_id(server.url), "prompt": "Once", "max_tokens": tokens,
+            "ignore_eos": True, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    reply = connection.getresponse()
+    assert reply.status == 200 and reply.readline().startswith(b"data: ")
+    return reply
 
 
 def test_wrong_usage_and_configuration_exit_2():
@@ -166,8 +135,8 @@ def test_a_port_in_use_exits_1():
 
 def test_a_signal_drains_running_streams():
     for number in (signal.SIGTERM, signal.SIGINT):
-        with Server() as server:
-            reply = server.stream(600)
+        with start() as server:
+            reply = stream(server, 600)
             server.process.send_signal(number)
             text = reply.read().decode()
             assert text.endswith("data: [DONE]\n\n"), text[-200:]
@@ -175,8 +144,8 @@ def test_a_signal_drains_running_streams():
 
 
 def test_what_is_not_done_when_the_time_is_over_is_cut_with_an_error():
-    with Server("server.drain_seconds=0") as server:
-        reply = server.stream(3000)
+    with start("server.drain_seconds=0") as server:
+        reply = stream(server, 3000)
         server.process.send_signal(signal.SIGTERM)
         last = reply.read().decode().strip().splitlines()[-1]
         assert "error" in json.loads(last.removeprefix("data: ")), last
@@ -184,8 +153,8 @@ def test_what_is_not_done_when_the_time_is_over_is_cut_with_an_error():
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    with Server() as server:
-        reply = server.stream(3900)  # kept: a dropped reply would cancel
+    with start() as server:
+        reply = stream(server, 3900)  # kept: a dropped reply would cancel
         server.process.send_signal(signal.SIGTERM)
         server.wait_until_draining()  # earlier the two signals could become one
         server.process.send_signal(signal.SIGTERM)
@@ -198,7 +167,7 @@ def test_it_works_as_process_1():
             [*wrap, "true"], check=False, capture_output=True).returncode != 0:
         print("skipped: no right to make a process namespace")
         return
-    with Server(wrap=wrap) as server:
+    with start(wrap=wrap) as server:
         children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
         with open(children, encoding="ascii") as file:
             child = int(file.read().split()[0])
@@ -206,20 +175,5 @@ def test_it_works_as_process_1():
         assert server.process.wait(timeout=30) == 0
 
 
-def main():
-    failures = 0
-    for name, test in list(globals().items()):
-        if not name.startswith("test_"):
-            continue
-        try:
-            test()
-            print("ok    ", name)
-        except Exception:  # pylint: disable=broad-except
-            traceback.print_exc()
-            print("FAILED", name)
-            failures += 1
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tests(globals()))
