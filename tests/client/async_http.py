@@ -43,6 +43,7 @@ class Connection:
         self._pause = pause
         self._piece = piece
         self.rest = b""
+        self.received = 0  # bytes
 
     @classmethod
     async def open(cls, port, pause=0.0, piece=1 << 16):
@@ -79,6 +80,7 @@ class Connection:
         data = await self._reader.read(self._piece)
         if not data:
             raise Cut(f"the connection ended after {self.rest[-200:]!r}")
+        self.received += len(data)
         self.rest += data
 
     async def _line(self):

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -23,14 +24,14 @@ CONFIGS = pathlib.Path(CONFIG).resolve().parent
 MODEL = CONFIGS.parent / "models" / "demo"
 
 
-def run(*arguments):
+def run(*arguments, **more):
     return subprocess.run([BINARY, *arguments], capture_output=True, text=True, timeout=60,
-                          check=False)
+                          check=False, **more)
 
 
-def expect_error(code, word, *arguments):
+def expect_error(code, word, *arguments, **more):
     """The command fails with one line on standard error that has the word in it."""
-    done = run(*arguments)
+    done = run(*arguments, **more)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, (done.returncode, done.stderr)
     assert len(lines) == 1 and word in lines[0], done.stderr
@@ -123,6 +124,45 @@ def test_inspect_tells_the_bits_of_the_quantized_cache():
 def test_generate_answers_on_standard_output():
     done = run("generate", "-c", CONFIG, "--chat", "-p", "Hello")
     assert done.returncode == 0 and done.stdout.strip(), done
+
+
+def test_memory_that_is_not_there_is_explained():
+    # Looked for before it is touched, for a system that overcommits grants any size.
+    expect_error(2, "kv_cache.memory", "serve", "-c", CONFIG, "--set", "kv_cache.memory=900GiB")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+    expect_error(2, "kv_cache.memory", "serve", "-c", CONFIG, "--set", "kv_cache.memory=2GiB",
+                 preexec_fn=limit)
+
+
+def test_an_answer_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "wb") as full:
+        for command in (("generate", "-c", CONFIG, "-p", "Hello"), ("inspect", CONFIG)):
+            done = subprocess.run([BINARY, *command], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  timeout=60, check=False)
+            assert done.returncode == 1 and "standard output" in done.stderr, done
+
+
+def test_logs_that_cannot_be_written_stop_nothing():
+    with open("/dev/full", "wb") as full, start("log.level=debug", stdout=full,
+                                                stderr=full) as server:
+        assert stream(server, 20).read().endswith(b"data: [DONE]\n\n")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_closed_standard_files_stay_out_of_connections():
+    """A file or socket that takes the number of a closed standard output would get the logs."""
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-']
+    with start("log.level=debug", wrap=closed) as server:
+        for number in range(3):
+            name = os.readlink(f"/proc/{server.process.pid}/fd/{number}")
+            assert name == "/dev/null", f"{number} is {name}"
+        assert stream(server, 20).read().endswith(b"data: [DONE]\n\n")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
 
 
 def test_a_port_in_use_exits_1():
