@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Builds the image of docker/Dockerfile without a Docker engine and runs it as an engine would: as its
+# user, as process 1, with its health check, until SIGTERM. For root, on a machine with a network:
+#   apt-get install debootstrap buildah && docker/test-image.sh
+# The base is made by debootstrap, for no registry may be at hand. Takes minutes and 3 GB below
+# build/image; running it again reuses the base and the layers.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mirror=${MIRROR:-http://deb.debian.org/debian}
+work=$PWD/build/image
+mkdir -p "$work"
+step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
+buildah() { command buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"; }
+
+step "base"
+if ! buildah inspect --type image localhost/base >/dev/null 2>&1; then
+  rm -rf "$work/base"
+  debootstrap --variant=minbase bookworm "$work/base" "$mirror"
+  container=$(buildah from scratch)
+  buildah add --quiet "$container" "$work/base" / >/dev/null
+  buildah commit --quiet --rm "$container" localhost/base >/dev/null
+  rm -rf "$work/base"
+fi
+
+step "image"
+buildah build --isolation chroot --layers --format docker --build-arg BASE=localhost/base \
+  --file docker/Dockerfile --tag innerq .
+
+step "what an engine is told"
+describe() { buildah inspect --type image --format "{{json .Docker.config.$1}}" innerq; }
+user=$(describe User)
+for key in User Entrypoint Cmd Healthcheck ExposedPorts Volumes StopSignal Labels; do
+  echo "$key: $(describe $key)"
+done
+[[ $user =~ ^\"([1-9][0-9]*):([1-9][0-9]*)\"$ ]] || { echo "the user is $user" >&2; exit 1; }
+uid=${BASH_REMATCH[1]} gid=${BASH_REMATCH[2]}
+words() { python3 -c 'import json, sys; print("\n".join(json.load(sys.stdin)))'; }
+mapfile -t command < <(describe Entrypoint | words; describe Cmd | words)
+mapfile -t health < <(describe Healthcheck.Test | words)
+
+step "run"
+container=$(buildah from --pull-never innerq)
+root=$(buildah mount "$container")
+server=
+finish() {
+  [[ -z $server ]] || kill -KILL "$server" 2>/dev/null || true
+  umount "$root/model" 2>/dev/null || true
+  buildah rm "$container" >/dev/null
+}
+trap finish EXIT
+mkdir -p "$root/model"
+mount --bind models/demo "$root/model"
+inside() { env -i PATH=/usr/local/bin:/usr/bin:/bin "$@"; }
+as_user=(setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs --bounding-set=-all)
+# Process 1 of its own namespace; the port is the machine's, as a container's with --network host.
+inside unshare --pid --fork --kill-child --root "$root" --mount-proc -- \
+  "${as_user[@]}" "${command[@]}" >"$work/server.log" 2>&1 &
+server=$!
+check_health() { inside chroot "$root" "${as_user[@]}" "${health[@]:1}"; }
+for _ in $(seq 100); do
+  check_health 2>/dev/null && break
+  kill -0 "$server" || { cat "$work/server.log"; exit 1; }
+  sleep 0.1
+done
+check_health
+echo "healthy"
+process=$(<"/proc/$server/task/$server/children")
+process=${process// /}
+grep -E '^(Name|Uid|Gid|NSpid|CapEff|CapBnd):' "/proc/$process/status"
+[[ $(awk '/^NSpid:/ {print $NF}' "/proc/$process/status") == 1 ]]
+[[ $(awk '/^Uid:/ {print $2}' "/proc/$process/status") == "$uid" ]]
+curl -fsS http://127.0.0.1:8080/health
+curl -fsS http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' \
+  -d '{"model": "model", "prompt": "Hello", "max_tokens": 8}'
+echo
+kill -TERM "$process"
+wait "$server" && echo "exit 0 after SIGTERM"
+server=
+! check_health 2>/dev/null || { echo "the health check passes without a server" >&2; exit 1; }
+step "done"
