@@ -102,10 +102,9 @@ void PrintExample(const std::string& url, const std::string& model) {
 }  // namespace
 
 int ServeCommand(const ConfigSource& source, const std::string& version) {
-  // Every connection is a thread. With glibc's eight heaps per core, each keeps what its most
-  // crowded moment took, and resident memory creeps up for hours; the model needs no malloc to
-  // compute.
-  mallopt(M_ARENA_MAX, 2);
+  // Every connection is a thread. Of glibc's heaps, eight per core, each keeps what its most
+  // crowded moment took, and resident memory creeps up; the model computes without malloc.
+  mallopt(M_ARENA_MAX, 1);
   Signals signals;
   const auto options = LoadOptions(source.file, source.overrides);
   if (!options) return ReportError(options.error());
