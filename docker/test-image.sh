@@ -28,18 +28,32 @@ buildah build --isolation chroot --layers --format docker --build-arg BASE=local
   --file docker/Dockerfile --tag innerq .
 
 step "what an engine is told"
-describe() { buildah inspect --type image --format "{{json .Docker.config.$1}}" innerq; }
+buildah inspect --type image innerq >"$work/image.json"
+# Prints a value of the image's configuration: a text, or a list's items as lines.
+describe() {
+  python3 - "$work/image.json" "$@" <<'END'
+import json, sys
+value = json.load(open(sys.argv[1]))["Docker"]["config"]
+for key in sys.argv[2:]:
+    value = value[key]
+print("\n".join(value) if isinstance(value, list) else value)
+END
+}
+mapfile -t command < <(describe Entrypoint; describe Cmd)
+mapfile -t health < <(describe Healthcheck Test)
 user=$(describe User)
-for key in User Entrypoint Cmd Healthcheck ExposedPorts Volumes StopSignal Labels; do
-  echo "$key: $(describe $key)"
-done
-[[ $user =~ ^\"([1-9][0-9]*):([1-9][0-9]*)\"$ ]] || { echo "the user is $user" >&2; exit 1; }
+printf '%s: %s\n' user "$user" command "${command[*]}" health "${health[*]}" \
+  stop "$(describe StopSignal)" ports "$(describe ExposedPorts)" volumes "$(describe Volumes)" \
+  labels "$(describe Labels)"
+[[ $user =~ ^([1-9][0-9]*):([1-9][0-9]*)$ ]] || { echo "not a number other than 0" >&2; exit 1; }
 uid=${BASH_REMATCH[1]} gid=${BASH_REMATCH[2]}
-words() { python3 -c 'import json, sys; print("\n".join(json.load(sys.stdin)))'; }
-mapfile -t command < <(describe Entrypoint | words; describe Cmd | words)
-mapfile -t health < <(describe Healthcheck.Test | words)
+[[ ${health[0]} == CMD && $(describe StopSignal) == SIGTERM ]]
 
 step "run"
+if (exec 3<>/dev/tcp/127.0.0.1/8080) 2>/dev/null; then
+  echo "something listens on port 8080 already" >&2
+  exit 1
+fi
 container=$(buildah from --pull-never innerq)
 root=$(buildah mount "$container")
 server=
@@ -51,8 +65,9 @@ finish() {
 trap finish EXIT
 mkdir -p "$root/model"
 mount --bind models/demo "$root/model"
-inside() { env -i PATH=/usr/local/bin:/usr/bin:/bin "$@"; }
-as_user=(setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs --bounding-set=-all)
+inside() { env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"; }
+as_user=(setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs
+  --inh-caps=-all --bounding-set=-all)
 # Process 1 of its own namespace; the port is the machine's, as a container's with --network host.
 inside unshare --pid --fork --kill-child --root "$root" --mount-proc -- \
   "${as_user[@]}" "${command[@]}" >"$work/server.log" 2>&1 &

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs lm-evaluation-harness against the server on stories260K and compares every log-likelihood with
-# an implementation in numpy.
+# Runs lm-evaluation-harness against the server on stories260K and compares every log-likelihood
+# with an implementation in numpy.
 #   tests/client/run_lm_eval.sh [BINARY]     default: build/release/innerq
 # Needs the test data outside the repository ($INNERQ_SHARED or ../shared) and, once, a network.
 set -euo pipefail
@@ -36,9 +36,10 @@ url=$(sed -n 's/^ready: //p' "$log")
 rm -rf "$results"
 # Everything it needs is here; the hub's caches stay below build.
 export HF_HUB_OFFLINE=1 HF_HOME=$root/build/lm-eval-cache PYTHONDONTWRITEBYTECODE=1
-# What the harness sends: lists of token ids in batches, echo, logprobs; one token of room.
+# It sends lists of token ids with echo and logprobs, several prompts in a request.
+batches=max_length=512,batch_size=4,num_concurrent=4
 (cd tests/client/lm_eval && "$venv/bin/lm_eval" run --model local-completions \
-  --model_args "model=stories,base_url=$url/completions,tokenizer_backend=remote,max_length=512,batch_size=4,num_concurrent=4" \
+  --model_args "model=stories,base_url=$url/completions,tokenizer_backend=remote,$batches" \
   --include_path . --tasks stories_choice,stories_continue \
   --output_path "$results" --log_samples)
 "$venv/bin/python" tests/client/lm_eval/compare.py "$url" "$models/stories260K" "$results"

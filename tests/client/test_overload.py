@@ -10,6 +10,8 @@ import collections
 import contextlib
 import itertools
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,8 +25,8 @@ KNOWN = 24  # distinct requests whose answers are compared
 WAIT = 60  # seconds for whatever should happen soon
 
 
-def start(*overrides):
-    return Server(BINARY, CONFIG, *overrides, stderr=subprocess.DEVNULL)
+def start(*overrides, **popen):
+    return Server(BINARY, CONFIG, *overrides, stderr=subprocess.DEVNULL, **popen)
 
 
 def long_request(server, tokens, **more):
@@ -128,6 +130,28 @@ def test_connections_beyond_the_limit_are_refused_and_others_served():
                 assert time.monotonic() < deadline
 
     with start("server.max_connections=8") as server:
+        asyncio.run(check(server))
+
+
+def test_out_of_descriptors_waits_for_some():
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    async def check(server):
+        short = long_request(server, 2)
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(100):
+                await stack.enter_async_context(connect(server.port))
+            late = asyncio.create_task(ask(server.port, "/v1/completions", short))
+            files = f"/proc/{server.process.pid}/fd"
+            deadline = time.monotonic() + WAIT
+            while len(os.listdir(files)) < 64:
+                assert time.monotonic() < deadline, "descriptors never ran out"
+                await asyncio.sleep(0.01)
+            assert not late.done()
+        assert (await asyncio.wait_for(late, WAIT)).finish_reason == "length"
+
+    with start(preexec_fn=limit) as server:
         asyncio.run(check(server))
 
 

@@ -149,8 +149,8 @@ def test_memory_that_is_not_there_is_explained():
 def test_an_answer_that_cannot_be_written_is_an_error():
     with open("/dev/full", "wb") as full:
         for command in (("generate", "-c", CONFIG, "-p", "Hello"), ("inspect", CONFIG)):
-            done = subprocess.run([BINARY, *command], stdout=full, stderr=subprocess.PIPE, text=True,
-                                  timeout=60, check=False)
+            done = subprocess.run([BINARY, *command], stdout=full, stderr=subprocess.PIPE,
+                                  text=True, timeout=60, check=False)
             assert done.returncode == 1 and "standard output" in done.stderr, done
 
 

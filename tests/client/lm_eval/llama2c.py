@@ -91,7 +91,9 @@ class Model:
     def logprobs(self, ids, half_cache=False):
         """Log-probabilities of the token after each, [T, V]. `half_cache`: keys and values are
         rounded to F16, as in a server's cache of 16 bits."""
-        stored = (lambda a: a.astype(np.float16).astype(np.float64)) if half_cache else (lambda a: a)
+        def stored(a):
+            return a.astype(np.float16).astype(np.float64) if half_cache else a
+
         tokens = len(ids)
         x = self.embedding[ids]
         future = np.triu(np.full((tokens, tokens), -np.inf), 1)
