@@ -65,14 +65,14 @@ finish() {
 trap finish EXIT
 mkdir -p "$root/model"
 mount --bind models/demo "$root/model"
-inside() { env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"; }
+clean=(env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)
 as_user=(setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs
   --inh-caps=-all --bounding-set=-all)
 # Process 1 of its own namespace; the port is the machine's, as a container's with --network host.
-inside unshare --pid --fork --kill-child --root "$root" --mount-proc -- \
+"${clean[@]}" unshare --pid --fork --kill-child --root "$root" --mount-proc -- \
   "${as_user[@]}" "${command[@]}" >"$work/server.log" 2>&1 &
 server=$!
-check_health() { inside chroot "$root" "${as_user[@]}" "${health[@]:1}"; }
+check_health() { "${clean[@]}" chroot "$root" "${as_user[@]}" "${health[@]:1}"; }
 for _ in $(seq 100); do
   check_health 2>/dev/null && break
   kill -0 "$server" || { cat "$work/server.log"; exit 1; }
