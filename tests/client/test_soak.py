@@ -6,7 +6,7 @@ Clients read plainly, in streams or slowly, send slowly, leave at any point, ask
 - every request had exactly one ending, and every answer its own id;
 - every whole answer is, logprobs included, the one that its request gets alone;
 - accepted less finished requests, all gauges, open files and threads are back where they were;
-- resident memory after the second round is within 1 % of that after the first;
+- resident memory after the second round is within 1 % (or 2 MiB) of that after the first;
 - the server still answers.
 Standard library only.
 """
@@ -220,8 +220,9 @@ def check(server, arguments):
     assert answered <= done <= answered + left, (reasons, soak.endings)
     assert 0 < reasons["abort"] <= left, (reasons, soak.endings)
     if arguments.memory:
-        growth = residents[2] / residents[1] - 1
-        assert growth <= 0.01, f"resident memory grew by {growth:.1%}: {residents} KiB"
+        growth = residents[2] - residents[1]
+        bound = max(residents[1] // 100, 2048)  # a heap of this many threads has its moods
+        assert growth <= bound, f"resident memory grew by {growth} KiB: {residents} KiB"
     alone = known.alone
     asyncio.run(known.ask_alone(soak.port))
     assert known.alone == alone, "the server answers otherwise than before"
