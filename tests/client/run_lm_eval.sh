@@ -37,9 +37,9 @@ rm -rf "$results"
 # Everything it needs is here; the hub's caches stay below build.
 export HF_HUB_OFFLINE=1 HF_HOME=$root/build/lm-eval-cache PYTHONDONTWRITEBYTECODE=1
 # It sends lists of token ids with echo and logprobs, several prompts in a request.
-batches=max_length=512,batch_size=4,num_concurrent=4
+batches=max_length=512,num_concurrent=4
 (cd tests/client/lm_eval && "$venv/bin/lm_eval" run --model local-completions \
   --model_args "model=stories,base_url=$url/completions,tokenizer_backend=remote,$batches" \
-  --include_path . --tasks stories_choice,stories_continue \
+  --batch_size 4 --include_path . --tasks stories_choice,stories_continue \
   --output_path "$results" --log_samples)
 "$venv/bin/python" tests/client/lm_eval/compare.py "$url" "$models/stories260K" "$results"
