@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the image of docker/Dockerfile without a Docker engine and runs it as an engine would: as its
-# user, as process 1, with its health check, until SIGTERM. For root, on a machine with a network:
+# Builds the image of docker/Dockerfile without a Docker engine and runs it as an engine would: as
+# its user, as process 1, with its health check, until SIGTERM. For root, with a network:
 #   apt-get install debootstrap buildah && docker/test-image.sh
 # The base is made by debootstrap, for no registry may be at hand. Takes minutes and 5 GB below
 # build/image; running it again reuses the base and the layers.

@@ -2,8 +2,8 @@
 """Compares a server's scores of stories260K, and the harness's results, with numpy.
 
 Usage: compare.py URL ASSETS RESULTS
-ASSETS holds stories260K.bin and tok512.bin, RESULTS what lm_eval wrote with --log_samples. Passes if
-no token's log-probability differs by more than 1e-3 from the implementation that rounds keys and
+ASSETS holds stories260K.bin and tok512.bin, RESULTS what lm_eval wrote with --log_samples. Passes
+if no token's log-probability differs by more than 1e-3 from the implementation that rounds keys and
 values to F16, as the server's cache does, no log-likelihood by more than that per token, and every
 choice and every greedy text is the same.
 """
