@@ -1,5 +1,11 @@
 // innerq: an LLM inference server with a quantized KV cache.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -14,9 +20,30 @@ void AddConfigOptions(CLI::App* command, innerq::ConfigSource* source) {
       ->allow_extra_args(false);
 }
 
+// Opens /dev/null in place of standard files that were closed. A connection would else be given the
+// number of standard error, and the logs.
+void OpenStandardFiles() {
+  for (;;) {
+    const int fd = ::open("/dev/null", O_RDWR);
+    if (fd < 0) return;
+    if (fd > STDERR_FILENO) {
+      ::close(fd);
+      return;
+    }
+  }
+}
+
+// The exit code of a command whose result is its output: the disk may be full.
+int ExitCode(int code) {
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return code;
+  std::fprintf(stderr, "innerq: cannot write to standard output: %s\n", std::strerror(errno));
+  return code == 0 ? 1 : code;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  OpenStandardFiles();
   CLI::App app{"innerq: an LLM inference server with a quantized KV cache", "innerq"};
   app.set_version_flag("--version", std::string("innerq ") + INNERQ_VERSION);
   app.require_subcommand(1);
@@ -57,7 +84,7 @@ int main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : 2;
   }
   if (serve->parsed()) return innerq::ServeCommand(source, INNERQ_VERSION);
-  if (generate->parsed()) return innerq::GenerateCommand(source, generate_args);
-  if (check->parsed()) return innerq::CheckConfigCommand(source);
-  return innerq::InspectCommand(path, source.overrides);
+  if (generate->parsed()) return ExitCode(innerq::GenerateCommand(source, generate_args));
+  if (check->parsed()) return ExitCode(innerq::CheckConfigCommand(source));
+  return ExitCode(innerq::InspectCommand(path, source.overrides));
 }

@@ -1,3 +1,4 @@
+#include <malloc.h>
 #include <pthread.h>
 #include <spdlog/spdlog.h>
 #include <unistd.h>
@@ -22,6 +23,8 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
+constexpr milliseconds kTrimInterval{1000};
+
 // Takes SIGTERM and SIGINT, on a thread of its own: no handler runs in the middle of other code,
 // and it works for process 1, for which the default action is to ignore them. Create it before any
 // other thread, for those must inherit the blocked signals.
@@ -44,9 +47,10 @@ class Signals {
     const std::lock_guard lock(state_->mutex);
     state_->catching = true;
   }
-  void Wait() {
+  // Whether the first signal came, now or within the timeout.
+  bool Wait(milliseconds timeout) {
     std::unique_lock lock(state_->mutex);
-    state_->arrived.wait(lock, [this] { return state_->caught; });
+    return state_->arrived.wait_for(lock, timeout, [this] { return state_->caught; });
   }
 
  private:
@@ -70,6 +74,22 @@ class Signals {
   }
 
   const std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
+// Gives back the memory that a crowd of connections took, once the crowd has gone. By itself glibc
+// returns only the ends of its heaps, and what a small long-lived thing pins there creeps up.
+class MemoryTrimmer {
+ public:
+  // To be called now and then: does nothing while requests are answered, or if none were.
+  void TrimIfQuiet(const Engine& engine, const HttpServer& http) {
+    const int64_t finished = engine.Stats().finished;
+    if (finished == finished_ || http.active_requests() > 0) return;
+    finished_ = finished;
+    malloc_trim(0);
+  }
+
+ private:
+  int64_t finished_ = 0;  // requests at the last time
 };
 
 // Lets accepted requests finish and their answers go out, up to the limit.
@@ -160,7 +180,8 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   spdlog::info("innerq {} ready on {} port {}", version, server.host, (*http)->port());
   PrintExample(ClientUrl(server.host, (*http)->port()), options->model.alias);
 
-  signals.Wait();
+  MemoryTrimmer trimmer;
+  while (!signals.Wait(kTrimInterval)) trimmer.TrimIfQuiet(*service.engine(), **http);
   Drain(*service.engine(), **http, server.drain_timeout);
   return 0;
 }

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+import traceback
 import urllib.error
 import urllib.request
 
@@ -16,24 +17,48 @@ def free_port():
         return listener.getsockname()[1]
 
 
+class Server:
+    """A running server; killed at the end if it did not end by itself.
+
+    `wrap`: a command before the server's. More keywords are subprocess.Popen's."""
+
+    def __init__(self, binary, config, *overrides, wrap=(), **popen):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [*wrap, binary, "serve", "-c", config, "--set", f"server.port={self.port}"]
+        for override in overrides:
+            command += ["--set", override]
+        self.process = subprocess.Popen(command, **popen)
+
+    def __enter__(self):
+        wait_until_ready(self.process, self.url)
+        return self
+
+    def __exit__(self, *unused):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def wait_until_draining(self):
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(self.url + "/ready", timeout=5).close()
+            except urllib.error.HTTPError as error:
+                assert error.code == 503, error
+                return
+            time.sleep(0.01)
+        raise AssertionError("the server did not begin to drain")
+
+
 @contextlib.contextmanager
 def serve(binary, config, *overrides):
-    """Starts a server, yields its base URL once it is ready, and expects it to drain and exit 0."""
-    port = free_port()
-    command = [binary, "serve", "-c", config, "--set", f"server.port={port}"]
-    for override in overrides:
-        command += ["--set", override]
-    process = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(process, url)
-        yield url
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, f"exit code {process.returncode} after SIGTERM"
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    """Starts a server, yields it once it is ready, and expects it to drain and exit 0."""
+    with Server(binary, config, *overrides) as server:
+        yield server
+        server.process.send_signal(signal.SIGTERM)
+        code = server.process.wait(timeout=60)
+        assert code == 0, f"exit code {code} after SIGTERM"
 
 
 def wait_until_ready(process, url, timeout=120):
@@ -61,7 +86,25 @@ def metrics(url):
     for line in lines:
         if not line.startswith("#"):
             key, value = line.rsplit(" ", 1)
-            name, labels = key.rstrip("}").split("{", 1)
-            labels = [label for label in labels.split(",") if not label.startswith("model_name=")]
+            name, _, labels = key.rstrip("}").partition("{")
+            labels = [label for label in labels.split(",")
+                      if label and not label.startswith("model_name=")]
             samples[name + ("{" + ",".join(labels) + "}" if labels else "")] = float(value)
     return samples
+
+
+def run_tests(tests, *arguments):
+    """Runs the functions of a module (its globals()) whose names begin with test_, and prints each;
+    the exit code."""
+    failures = 0
+    for name, test in list(tests.items()):
+        if not name.startswith("test_"):
+            continue
+        try:
+            test(*arguments)
+            print("ok    ", name, flush=True)
+        except Exception:  # pylint: disable=broad-except
+            traceback.print_exc()
+            print("FAILED", name, flush=True)
+            failures += 1
+    return 1 if failures else 0

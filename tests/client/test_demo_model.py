@@ -18,9 +18,9 @@ ITEMS = 40
 
 def main():
     binary, config = sys.argv[1:3]
-    with serve(binary, config) as url:
+    with serve(binary, config) as server:
         return subprocess.run(
-            [sys.executable, MEASURE, "--url", url, "--limit", str(ITEMS),
+            [sys.executable, MEASURE, "--url", server.url, "--limit", str(ITEMS),
              "--min-problems", "0.8", "--min-recall", "0.8"], check=False).returncode
 
 

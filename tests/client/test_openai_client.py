@@ -5,12 +5,13 @@ Usage: test_openai_client.py BINARY CONFIG
 Needs the package "openai" (pip install openai). Prints each test's name; exits 1 if one fails.
 """
 
+import asyncio
 import sys
-import traceback
+import time
 
 import openai
 
-from server_process import model_id, serve
+from server_process import metrics, model_id, run_tests, serve
 
 MESSAGES = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many?"}]
 PROMPT = "Tom has 3 apples."
@@ -131,6 +132,88 @@ def test_typed_errors(client, model):
         model=model, messages=MESSAGES, tools=[{"type": "function"}]), param="tools")
 
 
+def test_logprobs_of_streams(client, model):
+    def legacy(**more):
+        return client.completions.create(model=model, prompt=PROMPT, max_tokens=8, seed=1,
+                                         logprobs=2, **more)
+
+    plain = legacy().choices[0].logprobs
+    chunks = [chunk.choices[0].logprobs for chunk in legacy(stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        streamed = [value for block in chunks if block for value in getattr(block, name)]
+        assert streamed == getattr(plain, name) and streamed, name
+
+    def chat(**more):
+        return client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=8, seed=1,
+                                              logprobs=True, top_logprobs=3, **more)
+
+    plain = chat().choices[0].logprobs.content
+    chunks = [chunk.choices[0].logprobs for chunk in chat(stream=True)]
+    assert [entry for block in chunks if block for entry in block.content] == plain and plain
+
+
+def test_fifty_streams_at_once(client, model):
+    def arguments(number):
+        return {"model": model, "prompt": f"{number} is", "max_tokens": 24, "seed": number,
+                "extra_body": {"ignore_eos": True}}
+
+    async def stream(asynchronous, number):
+        text = ""
+        async for chunk in await asynchronous.completions.create(**arguments(number), stream=True):
+            text += chunk.choices[0].text
+        return text
+
+    async def all_at_once():
+        async with openai.AsyncOpenAI(base_url=client.base_url, api_key=client.api_key,
+                                      max_retries=0, timeout=60) as asynchronous:
+            return await asyncio.gather(*(stream(asynchronous, number) for number in range(50)))
+
+    for number, text in enumerate(asyncio.run(all_at_once())):
+        alone = client.completions.create(**arguments(number)).choices[0].text
+        assert text == alone and text, (number, text, alone)
+
+
+def test_a_closed_stream_ends_its_work(client, model):
+    url = str(client.base_url).removesuffix("/v1/")
+    aborts = 'vllm:request_success_total{finished_reason="abort"}'
+    before = metrics(url)
+    stream = client.completions.create(model=model, prompt=PROMPT, max_tokens=3900, stream=True,
+                                       extra_body={"ignore_eos": True})
+    next(stream)
+    assert metrics(url)["vllm:num_requests_running"] == 1
+    stream.close()
+    deadline = time.monotonic() + 10
+    while (now := metrics(url))[aborts] == before[aborts] or now["vllm:num_requests_running"]:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.02)
+    assert now['innerq:kv_pages_used{kind="open"}'] == 0
+    generated = now["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]
+    assert generated < 3900, "it was generated to its end"
+
+
+def test_a_full_server_is_a_typed_error(_, model):
+    async def check(url):
+        async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="any", max_retries=0,
+                                      timeout=60) as client:
+            running = await client.completions.create(
+                model=model, prompt=PROMPT, max_tokens=3900, stream=True,
+                extra_body={"ignore_eos": True})
+            await anext(aiter(running))
+            calls = {asyncio.create_task(client.completions.create(
+                model=model, prompt=PROMPT, max_tokens=1)) for _ in range(2)}
+            (refused,), (waiting,) = await asyncio.wait(
+                calls, return_when=asyncio.FIRST_COMPLETED)
+            error = refused.exception()
+            assert isinstance(error, openai.InternalServerError), error
+            assert error.status_code == 503 and error.code == "server_is_overloaded"
+            assert int(error.response.headers["retry-after"]) >= 1
+            await running.close()
+            assert (await waiting).choices[0].finish_reason == "length"
+
+    with serve(*sys.argv[1:3], "scheduler.max_sequences=1", "scheduler.max_queue=1") as server:
+        asyncio.run(check(server.url))
+
+
 def test_keys(client, model):
     wrong = client.with_options(api_key="wrong")
     raises(openai.AuthenticationError, lambda: wrong.completions.create(
@@ -140,20 +223,10 @@ def test_keys(client, model):
 
 def main():
     binary, config = sys.argv[1:]
-    failures = 0
-    with serve(binary, config, "server.api_keys.0=sesame") as url:
-        client = openai.OpenAI(base_url=url + "/v1", api_key="sesame", max_retries=0, timeout=60)
-        model = model_id(url)
-        tests = {name: test for name, test in globals().items() if name.startswith("test_")}
-        for name, test in tests.items():
-            try:
-                test(client, model)
-                print("ok    ", name)
-            except Exception:  # pylint: disable=broad-except
-                traceback.print_exc()
-                print("FAILED", name)
-                failures += 1
-    return 1 if failures else 0
+    with serve(binary, config, "server.api_keys.0=sesame") as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="sesame", max_retries=0,
+                               timeout=60)
+        return run_tests(globals(), client, model_id(server.url))
 
 
 if __name__ == "__main__":

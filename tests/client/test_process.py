@@ -9,32 +9,30 @@ import http.client
 import json
 import os
 import pathlib
+import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
-import urllib.error
-import urllib.request
 
-from server_process import free_port, model_id, wait_until_ready
+from server_process import Server, model_id, run_tests
 
 BINARY, CONFIG = sys.argv[1:3]
 CONFIGS = pathlib.Path(CONFIG).resolve().parent
 MODEL = CONFIGS.parent / "models" / "demo"
 
 
-def run(*arguments):
+def run(*arguments, **more):
     return subprocess.run([BINARY, *arguments], capture_output=True, text=True, timeout=60,
-                          check=False)
+                          check=False, **more)
 
 
-def expect_error(code, word, *arguments):
+def expect_error(code, word, *arguments, **more):
     """The command fails with one line on standard error that has the word in it."""
-    done = run(*arguments)
+    done = run(*arguments, **more)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, (done.returncode, done.stderr)
     assert len(lines) == 1 and word in lines[0], done.stderr
@@ -45,6 +43,10 @@ def impossible_variant():
     with open("/proc/cpuinfo", encoding="ascii") as file:
         flags = file.read().split()
     return "none" if "amx_int8" in flags else "amx"
+
+
+def sanitized():
+    return re.search(rb"__[at]san_init", pathlib.Path(BINARY).read_bytes()) is not None
 
 
 def write_empty_model(directory, head_dim):
@@ -61,46 +63,19 @@ def write_empty_model(directory, head_dim):
         len(header).to_bytes(8, "little") + header + bytes(4))
 
 
-class Server:
-    """A running server; killed at the end if it did not end by itself."""
+def start(*overrides, **how):
+    return Server(BINARY, CONFIG, *overrides, **{"stderr": subprocess.DEVNULL, **how})
 
-    def __init__(self, *overrides, wrap=(), log=subprocess.DEVNULL):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [*wrap, BINARY, "serve", "-c", CONFIG, "--set", f"server.port={self.port}"]
-        for override in overrides:
-            command += ["--set", override]
-        self.process = subprocess.Popen(command, stderr=log)
 
-    def __enter__(self):
-        wait_until_ready(self.process, self.url)
-        return self
-
-    def __exit__(self, *unused):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-
-    def wait_until_draining(self):
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(self.url + "/ready", timeout=5).close()
-            except urllib.error.HTTPError as error:
-                assert error.code == 503, error
-                return
-            time.sleep(0.01)
-        raise AssertionError("the server did not begin to drain")
-
-    def stream(self, tokens):
-        """Begins a streamed completion; returns the reply after its first event."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        body = {"model": model_id(self.url), "prompt": "Once", "max_tokens": tokens,
-                "ignore_eos": True, "stream": True}
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        reply = connection.getresponse()
-        assert reply.status == 200 and reply.readline().startswith(b"data: ")
-        return reply
+def stream(server, tokens):
+    """Begins a streamed completion; returns the reply after its first event."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = {"model": model_id(server.url), "prompt": "Once", "max_tokens": tokens,
+            "ignore_eos": True, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    reply = connection.getresponse()
+    assert reply.status == 200 and reply.readline().startswith(b"data: ")
+    return reply
 
 
 def test_wrong_usage_and_configuration_exit_2():
@@ -158,6 +133,49 @@ def test_generate_answers_on_standard_output():
     assert done.returncode == 0 and done.stdout.strip(), done
 
 
+def test_memory_that_is_not_there_is_explained():
+    # Looked for before it is touched, for a system that overcommits grants any size.
+    expect_error(2, "kv_cache.memory", "serve", "-c", CONFIG, "--set", "kv_cache.memory=900GiB")
+
+    if sanitized():
+        print("skipped: a sanitizer needs more addresses than the limit leaves")
+        return
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+    expect_error(2, "kv_cache.memory", "serve", "-c", CONFIG, "--set", "kv_cache.memory=2GiB",
+                 preexec_fn=limit)
+
+
+def test_an_answer_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "wb") as full:
+        for command in (("generate", "-c", CONFIG, "-p", "Hello"), ("inspect", CONFIG)):
+            done = subprocess.run([BINARY, *command], stdout=full, stderr=subprocess.PIPE,
+                                  text=True, timeout=60, check=False)
+            assert done.returncode == 1 and "standard output" in done.stderr, done
+
+
+def test_logs_that_cannot_be_written_stop_nothing():
+    with open("/dev/full", "wb") as full, start("log.level=debug", stdout=full,
+                                                stderr=full) as server:
+        assert stream(server, 20).read().endswith(b"data: [DONE]\n\n")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_closed_standard_files_stay_out_of_connections():
+    """A file or socket that takes the number of a closed standard output would get the logs."""
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-']
+    with start("log.level=debug", wrap=closed) as server:
+        for number in range(3):
+            name = os.readlink(f"/proc/{server.process.pid}/fd/{number}")
+            assert name == "/dev/null", f"{number} is {name}"
+        assert stream(server, 20).read().endswith(b"data: [DONE]\n\n")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
+
+
 def test_a_port_in_use_exits_1():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -176,10 +194,10 @@ def test_keys_and_origins_guard_the_model_and_stay_out_of_the_log():
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
         (path / "keys").write_text("# ours\n\nsk-from-the-file\n")
-        with (path / "log").open("wb") as log, Server(
+        with (path / "log").open("wb") as log, start(
                 f"server.api_key_file={path / 'keys'}", "server.key_limits.requests_per_minute=2",
                 "server.cors_origins.0=https://chat.example", "log.format=json", "log.level=debug",
-                log=log) as server:
+                stderr=log) as server:
             body = {"model": model_id(server.url), "prompt": "Once", "max_tokens": 2}
 
             def ask(status, **headers):
@@ -209,8 +227,8 @@ def test_keys_and_origins_guard_the_model_and_stay_out_of_the_log():
 
 def test_a_signal_drains_running_streams():
     for number in (signal.SIGTERM, signal.SIGINT):
-        with Server() as server:
-            reply = server.stream(600)
+        with start() as server:
+            reply = stream(server, 600)
             server.process.send_signal(number)
             text = reply.read().decode()
             assert text.endswith("data: [DONE]\n\n"), text[-200:]
@@ -218,8 +236,8 @@ def test_a_signal_drains_running_streams():
 
 
 def test_what_is_not_done_when_the_time_is_over_is_cut_with_an_error():
-    with Server("server.drain_seconds=0") as server:
-        reply = server.stream(3000)
+    with start("server.drain_seconds=0") as server:
+        reply = stream(server, 3000)
         server.process.send_signal(signal.SIGTERM)
         last = reply.read().decode().strip().splitlines()[-1]
         assert "error" in json.loads(last.removeprefix("data: ")), last
@@ -227,8 +245,8 @@ def test_what_is_not_done_when_the_time_is_over_is_cut_with_an_error():
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    with Server() as server:
-        reply = server.stream(3900)  # kept: a dropped reply would cancel
+    with start() as server:
+        reply = stream(server, 3900)  # kept: a dropped reply would cancel
         server.process.send_signal(signal.SIGTERM)
         server.wait_until_draining()  # earlier the two signals could become one
         server.process.send_signal(signal.SIGTERM)
@@ -241,7 +259,7 @@ def test_it_works_as_process_1():
             [*wrap, "true"], check=False, capture_output=True).returncode != 0:
         print("skipped: no right to make a process namespace")
         return
-    with Server(wrap=wrap) as server:
+    with start(wrap=wrap) as server:
         children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
         with open(children, encoding="ascii") as file:
             child = int(file.read().split()[0])
@@ -249,20 +267,5 @@ def test_it_works_as_process_1():
         assert server.process.wait(timeout=30) == 0
 
 
-def main():
-    failures = 0
-    for name, test in list(globals().items()):
-        if not name.startswith("test_"):
-            continue
-        try:
-            test()
-            print("ok    ", name)
-        except Exception:  # pylint: disable=broad-except
-            traceback.print_exc()
-            print("FAILED", name)
-            failures += 1
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tests(globals()))
