@@ -172,7 +172,6 @@ ApiError OpenAiApi::ReportFailure(const Error& error, const std::string& request
 std::variant<std::vector<int32_t>, ApiError> OpenAiApi::EncodeMessages(
     const std::vector<ChatMessage>& messages) const {
   if (!model_.chat_template) return NoChatTemplateError(model_);
-  }
   auto prompt = EncodeChat(messages, *model_.tokenizer, *model_.chat_template);
   if (!prompt) return ToApiError(prompt.error());
   return std::move(prompt).value();

@@ -10,7 +10,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-HttpResponse Answer(const Json& json) {
+HttpResponse JsonAnswer(const Json& json) {
   return {.body = json.dump(-1, ' ', false, Json::error_handler_t::replace)};
 }
 
@@ -116,7 +116,7 @@ HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
   }
   const std::string text =
       ReplaceInvalidUtf8(model_.tokenizer->Decode(request.tokens, /*special=*/true));
-  return Answer({{"prompt", text}, {"content", text}});
+  return JsonAnswer({{"prompt", text}, {"content", text}});
 }
 
 HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
@@ -134,21 +134,21 @@ HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
     const bool written = !segments.empty() && segments.front().trusted;
     if (written && text.starts_with(bos)) text.erase(0, bos.size());
   }
-  return Answer({{"prompt", text}});
+  return JsonAnswer({{"prompt", text}});
 }
 
 HttpResponse UtilityApi::TokenizerInfo() const {
   const Tokenizer& tokenizer = *model_.tokenizer;
   const auto id = [](const std::optional<int32_t>& token) { return token ? Json(*token) : Json(); };
-  return Answer({{"vocab_size", tokenizer.vocab_size()},
-                 {"model_max_length", engine_->options().max_context},
-                 {"add_bos_token", !tokenizer.Encode("", {}).empty()},
-                 {"bos_token", SpecialToken(tokenizer, tokenizer.bos_id())},
-                 {"bos_token_id", id(tokenizer.bos_id())},
-                 {"eos_token", SpecialToken(tokenizer, tokenizer.eos_id())},
-                 {"eos_token_id", id(tokenizer.eos_id())},
-                 {"stop_token_ids", model_.stop_token_ids},
-                 {"chat_template", TemplateSource(model_)}});
+  return JsonAnswer({{"vocab_size", tokenizer.vocab_size()},
+                     {"model_max_length", engine_->options().max_context},
+                     {"add_bos_token", !tokenizer.Encode("", {}).empty()},
+                     {"bos_token", SpecialToken(tokenizer, tokenizer.bos_id())},
+                     {"bos_token_id", id(tokenizer.bos_id())},
+                     {"eos_token", SpecialToken(tokenizer, tokenizer.eos_id())},
+                     {"eos_token_id", id(tokenizer.eos_id())},
+                     {"stop_token_ids", model_.stop_token_ids},
+                     {"chat_template", TemplateSource(model_)}});
 }
 
 HttpResponse UtilityApi::Props() const {
@@ -164,7 +164,7 @@ HttpResponse UtilityApi::Props() const {
                        {"ignore_eos", false},
                        {"stream", false}};
   const Tokenizer& tokenizer = *model_.tokenizer;
-  return Answer(
+  return JsonAnswer(
       {{"default_generation_settings", {{"n_ctx", options.max_context}, {"params", params}}},
        {"total_slots", options.max_sequences},
        {"model_alias", model_.id},
@@ -210,7 +210,7 @@ HttpResponse UtilityApi::Slots() const {
            {"n_remain", running.max_tokens - running.generated_tokens},
            {"n_decoded", running.generated_tokens}}}});
   }
-  return Answer(slots);
+  return JsonAnswer(slots);
 }
 
 }  // namespace innerq
