@@ -237,7 +237,7 @@ TEST(Options, OverridesReplaceKeysAndElements) {
 }
 
 TEST(Options, OverridesThatAreNotUtf8AreRefused) {
-  for (const std::string text : {"model.alias=a\xff", "server.api_keys=[1, \xc3]", "\xe2\x82=1"}) {
+  for (const char* text : {"model.alias=a\xff", "server.api_keys=[1, \xc3]", "\xe2\x82=1"}) {
     const auto options = ParseOptions(R"({"model": {"path": "p"}})", {text});
     ASSERT_FALSE(options.ok()) << text;
     EXPECT_EQ(options.error().code, ErrorCode::kInvalidArgument);
