@@ -25,7 +25,14 @@ void ParseRequest(std::string_view body, bool chat) {
   CHECK(!chat || !request.messages.empty(), "messages");
   for (const ChatMessage& message : request.messages) CHECK(!message.role.empty(), "role");
   for (const std::string& stop : request.stop) CHECK(!stop.empty(), "stop");
-  for (const int32_t id : request.prompt_ids) CHECK(id >= 0, "prompt id");
+  CHECK(chat == request.prompts.empty(), "prompts");
+  for (const ApiPrompt& prompt : request.prompts) {
+    const auto* ids = std::get_if<std::vector<int32_t>>(&prompt);
+    for (const int32_t id : ids == nullptr ? std::vector<int32_t>() : *ids) {
+      CHECK(id >= 0, "prompt id");
+    }
+  }
+  CHECK(request.n >= 1 && request.best_of >= request.n, "n and best_of");
   for (const int32_t id : request.stop_token_ids) CHECK(id >= 0, "stop token id");
   CHECK(!request.max_tokens || *request.max_tokens >= request.min_tokens, "min_tokens");
 }

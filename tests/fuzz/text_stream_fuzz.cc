@@ -37,20 +37,37 @@ struct Answer {
   bool operator==(const Answer&) const = default;
 };
 
+// What an answer is asked to be.
+struct Asked {
+  bool chat = false;
+  TextStream::Options options;
+  size_t min_tokens = 0;  // those before which no stop string counts
+};
+
 // What the answer must be: the bytes that came up to some token, decoded as one text, are searched
 // as a whole; the first token that completes a stop string ends the answer where the first such
-// string begins.
-Answer Expected(const std::vector<std::string>& tokens, const std::vector<std::string>& stops) {
+// string begins, the shortest of several there.
+Answer Expected(const std::vector<std::string>& tokens, const Asked& asked) {
   std::string bytes;
-  const auto cut = [&stops](const std::string& text) {
-    size_t end = text.npos;
-    for (const std::string& stop : stops) end = std::min(end, text.find(stop));
-    return end;
+  size_t searched_from = 0;
+  const auto cut = [&](const std::string& text) {
+    size_t begin = text.npos, length = 0;
+    for (const std::string& stop : asked.options.stops) {
+      const size_t found = text.find(stop, searched_from);
+      if (found > begin || found == text.npos) continue;
+      length = found == begin ? std::min(length, stop.size()) : stop.size();
+      begin = found;
+    }
+    return begin == text.npos ? begin : begin + (asked.options.include_stop ? length : 0);
   };
-  for (const std::string& token : tokens) {
-    bytes += token;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    bytes += tokens[i];
     const std::string text = Utf8Decoder().Push(bytes);
-    if (const size_t end = cut(text); end != text.npos) return {text.substr(0, end), true};
+    if (i + 1 < asked.min_tokens) {
+      searched_from = text.size();
+    } else if (const size_t end = cut(text); end != text.npos) {
+      return {text.substr(0, end), true};
+    }
   }
   const std::string text = ReplaceInvalidUtf8(bytes);
   const size_t end = cut(text);
@@ -59,16 +76,16 @@ Answer Expected(const std::vector<std::string>& tokens, const std::vector<std::s
 
 // The text in a chunk of a streamed answer.
 std::string ChunkText(const AnswerHead& head, const std::string& text) {
-  const auto chunk = nlohmann::json::parse(TextChunkJson(head, text, {}));
+  const auto chunk =
+      nlohmann::json::parse(TextChunkJson(head, 0, {.text = text, .tokens = {}}, {}));
   const auto& choice = chunk.at("choices").at(0);
   return head.chat ? choice.at("delta").at("content") : choice.at("text");
 }
 
-Answer Stream(const std::vector<std::string>& tokens, const std::vector<std::string>& stops,
-              bool chat) {
+Answer Stream(const std::vector<std::string>& tokens, const Asked& asked) {
   const ListTokenizer tokenizer(tokens);
-  const AnswerHead head{.chat = chat, .id = "id", .model = "model"};
-  TextStream stream(&tokenizer, stops);
+  const AnswerHead head{.chat = asked.chat, .id = "id", .model = "model"};
+  TextStream stream(&tokenizer, asked.options);
   Answer answer;
   int64_t characters = 0;
   const auto leave = [&](const std::string& text) {
@@ -79,8 +96,8 @@ Answer Stream(const std::vector<std::string>& tokens, const std::vector<std::str
     CHECK(stream.released_characters() == characters, "released_characters");
     CHECK(stream.next_offset() >= characters, "next_offset");
   };
-  for (int32_t id = 0; id < tokenizer.vocab_size() && !stream.stopped(); ++id) {
-    leave(stream.Push(id));
+  for (size_t i = 0; i < tokens.size() && !stream.stopped(); ++i) {
+    leave(stream.Push(static_cast<int32_t>(i), i + 1 >= asked.min_tokens));
   }
   leave(stream.Flush());
   answer.stopped = stream.stopped();
@@ -93,18 +110,20 @@ Answer Stream(const std::vector<std::string>& tokens, const std::vector<std::str
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace innerq;
   FuzzedDataProvider input(data, size);
-  const bool chat = input.ConsumeBool();
-  std::vector<std::string> stops(input.ConsumeIntegralInRange<size_t>(0, 4));
-  for (std::string& stop : stops) {
+  Asked asked{.chat = input.ConsumeBool(), .options = {}, .min_tokens = 0};
+  asked.options.stops.resize(input.ConsumeIntegralInRange<size_t>(0, 4));
+  for (std::string& stop : asked.options.stops) {
     stop = ReplaceInvalidUtf8(input.ConsumeRandomLengthString(12));  // as JSON gives them
     if (stop.empty()) stop = "\n";
   }
+  asked.options.include_stop = input.ConsumeBool();
+  asked.min_tokens = input.ConsumeIntegralInRange<size_t>(0, 3);
   std::vector<std::string> tokens;
   while (input.remaining_bytes() > 0 && tokens.size() < 200) {
     tokens.push_back(input.ConsumeRandomLengthString(12));
   }
-  const Answer expected = Expected(tokens, stops);
-  const Answer answer = Stream(tokens, stops, chat);
+  const Answer expected = Expected(tokens, asked);
+  const Answer answer = Stream(tokens, asked);
   CHECK(answer.text == expected.text, "'" + answer.text + "' instead of '" + expected.text + "'");
   CHECK(answer.stopped == expected.stopped, "stopped");
   return 0;
