@@ -2,10 +2,11 @@
 """Compares a server's scores of stories260K, and the harness's results, with numpy.
 
 Usage: compare.py URL ASSETS RESULTS
-ASSETS holds stories260K.bin and tok512.bin, RESULTS what lm_eval wrote with --log_samples. Passes
-if no token's log-probability differs by more than 1e-3 from the implementation that rounds keys and
-values to F16, as the server's cache does, no log-likelihood by more than that per token, and every
-choice and every greedy text is the same.
+ASSETS holds stories260K.bin and tok512.bin, RESULTS what lm_eval wrote with --log_samples. Keys and
+values are rounded to F16 in both. One that lies between two F16 numbers may go either way with the
+order of an F32 sum, and this model is sensitive: a key of 10 moves by 0.008. So numpy also tells
+for each token how far such roundings move it. Passes if every token's log-probability agrees to
+1e-3 and that, the mean to 1e-3, and every choice and greedy text is the same.
 """
 
 import json
@@ -28,25 +29,28 @@ def post(url, body):
 
 
 def compare_tokens(url, model, tokenizer, texts):
-    """Scores texts through the API, token by token; prints and returns the largest difference."""
+    """Scores texts through the API, token by token."""
     answer = post(url + "/completions", {"model": "stories", "prompt": texts, "max_tokens": 0,
                                          "echo": True, "logprobs": 1, "temperature": 0})
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     assert len(choices) == len(texts)
-    stored, unstored = [], []
+    off, free, unrounded = [], [], []
     for text, choice in zip(texts, choices):
         ids = tokenizer.encode(text, bos=True)
         block = choice["logprobs"]
         assert len(block["tokens"]) == len(ids), (block["tokens"], ids)
         assert block["token_logprobs"][0] is None
         scores = np.array(block["token_logprobs"][1:])
-        stored.append(np.abs(scores - model.score(ids, half_cache=True)))
-        unstored.append(np.abs(scores - model.score(ids)))
-    stored, unstored = np.concatenate(stored), np.concatenate(unstored)
-    print(f"{stored.size} tokens: log-probabilities differ by up to {stored.max():.1e} (mean "
-          f"{stored.mean():.1e}); from keys and values that are not rounded to F16, by up to "
-          f"{unstored.max():.1e} (mean {unstored.mean():.1e})")
-    return stored.max()
+        expected, moves = model.score_as_stored(ids)
+        off.append(np.abs(scores - expected))
+        free.append(moves)
+        unrounded.append(np.abs(scores - model.score(ids)))
+    off, free, unrounded = map(np.concatenate, (off, free, unrounded))
+    print(f"{off.size} tokens: log-probabilities are off by {off.mean():.1e} in the mean and "
+          f"{off.max():.1e} at most, {(off <= BOUND).mean():.1%} of them by no more than {BOUND}; "
+          f"undecided roundings move them by up to {free.max():.1e}; without rounding to F16 they "
+          f"would be off by {unrounded.mean():.1e} and {unrounded.max():.1e}")
+    assert off.mean() <= BOUND and (off <= BOUND + free).all(), (off - free).max()
 
 
 def samples(results, task):
@@ -56,24 +60,26 @@ def samples(results, task):
 
 
 def compare_choices(model, tokenizer, items):
-    """The harness's log-likelihoods of endings; the largest difference per token."""
-    worst, greedy = 0, 0
+    """The harness's log-likelihoods of endings, and which one it chose."""
+    off, greedy = [], 0
     for item in items:
         ours = []
         for argument, ((value, is_greedy),) in zip(item["arguments"].values(), item["resps"]):
             context = tokenizer.encode(argument["arg_0"], bos=False)
             ids = tokenizer.encode(argument["arg_0"] + argument["arg_1"], bos=False)
-            scores = model.logprobs(ids, half_cache=True)[len(context) - 1:-1]
-            ending = ids[len(context):]
-            ours.append(scores[np.arange(len(ending)), ending].sum())
-            worst = max(worst, abs(ours[-1] - float(value)) / len(ending))
-            assert str(is_greedy) == str(bool((scores.argmax(axis=1) == ending).all())), argument
+            ending = slice(len(context) - 1, None)
+            scores, moves = (values[ending] for values in model.score_as_stored(ids))
+            ours.append(scores.sum())
+            off.append(abs(ours[-1] - float(value)) / scores.size)
+            assert off[-1] <= BOUND + moves.mean(), (argument, off[-1], moves)
+            best = model.logprobs(ids, half_cache=True)[ending][:-1].argmax(axis=1)
+            assert str(is_greedy) == str(list(best) == ids[len(context):]), argument
             greedy += str(is_greedy) == "True"
         assert item["acc"] == (int(np.argmax(ours)) == item["doc"]["best"]), item["doc"]
-    accuracy = np.mean([item["acc"] for item in items])
-    print(f"{len(items)} choices: log-likelihoods differ by up to {worst:.1e} per token; accuracy "
-          f"{accuracy:.2f} in both, {greedy} endings greedy in both")
-    return worst
+    print(f"{len(off)} endings: log-likelihoods are off by {np.mean(off):.1e} per token in the "
+          f"mean and {max(off):.1e} at most; accuracy {np.mean([item['acc'] for item in items]):.2f} in "
+          f"both, {greedy} endings greedy in both")
+    assert np.mean(off) <= BOUND
 
 
 def compare_texts(model, tokenizer, items):
@@ -93,11 +99,10 @@ def main():
     choices = samples(results, "stories_choice")
     texts = [f"{item['doc']['story']} {ending}" for item in choices
              for ending in item["doc"]["endings"]]
-    worst = compare_tokens(url, model, tokenizer, texts)
-    worst = max(worst, compare_choices(model, tokenizer, choices))
+    compare_tokens(url, model, tokenizer, texts)
+    compare_choices(model, tokenizer, choices)
     compare_texts(model, tokenizer, samples(results, "stories_continue"))
-    return 0 if worst <= BOUND else f"more than {BOUND} per token"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

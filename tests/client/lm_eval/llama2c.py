@@ -9,6 +9,10 @@ import struct
 import numpy as np
 
 
+# Of a sum of some hundred products in F32, relative to the largest: sqrt(172) roundings of 2^-24.
+F32_SUM_ERROR = 13 * 2.0 ** -24
+
+
 class Tokenizer:
     """tok512.bin: SentencePiece BPE with byte fallback."""
 
@@ -88,10 +92,14 @@ class Model:
                            even * np.sin(angle) + odd * np.cos(angle)], axis=-1)
         return turned.reshape(x.shape)
 
-    def logprobs(self, ids, half_cache=False):
+    def logprobs(self, ids, half_cache=False, noise=None):
         """Log-probabilities of the token after each, [T, V]. `half_cache`: keys and values are
-        rounded to F16, as in a server's cache of 16 bits."""
+        rounded to F16, as in a server's cache of 16 bits. `noise`: a generator; before that they
+        are off by as much as sums in F32 are, so that what lies near the middle of two F16 numbers
+        goes either way."""
         def stored(a):
+            if noise is not None:
+                a = a + noise.uniform(-1, 1, a.shape) * np.abs(a).max() * F32_SUM_ERROR
             return a.astype(np.float16).astype(np.float64) if half_cache else a
 
         tokens = len(ids)
@@ -117,6 +125,14 @@ class Model:
     def score(self, ids, **how):
         """The log-probability of each token after the first, [T - 1]."""
         return self.logprobs(ids, **how)[np.arange(len(ids) - 1), ids[1:]]
+
+    def score_as_stored(self, ids, runs=16):
+        """Scores with keys and values in F16, and by how much the roundings that an F32
+        computation may do otherwise move each of them, [T - 1] both."""
+        noise = np.random.default_rng(1)
+        scores = self.score(ids, half_cache=True)
+        others = [self.score(ids, half_cache=True, noise=noise) for _ in range(runs)]
+        return scores, np.abs(np.array(others) - scores).max(axis=0)
 
     def continue_greedily(self, ids, count, end=2):
         answer = []
