@@ -75,7 +75,7 @@ HWY_INLINE hn::Vec<I8> PackBytes(hn::Vec<I16> a, hn::Vec<I16> b) {
 #endif
 }
 
-constexpr int64_t kSplitStep = 2 * kLanes;  // integers that SplitVectors takes
+constexpr int64_t kSplitStep = 2 * kLanes;  // integers that ByteSplitter::Split takes
 
 // Splits two vectors of integers of an IntegerRows: low bytes in the lower half of the result, high
 // ones in the upper.

@@ -178,7 +178,8 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
     const Vector scale = hn::Set(kF32, args.scales == nullptr ? 1.0f : args.scales[r]);
     Vector sum = hn::Zero(kF32);
     for (int64_t t = 0; t < args.num_tokens; t += kLanes) {
-      const Vector p = Exp2(hn::MulSub(VisibleScores(scores, t, visible), scale, max));
+      const Vector score = hn::Mul(VisibleScores(scores, t, visible), scale);
+      const Vector p = Exp2(hn::Sub(score, max));
       hn::StoreU(p, kF32, scores + t);
       sum = hn::Add(sum, p);
     }
@@ -189,36 +190,37 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
 
 #if HWY_TARGET == HWY_AVX3
 
-// x = round(2^x), 0 for x < -1: a polynomial of degree 4 with the least relative error (2.6e-6) on
-// the fraction, in [0, 1).
+// out = round(factor * 2^x) for x <= 0, 0 for NaN: a polynomial of degree 4 with the least relative
+// error (2.6e-6) on the fraction, in [0, 1). `factor` is at most 2^14, so 2^0 gives it exactly.
 template <int N>
-HWY_INLINE void RoundedExp2(const Vector (&x)[N], hn::Vec<I32> (&out)[N]) {
-  constexpr float kCoefficients[] = {0.052011460065841675f, 0.2414427548646927f,
+HWY_INLINE void RoundedExp2(const Vector (&x)[N], Vector factor, hn::Vec<I32> (&out)[N]) {
+  constexpr float kCoefficients[] = {0.052011460065841675f, 0.2414427547646927f,
                                      0.6930038332939148f, 1.0000026226043701f};
-  Vector f[N], y[N];
+  const Vector first = hn::Mul(factor, hn::Set(kF32, 0.013534167781472206f));
+  Vector exponent[N], f[N], y[N];
   HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
-    f[i] = Vector{_mm512_reduce_ps(x[i].raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-    y[i] = hn::Set(kF32, 0.013534167781472206f);
+    exponent[i] = hn::Max(x[i], hn::Set(kF32, -127.0f));
+    f[i] = Vector{_mm512_reduce_ps(exponent[i].raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+    y[i] = first;
   }
   HWY_UNROLL(4) for (const float coefficient : kCoefficients) {
-    HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
-      y[i] = hn::MulAdd(y[i], f[i], hn::Set(kF32, coefficient));
-    }
+    const Vector scaled = hn::Mul(factor, hn::Set(kF32, coefficient));
+    HWY_UNROLL(4) for (int i = 0; i < N; ++i) y[i] = hn::MulAdd(y[i], f[i], scaled);
   }
   HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
-    out[i] = hn::Vec<I32>{_mm512_cvtps_epi32(_mm512_scalef_ps(y[i].raw, x[i].raw))};
+    out[i] = hn::Vec<I32>{_mm512_cvtps_epi32(_mm512_scalef_ps(y[i].raw, exponent[i].raw))};
   }
 }
 
 #else
 
-// x = round(2^x), 0 for x < -1.
+// out = round(factor * 2^x) for x <= 0, 0 for NaN; 2^0 gives `factor`, at most 2^14, exactly.
 template <int N>
-HWY_INLINE void RoundedExp2(const Vector (&x)[N], hn::Vec<I32> (&out)[N]) {
+HWY_INLINE void RoundedExp2(const Vector (&x)[N], Vector factor, hn::Vec<I32> (&out)[N]) {
   Vector y[N];
   HWY_UNROLL(4) for (int i = 0; i < N; ++i) y[i] = hn::Max(x[i], hn::Set(kF32, -127.0f));
   Exp2InRange(y);
-  HWY_UNROLL(4) for (int i = 0; i < N; ++i) out[i] = RoundToInt(y[i]);
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) out[i] = RoundToInt(hn::Mul(y[i], factor));
 }
 
 #endif  // HWY_TARGET == HWY_AVX3
@@ -231,9 +233,6 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
   PageMax<true>(args, page_max);
   RaiseMax(page_max, args.num_rows, args.state, args.keep, args.add);
   const auto max_integer = static_cast<float>(MaxRowInteger(args.rows.high_shift));
-  const float log2_max_integer =
-      6.988684687f + static_cast<float>(args.rows.high_shift);  // log2 127
-  for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] -= log2_max_integer;
   const int64_t num_tokens = args.num_tokens;
   const int64_t row_vectors = num_tokens / kLanes, num_vectors = args.num_rows * row_vectors;
   const int shift = hwy::Num0BitsBelowLS1Bit_Nonzero64(static_cast<uint64_t>(row_vectors));
@@ -241,13 +240,13 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
     Vector x[kBatch];
     hn::Vec<I32> p[kBatch];
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
-      // 2^(score - max) * max_integer
+      // The difference is 0 for the largest: products first, as for the maximum.
       const int64_t r = (v + i) >> shift;
       const Vector scale = hn::Set(kF32, args.scales == nullptr ? 1.0f : args.scales[r]);
       const Vector score = hn::LoadU(kF32, args.scores + (v + i) * kLanes);
-      x[i] = hn::MulSub(score, scale, hn::Set(kF32, page_max[r]));
+      x[i] = hn::Sub(hn::Mul(score, scale), hn::Set(kF32, page_max[r]));
     }
-    RoundedExp2(x, p);
+    RoundedExp2(x, hn::Set(kF32, max_integer), p);
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
       hn::Store(p[i], kI32, integers + (v + i) * kLanes);
     }

@@ -33,7 +33,8 @@ struct alignas(64) AttentionStateBuffer {
 struct alignas(64) TileScratch {
   static constexpr int64_t kMaxScales = kMaxInner / 8 * kMaxPageTokens;  // groups of at least 8
   static constexpr int64_t kDots = 64 << 10;  // of a call of AttentionOps::dot
-  static constexpr int64_t kSlack = 64;       // elements read beyond the end
+  static_assert(kDots >= kRowBlock * kMaxScales, "a block of rows must fit");
+  static constexpr int64_t kSlack = 64;  // elements read beyond the end
 
   float q[kTileRows * kMaxInner];                 // [R][Dp] times scale * log2(e)
   float sealed_q[kTileRows * kMaxInner];          // times the key norm as well
@@ -50,7 +51,8 @@ struct alignas(64) TileScratch {
   float keep[kTileRows];
   float add[kTileRows];
   int32_t visible[kTileRows];  // tokens of the last page that a row sees
-  uint8_t codes[UnpackArgs::kCodeBytes * kMaxInner * kMaxPageTokens];
+  // A panel beyond the largest may be read, of [outer/16][inner].
+  uint8_t codes[UnpackArgs::kCodeBytes * kMaxInner * (kMaxPageTokens + kPanelWidth)];
   float scales[kMaxScales + kSlack];
   float zeros[kMaxScales + kSlack];
   int32_t dots[kDots];

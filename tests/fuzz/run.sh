@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Builds the fuzzers and runs each for a while, two at a time, from the seeds that are kept here.
 #   tests/fuzz/run.sh [seconds [target...]]   60 seconds and all targets unless told otherwise
-# Fails if a target does, and says which input made it fail. To run such an input again:
+# SEED in the environment chooses the random numbers, which differ from run to run otherwise.
+# Fails if a target does, and prints the input that made it fail. To run such an input again:
 #   build/fuzz/tests/fuzz/TARGET INPUT
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 seconds=${1:-60}
+seed=${SEED:-$((RANDOM * 32768 + RANDOM + 1))}
+echo "fuzz: SEED=$seed"
 targets=("${@:2}")
 if [[ ${#targets[@]} -eq 0 ]]; then
   for source in tests/fuzz/*_fuzz.cc; do targets+=("$(basename "$source" .cc)"); done
@@ -19,7 +22,6 @@ docker/install-deps.sh test
 cmake --preset fuzz >/dev/null
 cmake --build --preset fuzz --target "${targets[@]}"
 
-rm -rf "$work"
 mkdir -p "$work"
 memory=$PWD/build/fuzz
 [[ -d /dev/shm && -w /dev/shm ]] && memory=/dev/shm
@@ -30,9 +32,10 @@ trap 'rm -rf "$scratch"' EXIT
 run() {
   local target=$1
   local out=$work/$target
+  rm -rf "$out/corpus"  # inputs that failed before stay
   mkdir -p "$out/corpus"
   cp tests/fuzz/seeds/"$target"/* "$out/corpus"
-  local options=(-max_total_time="$seconds" -seed=1 -max_len="${max_len[$target]:-4096}"
+  local options=(-max_total_time="$seconds" -seed="$seed" -max_len="${max_len[$target]:-4096}"
     -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix="$out/")
   [[ -f tests/fuzz/$target.dict ]] && options+=(-dict="tests/fuzz/$target.dict")
   local status=0
@@ -40,11 +43,11 @@ run() {
   local runs edges
   runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$out/log")
   edges=$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$out/log" | tail -1)
-  if [[ $status -eq 0 ]]; then
+  if [[ $status -eq 0 && ${runs:-0} -gt 0 ]]; then
     printf '%-26s ok: %s runs, %s edges\n' "$target" "$runs" "$edges"
     return 0
   fi
-  grep -E 'ERROR: |runtime error: |CHECK failed|Test unit written' "$out/log" | head -5 || tail -20 "$out/log"
+  grep -E 'ERROR: |runtime error: |CHECK failed|Test unit written|^Base64: ' "$out/log" | head -5 || tail -20 "$out/log"
   printf '%-26s FAILED: see %s\n' "$target" "$out/log"
   return 1
 }

@@ -146,7 +146,8 @@ Case ConsumeCase(Provider& input) {
   c.page_tokens = input.PickValueInArray(kPages);
   c.head_dim = input.PickValueInArray(kDims);
   c.kv_heads = input.ConsumeIntegralInRange<int64_t>(1, 2);
-  c.heads = c.kv_heads * input.ConsumeIntegralInRange<int64_t>(1, 4);
+  constexpr int64_t kHeads[] = {1, 2, 3, 4, 16};
+  c.heads = c.kv_heads * input.PickValueInArray(kHeads);
   c.sink_tokens = c.page_tokens * input.ConsumeIntegralInRange<int64_t>(0, 1);
   c.recent_tokens = c.page_tokens * input.ConsumeIntegralInRange<int64_t>(1, 2);
   c.normalize = input.ConsumeBool();
@@ -281,7 +282,7 @@ void CheckPages(Provider& input) {
                             input.ConsumeIntegralInRange<int64_t>(1, 3);
   const int64_t tokens =
       (num_pages - 1) * c.page_tokens + input.ConsumeIntegralInRange<int64_t>(1, c.page_tokens);
-  const int64_t num_rows = input.ConsumeIntegralInRange<int64_t>(1, 4);
+  const int64_t num_rows = input.ConsumeIntegralInRange<int64_t>(1, 20);
   const Rows rows{std::max<int64_t>(tokens - num_rows, 0), tokens};
   Input numbers = MakeInput(c, tokens, input);
   const std::vector<PageRef> pages = Pages(num_pages, 0, 1);
