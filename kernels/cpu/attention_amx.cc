@@ -232,8 +232,13 @@ INNERQ_TARGET void UnpackWide(const UnpackArgs& args) {
 
 }  // namespace
 
-INNERQ_TARGET void BeginAmx() { _tile_loadconfig(&kConfig); }
-INNERQ_TARGET void EndAmx() { _tile_release(); }
+INNERQ_TARGET void BeginAmx(int64_t num_rows) {
+  if (num_rows >= kMinRows) _tile_loadconfig(&kConfig);
+}
+
+INNERQ_TARGET void EndAmx(int64_t num_rows) {
+  if (num_rows >= kMinRows) _tile_release();
+}
 
 void UnpackAmx(const UnpackArgs& args) {
   if (!UsesTiles(args)) return UnpackVnni(args);

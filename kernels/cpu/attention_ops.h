@@ -184,8 +184,9 @@ struct AttentionOps {
   void (*half_scores)(const HalfScoresArgs& args);
   void (*half_values)(const HalfValuesArgs& args);
   void (*quantize)(const QuantizeArgs& args);
-  void (*begin)();  // a thread calls these around its calls of unpack and dot
-  void (*end)();
+  // A thread calls these around its calls of unpack and dot for so many rows.
+  void (*begin)(int64_t num_rows);
+  void (*end)(int64_t num_rows);
   void (*unpack)(const UnpackArgs& args);
   void (*dot)(const DotArgs& args);
   void (*scale_inner)(const InnerScaleArgs& args);
@@ -202,8 +203,8 @@ AttentionOps AttentionOpsFor(CpuIsa isa);
 
 // Overlays for the integer products: those with AMX tiles need enough rows, else they are VNNI's.
 void UnpackVnni(const UnpackArgs& args);
-void BeginAmx();
-void EndAmx();
+void BeginAmx(int64_t num_rows);
+void EndAmx(int64_t num_rows);
 void UnpackAmx(const UnpackArgs& args);
 void DotVnni(const DotArgs& args);
 void DotAmx(const DotArgs& args);

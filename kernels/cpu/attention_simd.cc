@@ -320,7 +320,7 @@ AttentionOps MakeAttentionOps() {
   ops.half_scores = HalfScores;
   ops.half_values = HalfValues;
   ops.quantize = Quantize;
-  ops.begin = ops.end = [] {};
+  ops.begin = ops.end = [](int64_t) {};
   ops.unpack = Unpack;
   ops.dot = Dot;
   ops.scale_inner = ScaleInner;

@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/attention_ops.h"
@@ -77,32 +78,36 @@ HWY_INLINE hn::Vec<I8> PackBytes(hn::Vec<I16> a, hn::Vec<I16> b) {
 
 constexpr int64_t kSplitStep = 2 * kLanes;  // integers that ByteSplitter::Split takes
 
+// Of quads packed from two vectors: those with low bytes, then those with high ones.
+constexpr std::array<int32_t, kLanes> SplitPlaces() {
+  constexpr int kBlocks = kLanes / 4;
+  std::array<int32_t, kLanes> places{};
+  for (int i = 0; i < kLanes; ++i) {
+    places[static_cast<size_t>(i)] =
+        i % kBlocks * 4 + i / (kLanes / 2) * 2 + i % (kLanes / 2) / kBlocks;
+  }
+  return places;
+}
+alignas(64) constexpr std::array<int32_t, kLanes> kSplitPlaces = SplitPlaces();
+
 // Splits two vectors of integers of an IntegerRows: low bytes in the lower half of the result, high
 // ones in the upper.
 class ByteSplitter {
  public:
   explicit ByteSplitter(int high_shift)
-      : shift_(high_shift), half_(hn::Set(I16(), static_cast<int16_t>(1 << high_shift >> 1))) {
-    constexpr int kBlocks = kLanes / 4;
-    alignas(64) int32_t places[kLanes];  // of quads: low bytes of both vectors, then high ones
-    for (int i = 0; i < kLanes; ++i) {
-      places[i] = i % kBlocks * 4 + i / (kLanes / 2) * 2 + i % (kLanes / 2) / kBlocks;
-    }
-    hn::Store(hn::Load(kI32, places), kI32, places_);
-  }
+      : shift_(high_shift), half_(hn::Set(I16(), static_cast<int16_t>(1 << high_shift >> 1))) {}
 
   HWY_INLINE hn::Vec<I8> Split(hn::Vec<I32> a, hn::Vec<I32> b) const {
     const auto x = hn::ReorderDemote2To(I16(), a, b);
     const auto high = hn::ShiftRightSame(hn::Add(x, half_), shift_);
     const auto low = hn::Sub(x, hn::ShiftLeftSame(high, shift_));
-    const auto place = hn::SetTableIndices(kI32, places_);
+    const auto place = hn::SetTableIndices(kI32, kSplitPlaces.data());
     return hn::BitCast(I8(), hn::TableLookupLanes(hn::BitCast(kI32, PackBytes(low, high)), place));
   }
 
  private:
   int shift_;
   hn::Vec<I16> half_;
-  alignas(64) int32_t places_[kLanes];
 };
 
 // Integers [0, n) of an IntegerRows' row. Reads x up to the next multiple of kSplitStep.

@@ -233,6 +233,12 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
   PageMax<true>(args, page_max);
   RaiseMax(page_max, args.num_rows, args.state, args.keep, args.add);
   const auto max_integer = static_cast<float>(MaxRowInteger(args.rows.high_shift));
+  const float* scales = args.scales;
+  alignas(64) float ones[kTileRows];
+  if (scales == nullptr) {
+    std::fill(ones, ones + kTileRows, 1.0f);
+    scales = ones;
+  }
   const int64_t num_tokens = args.num_tokens;
   const int64_t row_vectors = num_tokens / kLanes, num_vectors = args.num_rows * row_vectors;
   const int shift = hwy::Num0BitsBelowLS1Bit_Nonzero64(static_cast<uint64_t>(row_vectors));
@@ -242,7 +248,7 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
       // The difference is 0 for the largest: products first, as for the maximum.
       const int64_t r = (v + i) >> shift;
-      const Vector scale = hn::Set(kF32, args.scales == nullptr ? 1.0f : args.scales[r]);
+      const Vector scale = hn::Set(kF32, scales[r]);
       const Vector score = hn::LoadU(kF32, args.scores + (v + i) * kLanes);
       x[i] = hn::Sub(hn::Mul(score, scale), hn::Set(kF32, page_max[r]));
     }

@@ -85,12 +85,12 @@ void TileAttention::LoadQueries() {
 }
 
 void TileAttention::Attend(int64_t begin, int64_t end, const AttentionState& state) {
-  ops_.begin();
+  ops_.begin(num_rows_);
   for (int64_t page = begin; page < end; ++page) {
     if (page < last_page_) StartPrefetch(page + 1);
     AttendPage(page, state);
   }
-  ops_.end();
+  ops_.end(num_rows_);
 }
 
 // Asks for the page's bytes of this head while the one before it is worked on, a part at a time:

@@ -112,10 +112,10 @@ void CheckDot(Provider& input) {
     side.codes = codes.get();
     args.dots = dots.get();
     const AttentionOps ops = AttentionOpsFor(isa);
-    ops.begin();
+    ops.begin(side.num_rows);
     ops.unpack(side);
     ops.dot(args);
-    ops.end();
+    ops.end(side.num_rows);
     for (int64_t i = 0; i < count; ++i) {
       if (i % side.outer / kPanelWidth < args.panel_begin) continue;
       CHECK(dots[i] == expected[i], std::string(CpuIsaName(isa)) + ": sum " + std::to_string(i));
