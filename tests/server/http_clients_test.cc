@@ -1,6 +1,8 @@
 // The HTTP server before clients that are slow, malformed, half-closed, or in a browser.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "server/access.h"
 #include "tests/server/http_test_util.h"
 
@@ -261,6 +263,13 @@ class KeyedRouteTest : public HttpServerTest {
                      },
                      admit}});
   }
+  // Whether an answer of this status has been reported.
+  bool Reported(int status) {
+    const std::lock_guard lock(mutex_);
+    return std::any_of(log_.begin(), log_.end(), [status](const HttpExchange& exchange) {
+      return exchange.status == status;
+    });
+  }
   std::vector<HttpExchange> TakeLog(size_t size) {
     EXPECT_TRUE(Eventually([&] {
       const std::lock_guard lock(mutex_);
@@ -306,9 +315,11 @@ TEST_F(KeyedRouteTest, PlacesComeBackHoweverARequestEnds) {
     Client leaver(server_->port());
     leaver.Send(endless + "\r\nhalf");
   }
+  EXPECT_TRUE(Eventually([&] { return Reported(400); }));
   EXPECT_TRUE(Eventually(free));
   Client sleeper(server_->port(), 4096);
   sleeper.Send(Post("/keyed", "flood", key_));
+  ASSERT_TRUE(sleeper.ReadUntil("flood"));
   EXPECT_TRUE(Eventually(free));
   // Whoever has read an answer finds the place free, on the same connection and on others.
   Client busy(server_->port());

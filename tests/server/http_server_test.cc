@@ -201,7 +201,6 @@ class ServiceTest : public HttpServerTest {
                     .cache = {},
                     .engine = std::move(engine)});
   }
-  void TearDown() override { server_.reset(); }
   static std::string Completion(int max_tokens, bool stream) {
     return Post("/v1/completions", json{{"model", "m"},
                                         {"prompt", "a"},
