@@ -149,11 +149,14 @@ std::string_view HttpHead::Get(std::string_view name) const {
 
 bool HttpHead::keep_alive() const {
   if (http_1_0) return false;
-  std::string_view options = Get("Connection");
-  while (!options.empty()) {
-    const size_t comma = std::min(options.find(','), options.size());
-    if (EqualsIgnoringCase(Trim(options.substr(0, comma)), "close")) return false;
-    options.remove_prefix(std::min(comma + 1, options.size()));
+  for (const Field& field : fields) {
+    if (!EqualsIgnoringCase(field.name, "Connection")) continue;
+    std::string_view options = field.value;
+    while (!options.empty()) {
+      const size_t comma = std::min(options.find(','), options.size());
+      if (EqualsIgnoringCase(Trim(options.substr(0, comma)), "close")) return false;
+      options.remove_prefix(std::min(comma + 1, options.size()));
+    }
   }
   return true;
 }

@@ -124,7 +124,8 @@ TEST(HttpHead, BoundsTheNumberOfFields) {
 TEST(HttpHead, ConnectionsEndWhereTheClientSaysSo) {
   EXPECT_FALSE(Parsed(WithField("Connection: close")).keep_alive());
   EXPECT_FALSE(Parsed(WithField("Connection: te , Close")).keep_alive());
-  EXPECT_TRUE(Parsed(WithField("Connection: closed")).keep_alive());
+  EXPECT_FALSE(Parsed(WithField("Connection: keep-alive\r\nconnection: close")).keep_alive());
+  EXPECT_TRUE(Parsed(WithField("Connection: closed\r\nX: close")).keep_alive());
   EXPECT_FALSE(Parsed("GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n").keep_alive());
 }
 
