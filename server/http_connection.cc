@@ -250,6 +250,7 @@ bool HttpConnection::ReadChunks(std::string* body, bool* too_large) {
     const auto trailer = socket_.ReadLine(kMaxFramingLine);
     if (!trailer) return false;
     if (trailer->empty()) return true;
+    if (std::holds_alternative<HttpFault>(ParseHttpField(*trailer))) return false;
   }
   return false;
 }

@@ -36,10 +36,12 @@ bool IsFieldValue(std::string_view text) {
   });
 }
 
+std::string_view TrimEnd(std::string_view text) {
+  return text.substr(0, text.find_last_not_of(" \t") + 1);
+}
+
 std::string_view Trim(std::string_view text) {
-  const size_t begin = text.find_first_not_of(" \t");
-  if (begin == std::string_view::npos) return {};
-  return text.substr(begin, text.find_last_not_of(" \t") - begin + 1);
+  return TrimEnd(text.substr(std::min(text.find_first_not_of(" \t"), text.size())));
 }
 
 // A whole number without sign; -1 for anything else, and for what no int64_t holds.
@@ -94,16 +96,6 @@ std::variant<HttpHead, HttpFault> ParseRequestLine(std::string_view line) {
     return Bad("the request's target is not a valid path");
   }
   return head;
-}
-
-std::variant<HttpHead::Field, HttpFault> ParseField(std::string_view line) {
-  const size_t colon = line.find(':');
-  if (colon == std::string_view::npos || !IsToken(line.substr(0, colon))) {
-    return Bad("a header is not \"Name: value\"");
-  }
-  const std::string_view value = Trim(line.substr(colon + 1));
-  if (!IsFieldValue(value)) return Bad("a header holds a control character");
-  return HttpHead::Field{std::string(line.substr(0, colon)), std::string(value)};
 }
 
 // Reads how long the body is. Anything that two readers might understand in two ways is a fault.
@@ -161,6 +153,16 @@ bool HttpHead::keep_alive() const {
   return true;
 }
 
+std::variant<HttpHead::Field, HttpFault> ParseHttpField(std::string_view line) {
+  const size_t colon = line.find(':');
+  if (colon == std::string_view::npos || !IsToken(line.substr(0, colon))) {
+    return Bad("a header is not \"Name: value\"");
+  }
+  const std::string_view value = Trim(line.substr(colon + 1));
+  if (!IsFieldValue(value)) return Bad("a header holds a control character");
+  return HttpHead::Field{std::string(line.substr(0, colon)), std::string(value)};
+}
+
 std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text) {
   HttpHead head;
   for (bool first = true;; first = false) {
@@ -178,7 +180,7 @@ std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text) {
     }
     if (line.empty()) break;
     if (head.fields.size() == kMaxFields) return HttpFault{431, "there are too many headers"};
-    auto parsed = ParseField(line);
+    auto parsed = ParseHttpField(line);
     if (auto* fault = std::get_if<HttpFault>(&parsed)) return std::move(*fault);
     head.fields.push_back(std::get<HttpHead::Field>(std::move(parsed)));
   }
@@ -188,7 +190,8 @@ std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text) {
 }
 
 int64_t ParseChunkSize(std::string_view line) {
-  return ParseNumber(Trim(line.substr(0, line.find(';'))), 16);
+  if (!IsFieldValue(line)) return -1;
+  return ParseNumber(TrimEnd(line.substr(0, line.find(';'))), 16);
 }
 
 }  // namespace innerq

@@ -42,7 +42,11 @@ struct HttpFault {
 // headers beyond reason, 501 for a transfer encoding that is not chunked.
 std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text);
 
-// The size that begins a line of a chunked body; extensions are skipped. -1 if there is none.
+// Reads "Name: value", a header or a trailer without its CR LF. Faults: 400.
+std::variant<HttpHead::Field, HttpFault> ParseHttpField(std::string_view line);
+
+// The size that begins a line of a chunked body; extensions are skipped. -1 if there is none, or if
+// the line holds a control character: one of them might end the line for another reader.
 int64_t ParseChunkSize(std::string_view line);
 
 // Compares ASCII text in any case.

@@ -89,7 +89,9 @@ TEST_F(HttpClientsTest, MalformedChunksEndTheConnection) {
   for (const char* body :
        {"5\r\nhello", "5\r\nhelloX\r\n0\r\n\r\n", "5\r\nhello\n0\r\n\r\n", "5\nhello\r\n0\r\n\r\n",
         "-5\r\nhello\r\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "\r\n", " \r\n",
-        "ffffffffffffffffffff\r\n", "5\r\nhello\r\n\r\n"}) {
+        "ffffffffffffffffffff\r\n", "5\r\nhello\r\n\r\n", " 5\r\nhello\r\n0\r\n\r\n",
+        "5;a\n1\r\nhello\r\n0\r\n\r\n", "0\r\nnot a field\r\n\r\n", "0\r\nX: a\nb\r\n\r\n",
+        "0\r\nX: y\r\n folded\r\n\r\n"}) {
     Client client(server_->port());
     client.Send(kChunked + body);
     client.CloseSending();

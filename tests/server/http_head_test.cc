@@ -133,9 +133,10 @@ TEST(ParseChunkSize, TakesHexadecimalDigitsOnly) {
   EXPECT_EQ(ParseChunkSize("0"), 0);
   EXPECT_EQ(ParseChunkSize("1aF"), 0x1af);
   EXPECT_EQ(ParseChunkSize("5;name=\"value\""), 5);
-  EXPECT_EQ(ParseChunkSize("5 ; a"), 5);
+  EXPECT_EQ(ParseChunkSize("5 ; a\t\xc3\xa9"), 5);
   for (const char* line :
-       {"", " ", ";", "g", "-1", "+1", "0x5", "5 5", "8000000000000000", "fffffffffffffffff"}) {
+       {"", " ", ";", "g", "-1", "+1", "0x5", "5 5", " 5", "\t5", "5;a\nb", "5;a\rb", "5;\x01",
+        "5;\x7f", "5\x0b", "8000000000000000", "fffffffffffffffff"}) {
     EXPECT_EQ(ParseChunkSize(line), -1) << line;
   }
 }
