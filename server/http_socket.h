@@ -60,7 +60,8 @@ class HttpSocket {
     std::chrono::milliseconds write_timeout;   // between bytes taken by the client
   };
   // Bytes per second that a body must bring on average once the read timeout has passed, so that no
-  // trickle keeps a thread.
+  // trickle keeps a thread. Answers need no rate of ours: Linux reports room for more only when a
+  // third of its send buffer is free, and so much a client must take within each write timeout.
   static constexpr int64_t kMinBodyRate = 1024;
 
   // Why a read failed.

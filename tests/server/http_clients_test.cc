@@ -45,6 +45,16 @@ TEST_F(HttpClientsTest, BodiesThatStallOrTrickleInAreCutOff) {
   }
 }
 
+TEST_F(HttpClientsTest, AnswersThatAreReadInATrickleAreCutOff) {
+  StartEcho({.write_timeout = milliseconds(200)});
+  Client client(server_->port(), 4096);
+  client.Send(Get("/flood"));
+  EXPECT_TRUE(Eventually([&] {
+    client.Fill(16);
+    return floods_ended_ == 1;
+  }));
+}
+
 TEST_F(HttpClientsTest, AnIdleConnectionIsClosedWithoutAWord) {
   StartEcho({.keep_alive_timeout = milliseconds(100)});
   Client fresh(server_->port()), used(server_->port()), empty(server_->port());
