@@ -45,9 +45,16 @@ const char* ReasonPhrase(int status) {
   return "";
 }
 
-HttpResponse Refusal(int status, std::string_view message, std::string_view code) {
+HttpResponse Refusal(int status, std::string_view message, std::string_view code,
+                     std::string_view param = "") {
   const char* const type = status >= 500 ? "server_error" : "invalid_request_error";
-  return {.status = status, .body = ErrorJson(message, type, "", code)};
+  return {.status = status, .body = ErrorJson(message, type, param, code)};
+}
+
+HttpResponse Overloaded(std::string_view message) {
+  HttpResponse response = Refusal(503, message, "server_is_overloaded");
+  response.headers.emplace_back("Retry-After", "1");
+  return response;
 }
 
 // RFC 9110, 5.6.7.
@@ -163,10 +170,7 @@ std::optional<HttpResponse> HttpConnection::Refuse(const Asked& asked) {
   const HttpHead& head = asked.head;
   if (refuse_) {
     keep_alive_ = false;
-    HttpResponse response =
-        Refusal(503, "The server has too many connections.", "server_is_overloaded");
-    response.headers.emplace_back("Retry-After", "1");
-    return response;
+    return Overloaded("The server has too many connections.");
   }
   const HttpOriginPolicy& origins = site_.options.origins;
   if (!origins.MayAddress(head.Get("Host"))) {
@@ -187,6 +191,11 @@ std::optional<HttpResponse> HttpConnection::Refuse(const Asked& asked) {
                 "method_not_allowed");
     response.headers.emplace_back("Allow", asked.methods);
     return response;
+  }
+  if (!head.query.empty()) {
+    const std::string name = head.FirstParameter();
+    return Refusal(400, "Parameters in the URL are not supported: " + name, "unsupported_parameter",
+                   name);
   }
   if (head.method != "POST") return std::nullopt;
   if (!head.chunked && head.content_length < 0) {

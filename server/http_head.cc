@@ -55,7 +55,7 @@ int64_t ParseNumber(std::string_view text, int base) {
 }
 
 // Decodes %XX. False for a bad escape or one of a control character.
-bool DecodePath(std::string_view text, std::string* path) {
+bool Decode(std::string_view text, std::string* path) {
   for (size_t i = 0; i < text.size(); ++i) {
     if (text[i] != '%') {
       *path += text[i];
@@ -69,13 +69,13 @@ bool DecodePath(std::string_view text, std::string* path) {
   return true;
 }
 
-// The path of "/path?query" or of "http://host/path?query"; empty if it is neither.
-std::string_view PathOf(std::string_view target) {
+// The "/path?query" of a target that may be "http://host/path?query"; empty if it is neither.
+std::string_view OriginForm(std::string_view target) {
   for (const std::string_view scheme : {"http://", "https://"}) {
     if (!EqualsIgnoringCase(target.substr(0, scheme.size()), scheme)) continue;
     target.remove_prefix(std::min(target.find('/', scheme.size()), target.size()));
   }
-  return target.starts_with('/') ? target.substr(0, target.find('?')) : std::string_view();
+  return target.starts_with('/') ? target : std::string_view();
 }
 
 std::variant<HttpHead, HttpFault> ParseRequestLine(std::string_view line) {
@@ -92,9 +92,12 @@ std::variant<HttpHead, HttpFault> ParseRequestLine(std::string_view line) {
   if (version != "HTTP/1.1" && !head.http_1_0) return Bad("the version is not HTTP/1.1 or 1.0");
   if (!IsToken(head.method)) return Bad("the method is not a token");
   if (target.size() > kMaxTargetBytes) return HttpFault{414, "the request's target is too long"};
-  if (!IsVisible(target) || PathOf(target).empty() || !DecodePath(PathOf(target), &head.path)) {
+  const std::string_view local = OriginForm(target);
+  const size_t mark = std::min(local.find('?'), local.size());
+  if (!IsVisible(target) || local.empty() || !Decode(local.substr(0, mark), &head.path)) {
     return Bad("the request's target is not a valid path");
   }
+  head.query = local.substr(std::min(mark + 1, local.size()));
   return head;
 }
 
@@ -151,6 +154,12 @@ bool HttpHead::keep_alive() const {
     }
   }
   return true;
+}
+
+std::string HttpHead::FirstParameter() const {
+  const std::string_view name = std::string_view(query).substr(0, query.find_first_of("=&"));
+  std::string decoded;
+  return Decode(name, &decoded) ? decoded : std::string(name);
 }
 
 std::variant<HttpHead::Field, HttpFault> ParseHttpField(std::string_view line) {

@@ -16,7 +16,8 @@ struct HttpHead {
     std::string value;  // without the white space around it
   };
   std::string method;
-  std::string path;  // decoded, without the query; of absolute targets too
+  std::string path;        // decoded, without the query; of absolute targets too
+  std::string query = {};  // as sent, without the question mark
   bool http_1_0 = false;
   std::vector<Field> fields;
 
@@ -28,6 +29,8 @@ struct HttpHead {
   bool has_body() const { return chunked || content_length > 0; }
   // The client lets the connection go on. HTTP/1.0 connections end after an answer.
   bool keep_alive() const;
+  // The name of the query's first parameter, decoded where it can be.
+  std::string FirstParameter() const;
 };
 
 // Why a request is refused.

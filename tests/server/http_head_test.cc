@@ -30,6 +30,7 @@ TEST(HttpHead, HasMethodPathAndFields) {
       "Content-Length: 007\r\n\r\n");
   EXPECT_EQ(head.method, "POST");
   EXPECT_EQ(head.path, "/a b/c/d");
+  EXPECT_EQ(head.query, "q=%00");
   EXPECT_EQ(head.Get("HOST"), "x");
   EXPECT_EQ(head.Get("X-Two"), "one");
   EXPECT_EQ(head.Get("X-Empty"), "");
@@ -44,6 +45,19 @@ TEST(HttpHead, KnowsAbsoluteTargets) {
   for (const char* target : {"http://x", "ftp://x/", "x", "*", "x:443", "http:/x"}) {
     EXPECT_EQ(Fault(WithLine(std::string("GET ") + target + " HTTP/1.1")), 400) << target;
   }
+}
+
+TEST(HttpHead, NamesTheFirstParameterOfItsQuery) {
+  const auto first = [](const char* target) {
+    return Parsed(WithLine(std::string("GET ") + target + " HTTP/1.1")).FirstParameter();
+  };
+  EXPECT_EQ(first("/x"), "");
+  EXPECT_EQ(first("/x?"), "");
+  EXPECT_EQ(first("/x?limit=2&after=y"), "limit");
+  EXPECT_EQ(first("/x?a%20b"), "a b");
+  EXPECT_EQ(first("/x?a&b"), "a");
+  EXPECT_EQ(first("/x?%zz=1"), "%zz");
+  EXPECT_EQ(first("http://x/?y=/?z"), "y");
 }
 
 TEST(HttpHead, RefusesRequestLinesThatAreNone) {

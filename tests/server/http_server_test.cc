@@ -237,6 +237,19 @@ TEST_F(ServiceTest, IsAliveButNotReadyWhileLoading) {
   EXPECT_EQ(json::parse(Ask(Completion(3, false)).body)["choices"][0]["text"], "bcd");
 }
 
+TEST_F(ServiceTest, NoRouteIgnoresAQuery) {
+  StartService(ScriptedEngine());
+  for (const HttpRoute& route : service_->Routes()) {
+    const std::string path = route.path.ends_with('*') ? "/v1/models/m" : route.path;
+    for (const char* query : {"?a%20b=1&c", "?a%20b"}) {
+      const Reply reply = Ask(route.method == "GET" ? Get(path + query) : Post(path + query, "{}"));
+      ExpectError(reply, 400, "unsupported_parameter");
+      EXPECT_EQ(json::parse(reply.body)["error"]["param"], "a b") << path;
+    }
+  }
+  EXPECT_EQ(Ask(Get("/health?")).status, 200);
+}
+
 TEST_F(ServiceTest, AStreamArrivesWhole) {
   StartService(ScriptedEngine());
   const Reply reply = Ask(Completion(300, true));
