@@ -7,7 +7,6 @@
 #include <exception>
 #include <list>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "server/http_connection.h"
@@ -59,27 +58,33 @@ class ThreadedHttpServer : public HttpServer {
 
   void Accept() noexcept {
     pthread_setname_np(pthread_self(), "innerq-accept");
+    while (!stopping_) {
+      UniqueFd fd = listener_.Accept();
+      Reap();
+      if (fd.get() < 0 || open_ >= site_.options.max_connections + kMaxRefusals) continue;
+      try {
+        Open(std::move(fd));
+      } catch (const std::exception&) {
+        // No memory or thread for it: the client sees a closed connection.
+      }
+    }
+  }
+
+  // Gives a connection its thread.
+  void Open(UniqueFd fd) {
     const HttpServerOptions& options = site_.options;
     const HttpSocket::Limits limits{.head_bytes = options.max_header_bytes,
                                     .header_timeout = options.header_timeout,
                                     .read_timeout = options.read_timeout,
                                     .write_timeout = options.write_timeout};
-    while (!stopping_) {
-      UniqueFd fd = listener_.Accept();
-      Reap();
-      if (fd.get() < 0 || open_ >= options.max_connections + kMaxRefusals) continue;
-      const std::lock_guard lock(mutex_);
-      Connection& connection = connections_.emplace_back();
-      connection.socket = std::make_unique<HttpSocket>(std::move(fd), limits);
-      const bool refuse = open_ >= options.max_connections;
-      try {
-        connection.thread =
-            std::jthread([this, &connection, refuse] { Serve(connection, refuse); });
-        ++open_;
-      } catch (const std::system_error&) {
-        connections_.pop_back();  // no more threads: the client sees a closed connection
-      }
-    }
+    std::list<Connection> opened(1);
+    Connection& connection = opened.front();
+    connection.socket = std::make_unique<HttpSocket>(std::move(fd), limits);
+    const std::lock_guard lock(mutex_);
+    const bool refuse = open_ >= options.max_connections;
+    connection.thread = std::jthread([this, &connection, refuse] { Serve(connection, refuse); });
+    ++open_;
+    connections_.splice(connections_.end(), opened);
   }
 
   // Joins the threads of closed connections.
