@@ -45,6 +45,11 @@ class ThreadedHttpServer : public HttpServer {
     return active_;
   }
 
+  int64_t ended_requests() const override {
+    const std::lock_guard lock(mutex_);
+    return ended_;
+  }
+
   bool WaitUntilIdle(std::chrono::milliseconds timeout) override {
     std::unique_lock lock(mutex_);
     return changed_.wait_for(lock, timeout, [this] { return active_ == 0; });
@@ -104,13 +109,13 @@ class ThreadedHttpServer : public HttpServer {
     HttpConnection dialogue(site_, &socket, refuse);
     bool more = true;
     while (more && !stopping_ && socket.WaitForRequest(site_.options.keep_alive_timeout)) {
-      CountActive(1);
+      BeginRequest();
       try {
         more = dialogue.AnswerOne();
       } catch (const std::exception&) {
         more = false;  // handlers' exceptions are answered inside: out of memory, most likely
       }
-      CountActive(-1);
+      EndRequest();
     }
     if (dialogue.must_linger() && !stopping_) socket.Linger();
     const std::lock_guard lock(mutex_);
@@ -118,9 +123,15 @@ class ThreadedHttpServer : public HttpServer {
     --open_;
   }
 
-  void CountActive(int64_t change) {
+  void BeginRequest() {
     const std::lock_guard lock(mutex_);
-    active_ += change;
+    ++active_;
+  }
+
+  void EndRequest() {
+    const std::lock_guard lock(mutex_);
+    --active_;
+    ++ended_;
     if (active_ == 0) changed_.notify_all();
   }
 
@@ -131,6 +142,7 @@ class ThreadedHttpServer : public HttpServer {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   int64_t active_ = 0;                 // guarded by mutex_
+  int64_t ended_ = 0;                  // guarded by mutex_
   std::list<Connection> connections_;  // guarded by mutex_; each entry's socket by its thread too
   std::jthread acceptor_;
 };

@@ -59,6 +59,8 @@ class HttpServer {
   virtual int port() const = 0;
   // Requests being read or answered right now.
   virtual int64_t active_requests() const = 0;
+  // Requests answered or given up since the start.
+  virtual int64_t ended_requests() const = 0;
   // Waits until no request is being read or answered; false if some still were after `timeout`.
   virtual bool WaitUntilIdle(std::chrono::milliseconds timeout) = 0;
 };

@@ -81,15 +81,15 @@ class Signals {
 class MemoryTrimmer {
  public:
   // To be called now and then: does nothing while requests are answered, or if none were.
-  void TrimIfQuiet(const Engine& engine, const HttpServer& http) {
-    const int64_t finished = engine.Stats().finished;
-    if (finished == finished_ || http.active_requests() > 0) return;
-    finished_ = finished;
+  void TrimIfQuiet(const HttpServer& http) {
+    const int64_t ended = http.ended_requests();
+    if (ended == ended_ || http.active_requests() > 0) return;
+    ended_ = ended;
     malloc_trim(0);
   }
 
  private:
-  int64_t finished_ = 0;  // requests at the last time
+  int64_t ended_ = 0;  // requests at the last time
 };
 
 // Lets accepted requests finish and their answers go out, up to the limit.
@@ -181,7 +181,7 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   PrintExample(ClientUrl(server.host, (*http)->port()), options->model.alias);
 
   MemoryTrimmer trimmer;
-  while (!signals.Wait(kTrimInterval)) trimmer.TrimIfQuiet(*service.engine(), **http);
+  while (!signals.Wait(kTrimInterval)) trimmer.TrimIfQuiet(**http);
   Drain(*service.engine(), **http, server.drain_timeout);
   return 0;
 }

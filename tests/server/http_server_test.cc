@@ -175,6 +175,14 @@ TEST_F(HttpServerTest, DestructionEndsIdleAndBusyConnections) {
   EXPECT_TRUE(idle.AtEnd());
 }
 
+TEST_F(HttpServerTest, EveryRequestIsCountedWhenItEnds) {
+  StartEcho();
+  Ask(Get("/item/x"));
+  Ask(Get("/none"));
+  Ask("nonsense\r\n\r\n");
+  EXPECT_TRUE(Eventually([&] { return server_->ended_requests() == 3; }));
+}
+
 TEST_F(HttpServerTest, APortInUseIsAnErrorThatNamesIt) {
   StartEcho();
   const auto second = HttpServer::Start({.port = server_->port()}, {});
