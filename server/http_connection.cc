@@ -276,6 +276,8 @@ HttpResponse HttpConnection::DescribeFailure() const {
       return Refusal(431, "The request headers are too large.", "bad_request");
     case HttpSocket::Failure::kTimeout:
       return Refusal(408, "The request did not arrive in time.", "request_timeout");
+    case HttpSocket::Failure::kStopped:
+      return Overloaded("The server is shutting down.");
     case HttpSocket::Failure::kClosed:
     case HttpSocket::Failure::kNone:
       break;
@@ -287,6 +289,7 @@ bool HttpConnection::Send(const Asked& asked, HttpResponse& response) {
   const bool has_body = response.status != 204;
   const bool chunked = response.stream && !asked.head.http_1_0;
   if (response.stream && !chunked) keep_alive_ = false;  // the only way to say where it ends
+  if (site_.closing) keep_alive_ = false;
   std::string text =
       "HTTP/1.1 " + std::to_string(response.status) + " " + ReasonPhrase(response.status) + "\r\n";
   const auto add = [&text](std::string_view name, std::string_view value) {

@@ -21,14 +21,16 @@ constexpr int64_t kMaxRefusals = 64;
 // Accepts on one thread and gives every connection a thread.
 class ThreadedHttpServer : public HttpServer {
  public:
-  ThreadedHttpServer(HttpSite site, ListenSocket listener)
-      : site_(std::move(site)), listener_(std::move(listener)) {
+  ThreadedHttpServer(const HttpServerOptions& options, std::vector<HttpRoute> routes,
+                     ListenSocket listener, ReadStop stop)
+      : site_{options, std::move(routes)},
+        listener_(std::move(listener)),
+        stop_reading_(std::move(stop)) {
     acceptor_ = std::jthread([this] { Accept(); });
   }
 
   ~ThreadedHttpServer() override {
-    stopping_ = true;
-    listener_.Stop();
+    StopReading();
     acceptor_.join();
     {
       const std::lock_guard lock(mutex_);
@@ -50,9 +52,18 @@ class ThreadedHttpServer : public HttpServer {
     return ended_;
   }
 
+  void BeginToClose() override { site_.closing = true; }
+
+  void StopReading() override {
+    BeginToClose();
+    stopping_ = true;
+    listener_.Stop();
+    stop_reading_.Set();
+  }
+
   bool WaitUntilIdle(std::chrono::milliseconds timeout) override {
     std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, timeout, [this] { return active_ == 0; });
+    return idle_.wait_for(lock, timeout, [this] { return active_ == 0; });
   }
 
  private:
@@ -84,7 +95,7 @@ class ThreadedHttpServer : public HttpServer {
                                     .write_timeout = options.write_timeout};
     std::list<Connection> opened(1);
     Connection& connection = opened.front();
-    connection.socket = std::make_unique<HttpSocket>(std::move(fd), limits);
+    connection.socket = std::make_unique<HttpSocket>(std::move(fd), limits, &stop_reading_);
     const std::lock_guard lock(mutex_);
     const bool refuse = open_ >= options.max_connections;
     connection.thread = std::jthread([this, &connection, refuse] { Serve(connection, refuse); });
@@ -108,7 +119,7 @@ class ThreadedHttpServer : public HttpServer {
     HttpSocket& socket = *connection.socket;
     HttpConnection dialogue(site_, &socket, refuse);
     bool more = true;
-    while (more && !stopping_ && socket.WaitForRequest(site_.options.keep_alive_timeout)) {
+    while (more && socket.WaitForRequest(site_.options.keep_alive_timeout)) {
       BeginRequest();
       try {
         more = dialogue.AnswerOne();
@@ -117,7 +128,7 @@ class ThreadedHttpServer : public HttpServer {
       }
       EndRequest();
     }
-    if (dialogue.must_linger() && !stopping_) socket.Linger();
+    if (dialogue.must_linger()) socket.Linger();
     const std::lock_guard lock(mutex_);
     connection.socket.reset();
     --open_;
@@ -132,15 +143,16 @@ class ThreadedHttpServer : public HttpServer {
     const std::lock_guard lock(mutex_);
     --active_;
     ++ended_;
-    if (active_ == 0) changed_.notify_all();
+    if (active_ == 0) idle_.notify_all();
   }
 
-  const HttpSite site_;
+  HttpSite site_;
   const ListenSocket listener_;
+  const ReadStop stop_reading_;
   std::atomic<bool> stopping_{false};
   std::atomic<int64_t> open_{0};  // connections with a socket
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  std::condition_variable idle_;
   int64_t active_ = 0;                 // guarded by mutex_
   int64_t ended_ = 0;                  // guarded by mutex_
   std::list<Connection> connections_;  // guarded by mutex_; each entry's socket by its thread too
@@ -160,8 +172,9 @@ std::string ClientUrl(const std::string& host, int port) {
 Result<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpServerOptions& options,
                                                       std::vector<HttpRoute> routes) {
   ASSIGN_OR_RETURN(ListenSocket listener, ListenSocket::Bind(options.host, options.port));
+  ASSIGN_OR_RETURN(ReadStop stop, ReadStop::Create());
   return std::unique_ptr<HttpServer>(std::make_unique<ThreadedHttpServer>(
-      HttpSite{options, std::move(routes)}, std::move(listener)));
+      options, std::move(routes), std::move(listener), std::move(stop)));
 }
 
 }  // namespace innerq

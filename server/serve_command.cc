@@ -92,12 +92,15 @@ class MemoryTrimmer {
   int64_t ended_ = 0;  // requests at the last time
 };
 
-// Lets accepted requests finish and their answers go out, up to the limit.
+// Lets accepted requests finish and their answers go out, up to the limit. Meanwhile new ones are
+// told that the server goes away, and /health, /ready and /metrics go on to tell how it does.
 void Drain(Engine& engine, HttpServer& http, std::chrono::seconds limit) {
   spdlog::info("draining for up to {} s; {} requests are being answered", limit.count(),
                http.active_requests());
   const auto deadline = steady_clock::now() + limit;
+  http.BeginToClose();
   const bool finished = engine.Drain(limit);
+  http.StopReading();  // whoever is still sending a request would only be refused
   // Ended answers still have to be written, also those that the engine just cut short.
   const auto left = std::chrono::ceil<milliseconds>(deadline - steady_clock::now());
   const bool idle = http.WaitUntilIdle(std::max(left, milliseconds(1000)));
