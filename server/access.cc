@@ -101,6 +101,8 @@ HttpAdmission Access::Admit(const HttpRequest& request, TimePoint now) {
                              .headers = {{"WWW-Authenticate", "Bearer"}}}};
   }
   const std::shared_ptr<Use> use = uses_[key];
+  // Made first: without memory for it nothing has been counted, and nothing is locked.
+  const auto place = std::make_shared<Place>(use);
   const std::lock_guard lock(use->mutex);
   if (limits_.concurrent_requests > 0 && use->running >= limits_.concurrent_requests) {
     return TooMany("This API key may have " + std::to_string(limits_.concurrent_requests) +
@@ -118,10 +120,14 @@ HttpAdmission Access::Admit(const HttpRequest& request, TimePoint now) {
     starts.push_back(now);
   }
   ++use->running;
-  return {.place = std::shared_ptr<void>(nullptr, [use](void*) {
-            const std::lock_guard guard(use->mutex);
-            --use->running;
-          })};
+  place->taken = true;
+  return {.place = place};
+}
+
+Access::Place::~Place() {
+  if (!taken) return;
+  const std::lock_guard lock(use->mutex);
+  --use->running;
 }
 
 }  // namespace innerq

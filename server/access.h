@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernels/result.h"
@@ -48,6 +49,15 @@ class Access {
     std::mutex mutex;
     int64_t running = 0;           // guarded by mutex
     std::deque<TimePoint> starts;  // likewise: those of the last minute
+  };
+  // Counts a running request out when it goes.
+  struct Place {
+    explicit Place(std::shared_ptr<Use> its_use) : use(std::move(its_use)) {}
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+    ~Place();
+    const std::shared_ptr<Use> use;
+    bool taken = false;
   };
   static Key ToKey(std::string_view text);
   // Index of the key that a request shows; the number of keys if it shows none.

@@ -45,9 +45,16 @@ const char* ReasonPhrase(int status) {
   return "";
 }
 
-HttpResponse Refusal(int status, std::string_view message, std::string_view code) {
+HttpResponse Refusal(int status, std::string_view message, std::string_view code,
+                     std::string_view param = "") {
   const char* const type = status >= 500 ? "server_error" : "invalid_request_error";
-  return {.status = status, .body = ErrorJson(message, type, "", code)};
+  return {.status = status, .body = ErrorJson(message, type, param, code)};
+}
+
+HttpResponse Overloaded(std::string_view message) {
+  HttpResponse response = Refusal(503, message, "server_is_overloaded");
+  response.headers.emplace_back("Retry-After", "1");
+  return response;
 }
 
 // RFC 9110, 5.6.7.
@@ -163,10 +170,7 @@ std::optional<HttpResponse> HttpConnection::Refuse(const Asked& asked) {
   const HttpHead& head = asked.head;
   if (refuse_) {
     keep_alive_ = false;
-    HttpResponse response =
-        Refusal(503, "The server has too many connections.", "server_is_overloaded");
-    response.headers.emplace_back("Retry-After", "1");
-    return response;
+    return Overloaded("The server has too many connections.");
   }
   const HttpOriginPolicy& origins = site_.options.origins;
   if (!origins.MayAddress(head.Get("Host"))) {
@@ -187,6 +191,11 @@ std::optional<HttpResponse> HttpConnection::Refuse(const Asked& asked) {
                 "method_not_allowed");
     response.headers.emplace_back("Allow", asked.methods);
     return response;
+  }
+  if (!head.query.empty()) {
+    const std::string name = head.FirstParameter();
+    return Refusal(400, "Parameters in the URL are not supported: " + name, "unsupported_parameter",
+                   name);
   }
   if (head.method != "POST") return std::nullopt;
   if (!head.chunked && head.content_length < 0) {
@@ -250,6 +259,7 @@ bool HttpConnection::ReadChunks(std::string* body, bool* too_large) {
     const auto trailer = socket_.ReadLine(kMaxFramingLine);
     if (!trailer) return false;
     if (trailer->empty()) return true;
+    if (std::holds_alternative<HttpFault>(ParseHttpField(*trailer))) return false;
   }
   return false;
 }
@@ -266,6 +276,8 @@ HttpResponse HttpConnection::DescribeFailure() const {
       return Refusal(431, "The request headers are too large.", "bad_request");
     case HttpSocket::Failure::kTimeout:
       return Refusal(408, "The request did not arrive in time.", "request_timeout");
+    case HttpSocket::Failure::kStopped:
+      return Overloaded("The server is shutting down.");
     case HttpSocket::Failure::kClosed:
     case HttpSocket::Failure::kNone:
       break;
@@ -277,6 +289,7 @@ bool HttpConnection::Send(const Asked& asked, HttpResponse& response) {
   const bool has_body = response.status != 204;
   const bool chunked = response.stream && !asked.head.http_1_0;
   if (response.stream && !chunked) keep_alive_ = false;  // the only way to say where it ends
+  if (site_.closing) keep_alive_ = false;
   std::string text =
       "HTTP/1.1 " + std::to_string(response.status) + " " + ReasonPhrase(response.status) + "\r\n";
   const auto add = [&text](std::string_view name, std::string_view value) {

@@ -1,6 +1,7 @@
 // HttpConnection: the requests and answers of one connection.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,6 +19,7 @@ namespace innerq {
 struct HttpSite {
   HttpServerOptions options;
   std::vector<HttpRoute> routes;
+  std::atomic<bool> closing{false};  // every answer is its connection's last
 };
 
 // Reads requests, finds their routes and writes the answers. One thread.

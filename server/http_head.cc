@@ -36,10 +36,12 @@ bool IsFieldValue(std::string_view text) {
   });
 }
 
+std::string_view TrimEnd(std::string_view text) {
+  return text.substr(0, text.find_last_not_of(" \t") + 1);
+}
+
 std::string_view Trim(std::string_view text) {
-  const size_t begin = text.find_first_not_of(" \t");
-  if (begin == std::string_view::npos) return {};
-  return text.substr(begin, text.find_last_not_of(" \t") - begin + 1);
+  return TrimEnd(text.substr(std::min(text.find_first_not_of(" \t"), text.size())));
 }
 
 // A whole number without sign; -1 for anything else, and for what no int64_t holds.
@@ -53,7 +55,7 @@ int64_t ParseNumber(std::string_view text, int base) {
 }
 
 // Decodes %XX. False for a bad escape or one of a control character.
-bool DecodePath(std::string_view text, std::string* path) {
+bool Decode(std::string_view text, std::string* path) {
   for (size_t i = 0; i < text.size(); ++i) {
     if (text[i] != '%') {
       *path += text[i];
@@ -67,13 +69,13 @@ bool DecodePath(std::string_view text, std::string* path) {
   return true;
 }
 
-// The path of "/path?query" or of "http://host/path?query"; empty if it is neither.
-std::string_view PathOf(std::string_view target) {
+// The "/path?query" of a target that may be "http://host/path?query"; empty if it is neither.
+std::string_view OriginForm(std::string_view target) {
   for (const std::string_view scheme : {"http://", "https://"}) {
     if (!EqualsIgnoringCase(target.substr(0, scheme.size()), scheme)) continue;
     target.remove_prefix(std::min(target.find('/', scheme.size()), target.size()));
   }
-  return target.starts_with('/') ? target.substr(0, target.find('?')) : std::string_view();
+  return target.starts_with('/') ? target : std::string_view();
 }
 
 std::variant<HttpHead, HttpFault> ParseRequestLine(std::string_view line) {
@@ -90,20 +92,13 @@ std::variant<HttpHead, HttpFault> ParseRequestLine(std::string_view line) {
   if (version != "HTTP/1.1" && !head.http_1_0) return Bad("the version is not HTTP/1.1 or 1.0");
   if (!IsToken(head.method)) return Bad("the method is not a token");
   if (target.size() > kMaxTargetBytes) return HttpFault{414, "the request's target is too long"};
-  if (!IsVisible(target) || PathOf(target).empty() || !DecodePath(PathOf(target), &head.path)) {
+  const std::string_view local = OriginForm(target);
+  const size_t mark = std::min(local.find('?'), local.size());
+  if (!IsVisible(target) || local.empty() || !Decode(local.substr(0, mark), &head.path)) {
     return Bad("the request's target is not a valid path");
   }
+  head.query = local.substr(std::min(mark + 1, local.size()));
   return head;
-}
-
-std::variant<HttpHead::Field, HttpFault> ParseField(std::string_view line) {
-  const size_t colon = line.find(':');
-  if (colon == std::string_view::npos || !IsToken(line.substr(0, colon))) {
-    return Bad("a header is not \"Name: value\"");
-  }
-  const std::string_view value = Trim(line.substr(colon + 1));
-  if (!IsFieldValue(value)) return Bad("a header holds a control character");
-  return HttpHead::Field{std::string(line.substr(0, colon)), std::string(value)};
 }
 
 // Reads how long the body is. Anything that two readers might understand in two ways is a fault.
@@ -149,13 +144,32 @@ std::string_view HttpHead::Get(std::string_view name) const {
 
 bool HttpHead::keep_alive() const {
   if (http_1_0) return false;
-  std::string_view options = Get("Connection");
-  while (!options.empty()) {
-    const size_t comma = std::min(options.find(','), options.size());
-    if (EqualsIgnoringCase(Trim(options.substr(0, comma)), "close")) return false;
-    options.remove_prefix(std::min(comma + 1, options.size()));
+  for (const Field& field : fields) {
+    if (!EqualsIgnoringCase(field.name, "Connection")) continue;
+    std::string_view options = field.value;
+    while (!options.empty()) {
+      const size_t comma = std::min(options.find(','), options.size());
+      if (EqualsIgnoringCase(Trim(options.substr(0, comma)), "close")) return false;
+      options.remove_prefix(std::min(comma + 1, options.size()));
+    }
   }
   return true;
+}
+
+std::string HttpHead::FirstParameter() const {
+  const std::string_view name = std::string_view(query).substr(0, query.find_first_of("=&"));
+  std::string decoded;
+  return Decode(name, &decoded) ? decoded : std::string(name);
+}
+
+std::variant<HttpHead::Field, HttpFault> ParseHttpField(std::string_view line) {
+  const size_t colon = line.find(':');
+  if (colon == std::string_view::npos || !IsToken(line.substr(0, colon))) {
+    return Bad("a header is not \"Name: value\"");
+  }
+  const std::string_view value = Trim(line.substr(colon + 1));
+  if (!IsFieldValue(value)) return Bad("a header holds a control character");
+  return HttpHead::Field{std::string(line.substr(0, colon)), std::string(value)};
 }
 
 std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text) {
@@ -175,7 +189,7 @@ std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text) {
     }
     if (line.empty()) break;
     if (head.fields.size() == kMaxFields) return HttpFault{431, "there are too many headers"};
-    auto parsed = ParseField(line);
+    auto parsed = ParseHttpField(line);
     if (auto* fault = std::get_if<HttpFault>(&parsed)) return std::move(*fault);
     head.fields.push_back(std::get<HttpHead::Field>(std::move(parsed)));
   }
@@ -185,7 +199,8 @@ std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text) {
 }
 
 int64_t ParseChunkSize(std::string_view line) {
-  return ParseNumber(Trim(line.substr(0, line.find(';'))), 16);
+  if (!IsFieldValue(line)) return -1;
+  return ParseNumber(TrimEnd(line.substr(0, line.find(';'))), 16);
 }
 
 }  // namespace innerq

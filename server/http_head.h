@@ -16,7 +16,8 @@ struct HttpHead {
     std::string value;  // without the white space around it
   };
   std::string method;
-  std::string path;  // decoded, without the query; of absolute targets too
+  std::string path;        // decoded, without the query; of absolute targets too
+  std::string query = {};  // as sent, without the question mark
   bool http_1_0 = false;
   std::vector<Field> fields;
 
@@ -28,6 +29,8 @@ struct HttpHead {
   bool has_body() const { return chunked || content_length > 0; }
   // The client lets the connection go on. HTTP/1.0 connections end after an answer.
   bool keep_alive() const;
+  // The name of the query's first parameter, decoded where it can be.
+  std::string FirstParameter() const;
 };
 
 // Why a request is refused.
@@ -42,7 +45,11 @@ struct HttpFault {
 // headers beyond reason, 501 for a transfer encoding that is not chunked.
 std::variant<HttpHead, HttpFault> ParseHttpHead(std::string_view text);
 
-// The size that begins a line of a chunked body; extensions are skipped. -1 if there is none.
+// Reads "Name: value", a header or a trailer without its CR LF. Faults: 400.
+std::variant<HttpHead::Field, HttpFault> ParseHttpField(std::string_view line);
+
+// The size that begins a line of a chunked body; extensions are skipped. -1 if there is none, or if
+// the line holds a control character: one of them might end the line for another reader.
 int64_t ParseChunkSize(std::string_view line);
 
 // Compares ASCII text in any case.

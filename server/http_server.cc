@@ -7,7 +7,6 @@
 #include <exception>
 #include <list>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "server/http_connection.h"
@@ -22,14 +21,16 @@ constexpr int64_t kMaxRefusals = 64;
 // Accepts on one thread and gives every connection a thread.
 class ThreadedHttpServer : public HttpServer {
  public:
-  ThreadedHttpServer(HttpSite site, ListenSocket listener)
-      : site_(std::move(site)), listener_(std::move(listener)) {
+  ThreadedHttpServer(const HttpServerOptions& options, std::vector<HttpRoute> routes,
+                     ListenSocket listener, ReadStop stop)
+      : site_{options, std::move(routes)},
+        listener_(std::move(listener)),
+        stop_reading_(std::move(stop)) {
     acceptor_ = std::jthread([this] { Accept(); });
   }
 
   ~ThreadedHttpServer() override {
-    stopping_ = true;
-    listener_.Stop();
+    StopReading();
     acceptor_.join();
     {
       const std::lock_guard lock(mutex_);
@@ -46,9 +47,23 @@ class ThreadedHttpServer : public HttpServer {
     return active_;
   }
 
+  int64_t ended_requests() const override {
+    const std::lock_guard lock(mutex_);
+    return ended_;
+  }
+
+  void BeginToClose() override { site_.closing = true; }
+
+  void StopReading() override {
+    BeginToClose();
+    stopping_ = true;
+    listener_.Stop();
+    stop_reading_.Set();
+  }
+
   bool WaitUntilIdle(std::chrono::milliseconds timeout) override {
     std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, timeout, [this] { return active_ == 0; });
+    return idle_.wait_for(lock, timeout, [this] { return active_ == 0; });
   }
 
  private:
@@ -59,27 +74,33 @@ class ThreadedHttpServer : public HttpServer {
 
   void Accept() noexcept {
     pthread_setname_np(pthread_self(), "innerq-accept");
+    while (!stopping_) {
+      UniqueFd fd = listener_.Accept();
+      Reap();
+      if (fd.get() < 0 || open_ >= site_.options.max_connections + kMaxRefusals) continue;
+      try {
+        Open(std::move(fd));
+      } catch (const std::exception&) {
+        // No memory or thread for it: the client sees a closed connection.
+      }
+    }
+  }
+
+  // Gives a connection its thread.
+  void Open(UniqueFd fd) {
     const HttpServerOptions& options = site_.options;
     const HttpSocket::Limits limits{.head_bytes = options.max_header_bytes,
                                     .header_timeout = options.header_timeout,
                                     .read_timeout = options.read_timeout,
                                     .write_timeout = options.write_timeout};
-    while (!stopping_) {
-      UniqueFd fd = listener_.Accept();
-      Reap();
-      if (fd.get() < 0 || open_ >= options.max_connections + kMaxRefusals) continue;
-      const std::lock_guard lock(mutex_);
-      Connection& connection = connections_.emplace_back();
-      connection.socket = std::make_unique<HttpSocket>(std::move(fd), limits);
-      const bool refuse = open_ >= options.max_connections;
-      try {
-        connection.thread =
-            std::jthread([this, &connection, refuse] { Serve(connection, refuse); });
-        ++open_;
-      } catch (const std::system_error&) {
-        connections_.pop_back();  // no more threads: the client sees a closed connection
-      }
-    }
+    std::list<Connection> opened(1);
+    Connection& connection = opened.front();
+    connection.socket = std::make_unique<HttpSocket>(std::move(fd), limits, &stop_reading_);
+    const std::lock_guard lock(mutex_);
+    const bool refuse = open_ >= options.max_connections;
+    connection.thread = std::jthread([this, &connection, refuse] { Serve(connection, refuse); });
+    ++open_;
+    connections_.splice(connections_.end(), opened);
   }
 
   // Joins the threads of closed connections.
@@ -98,34 +119,42 @@ class ThreadedHttpServer : public HttpServer {
     HttpSocket& socket = *connection.socket;
     HttpConnection dialogue(site_, &socket, refuse);
     bool more = true;
-    while (more && !stopping_ && socket.WaitForRequest(site_.options.keep_alive_timeout)) {
-      CountActive(1);
+    while (more && socket.WaitForRequest(site_.options.keep_alive_timeout)) {
+      BeginRequest();
       try {
         more = dialogue.AnswerOne();
       } catch (const std::exception&) {
         more = false;  // handlers' exceptions are answered inside: out of memory, most likely
       }
-      CountActive(-1);
+      EndRequest();
     }
-    if (dialogue.must_linger() && !stopping_) socket.Linger();
+    if (dialogue.must_linger()) socket.Linger();
     const std::lock_guard lock(mutex_);
     connection.socket.reset();
     --open_;
   }
 
-  void CountActive(int64_t change) {
+  void BeginRequest() {
     const std::lock_guard lock(mutex_);
-    active_ += change;
-    if (active_ == 0) changed_.notify_all();
+    ++active_;
   }
 
-  const HttpSite site_;
+  void EndRequest() {
+    const std::lock_guard lock(mutex_);
+    --active_;
+    ++ended_;
+    if (active_ == 0) idle_.notify_all();
+  }
+
+  HttpSite site_;
   const ListenSocket listener_;
+  const ReadStop stop_reading_;
   std::atomic<bool> stopping_{false};
   std::atomic<int64_t> open_{0};  // connections with a socket
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  std::condition_variable idle_;
   int64_t active_ = 0;                 // guarded by mutex_
+  int64_t ended_ = 0;                  // guarded by mutex_
   std::list<Connection> connections_;  // guarded by mutex_; each entry's socket by its thread too
   std::jthread acceptor_;
 };
@@ -143,8 +172,9 @@ std::string ClientUrl(const std::string& host, int port) {
 Result<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpServerOptions& options,
                                                       std::vector<HttpRoute> routes) {
   ASSIGN_OR_RETURN(ListenSocket listener, ListenSocket::Bind(options.host, options.port));
+  ASSIGN_OR_RETURN(ReadStop stop, ReadStop::Create());
   return std::unique_ptr<HttpServer>(std::make_unique<ThreadedHttpServer>(
-      HttpSite{options, std::move(routes)}, std::move(listener)));
+      options, std::move(routes), std::move(listener), std::move(stop)));
 }
 
 }  // namespace innerq

@@ -59,6 +59,14 @@ class HttpServer {
   virtual int port() const = 0;
   // Requests being read or answered right now.
   virtual int64_t active_requests() const = 0;
+  // Requests answered or given up since the start.
+  virtual int64_t ended_requests() const = 0;
+  // From now on every answer ends its connection, so that the client looks for another server.
+  // Requests are answered as before, also those of new connections.
+  virtual void BeginToClose() = 0;
+  // Accepts and waits for nothing more: idle connections end, requests that have not arrived whole
+  // are answered 503. What has arrived is answered.
+  virtual void StopReading() = 0;
   // Waits until no request is being read or answered; false if some still were after `timeout`.
   virtual bool WaitUntilIdle(std::chrono::milliseconds timeout) = 0;
 };

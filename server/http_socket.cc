@@ -3,10 +3,12 @@
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <memory>
@@ -21,16 +23,23 @@ constexpr int kBacklog = 1024;  // connections the kernel holds until they are a
 constexpr size_t kReceiveBytes = 16 << 10;
 constexpr milliseconds kLinger{2'000};  // how long a rejected client may go on sending
 
-// poll() for one descriptor; its events, or 0 for a timeout.
-int Poll(int fd, short events, milliseconds timeout) {
+// poll(), whatever signals come: false for a timeout.
+template <size_t kCount>
+bool PollAll(std::array<pollfd, kCount>& entries, milliseconds timeout) {
   const auto deadline = Clock::now() + timeout;
   for (;;) {
-    pollfd entry{.fd = fd, .events = events, .revents = 0};
     const auto left = std::chrono::ceil<milliseconds>(deadline - Clock::now());
-    const int ready = ::poll(&entry, 1, static_cast<int>(std::max<int64_t>(left.count(), 0)));
-    if (ready > 0) return entry.revents;
-    if (ready == 0 || errno != EINTR) return 0;
+    const int ready =
+        ::poll(entries.data(), kCount, static_cast<int>(std::max<int64_t>(left.count(), 0)));
+    if (ready > 0) return true;
+    if (ready == 0 || errno != EINTR) return false;
   }
+}
+
+// poll() for one descriptor; its events, or 0 for a timeout.
+int Poll(int fd, short events, milliseconds timeout) {
+  std::array<pollfd, 1> entry{{{.fd = fd, .events = events, .revents = 0}}};
+  return PollAll(entry, timeout) ? entry[0].revents : 0;
 }
 
 // Where the first empty line of `text` ends; npos if there is none yet. Lines end with a line feed
@@ -105,7 +114,20 @@ UniqueFd ListenSocket::Accept() const {
 
 void ListenSocket::Stop() const { ::shutdown(fd_.get(), SHUT_RDWR); }
 
-HttpSocket::HttpSocket(UniqueFd fd, const Limits& limits) : fd_(std::move(fd)), limits_(limits) {}
+Result<ReadStop> ReadStop::Create() {
+  ReadStop result;
+  result.fd_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (result.fd() < 0) {
+    return Error{ErrorCode::kUnavailable,
+                 std::string("no event descriptor: ") + std::strerror(errno)};
+  }
+  return result;
+}
+
+void ReadStop::Set() const { ::eventfd_write(fd_.get(), 1); }
+
+HttpSocket::HttpSocket(UniqueFd fd, const Limits& limits, const ReadStop* stop)
+    : fd_(std::move(fd)), limits_(limits), stop_(*stop) {}
 
 bool HttpSocket::WaitForRequest(milliseconds timeout) {
   const auto deadline = Clock::now() + timeout;
@@ -191,7 +213,10 @@ bool HttpSocket::Fill(Clock::time_point deadline) {
     }
     if (n < 0 && errno == EINTR) continue;
     if (n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) return Fail(Failure::kClosed);
-    Poll(fd_.get(), POLLIN, std::chrono::ceil<milliseconds>(deadline - Clock::now()));
+    std::array<pollfd, 2> entries{{{.fd = fd_.get(), .events = POLLIN, .revents = 0},
+                                   {.fd = stop_.fd(), .events = POLLIN, .revents = 0}}};
+    PollAll(entries, std::chrono::ceil<milliseconds>(deadline - Clock::now()));
+    if (entries[0].revents == 0 && entries[1].revents != 0) return Fail(Failure::kStopped);
   }
 }
 

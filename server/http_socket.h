@@ -49,6 +49,18 @@ class ListenSocket {
   int port_ = 0;
 };
 
+// Tells any number of sockets, now and later, to wait for no more input. Thread-safe.
+class ReadStop {
+ public:
+  // Errors: unavailable, if there is no file descriptor left.
+  static Result<ReadStop> Create();
+  void Set() const;
+  int fd() const { return fd_.get(); }  // readable once it is set
+
+ private:
+  UniqueFd fd_;
+};
+
 // One accepted connection, read and written with limits on sizes and times. Only the thread that
 // serves it may call it, except for Abort and peer_gone.
 class HttpSocket {
@@ -60,13 +72,16 @@ class HttpSocket {
     std::chrono::milliseconds write_timeout;   // between bytes taken by the client
   };
   // Bytes per second that a body must bring on average once the read timeout has passed, so that no
-  // trickle keeps a thread.
+  // trickle keeps a thread. Answers need no rate of ours: Linux reports room for more only when a
+  // third of its send buffer is free, and so much a client must take within each write timeout.
   static constexpr int64_t kMinBodyRate = 1024;
 
   // Why a read failed.
-  enum class Failure { kNone, kClosed, kTimeout, kTooLarge };
+  enum class Failure { kNone, kClosed, kTimeout, kTooLarge, kStopped };
 
-  HttpSocket(UniqueFd fd, const Limits& limits);
+  // Once `stop` is set, reads take what has arrived and fail where they would have to wait. It must
+  // outlive the socket.
+  HttpSocket(UniqueFd fd, const Limits& limits, const ReadStop* stop);
 
   // Waits for the first byte of a request; false if none came, or the connection is over.
   bool WaitForRequest(std::chrono::milliseconds timeout);
@@ -93,7 +108,8 @@ class HttpSocket {
 
  private:
   std::string_view unread() const { return std::string_view(buffer_).substr(begin_); }
-  // Receives more, behind what is unread; false at the end, for a failure or at the deadline.
+  // Receives more, behind what is unread; false at the end, for a failure, at the deadline or when
+  // it would wait and is to stop.
   bool Fill(std::chrono::steady_clock::time_point deadline);
   // As Fill, with the limits of a body.
   bool FillBody();
@@ -101,6 +117,7 @@ class HttpSocket {
 
   UniqueFd fd_;
   const Limits limits_;
+  const ReadStop& stop_;
   std::string buffer_;
   size_t begin_ = 0;  // of what is unread in the buffer
   std::chrono::steady_clock::time_point body_begin_;

@@ -81,23 +81,26 @@ class Signals {
 class MemoryTrimmer {
  public:
   // To be called now and then: does nothing while requests are answered, or if none were.
-  void TrimIfQuiet(const Engine& engine, const HttpServer& http) {
-    const int64_t finished = engine.Stats().finished;
-    if (finished == finished_ || http.active_requests() > 0) return;
-    finished_ = finished;
+  void TrimIfQuiet(const HttpServer& http) {
+    const int64_t ended = http.ended_requests();
+    if (ended == ended_ || http.active_requests() > 0) return;
+    ended_ = ended;
     malloc_trim(0);
   }
 
  private:
-  int64_t finished_ = 0;  // requests at the last time
+  int64_t ended_ = 0;  // requests at the last time
 };
 
-// Lets accepted requests finish and their answers go out, up to the limit.
+// Lets accepted requests finish and their answers go out, up to the limit. Meanwhile new ones are
+// told that the server goes away, and /health, /ready and /metrics go on to tell how it does.
 void Drain(Engine& engine, HttpServer& http, std::chrono::seconds limit) {
   spdlog::info("draining for up to {} s; {} requests are being answered", limit.count(),
                http.active_requests());
   const auto deadline = steady_clock::now() + limit;
+  http.BeginToClose();
   const bool finished = engine.Drain(limit);
+  http.StopReading();  // whoever is still sending a request would only be refused
   // Ended answers still have to be written, also those that the engine just cut short.
   const auto left = std::chrono::ceil<milliseconds>(deadline - steady_clock::now());
   const bool idle = http.WaitUntilIdle(std::max(left, milliseconds(1000)));
@@ -181,7 +184,7 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   PrintExample(ClientUrl(server.host, (*http)->port()), options->model.alias);
 
   MemoryTrimmer trimmer;
-  while (!signals.Wait(kTrimInterval)) trimmer.TrimIfQuiet(*service.engine(), **http);
+  while (!signals.Wait(kTrimInterval)) trimmer.TrimIfQuiet(**http);
   Drain(*service.engine(), **http, server.drain_timeout);
   return 0;
 }

@@ -5,6 +5,7 @@ Usage: test_process.py BINARY CONFIG
 Standard library only. Prints each test's name; exits 1 if one fails.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -242,6 +243,21 @@ def test_what_is_not_done_when_the_time_is_over_is_cut_with_an_error():
         last = reply.read().decode().strip().splitlines()[-1]
         assert "error" in json.loads(last.removeprefix("data: ")), last
         assert server.process.wait(timeout=30) == 0
+
+
+def test_half_a_request_does_not_hold_the_process():
+    with start("server.drain_seconds=30") as server, contextlib.ExitStack() as stack:
+        half_head, half_body, idle = (stack.enter_context(
+            socket.create_connection(("127.0.0.1", server.port), timeout=60)) for _ in range(3))
+        half_head.sendall(b"GET /health HTT")
+        half_body.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                          b"Content-Length: 99\r\nExpect: 100-continue\r\n\r\n{")
+        assert half_body.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=10) == 0
+        for half in (half_head, half_body):
+            assert half.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert idle.recv(4096) == b""
 
 
 def test_a_second_signal_ends_the_process_at_once():

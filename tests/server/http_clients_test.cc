@@ -47,6 +47,16 @@ TEST_F(HttpClientsTest, BodiesThatStallOrTrickleInAreCutOff) {
   }
 }
 
+TEST_F(HttpClientsTest, AnswersThatAreReadInATrickleAreCutOff) {
+  StartEcho({.write_timeout = milliseconds(200)});
+  Client client(server_->port(), 4096);
+  client.Send(Get("/flood"));
+  EXPECT_TRUE(Eventually([&] {
+    client.Fill(16);
+    return floods_ended_ == 1;
+  }));
+}
+
 TEST_F(HttpClientsTest, AnIdleConnectionIsClosedWithoutAWord) {
   StartEcho({.keep_alive_timeout = milliseconds(100)});
   Client fresh(server_->port()), used(server_->port()), empty(server_->port());
@@ -91,7 +101,9 @@ TEST_F(HttpClientsTest, MalformedChunksEndTheConnection) {
   for (const char* body :
        {"5\r\nhello", "5\r\nhelloX\r\n0\r\n\r\n", "5\r\nhello\n0\r\n\r\n", "5\nhello\r\n0\r\n\r\n",
         "-5\r\nhello\r\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "\r\n", " \r\n",
-        "ffffffffffffffffffff\r\n", "5\r\nhello\r\n\r\n"}) {
+        "ffffffffffffffffffff\r\n", "5\r\nhello\r\n\r\n", " 5\r\nhello\r\n0\r\n\r\n",
+        "5;a\n1\r\nhello\r\n0\r\n\r\n", "0\r\nnot a field\r\n\r\n", "0\r\nX: a\nb\r\n\r\n",
+        "0\r\nX: y\r\n folded\r\n\r\n"}) {
     Client client(server_->port());
     client.Send(kChunked + body);
     client.CloseSending();

@@ -30,6 +30,7 @@ TEST(HttpHead, HasMethodPathAndFields) {
       "Content-Length: 007\r\n\r\n");
   EXPECT_EQ(head.method, "POST");
   EXPECT_EQ(head.path, "/a b/c/d");
+  EXPECT_EQ(head.query, "q=%00");
   EXPECT_EQ(head.Get("HOST"), "x");
   EXPECT_EQ(head.Get("X-Two"), "one");
   EXPECT_EQ(head.Get("X-Empty"), "");
@@ -44,6 +45,19 @@ TEST(HttpHead, KnowsAbsoluteTargets) {
   for (const char* target : {"http://x", "ftp://x/", "x", "*", "x:443", "http:/x"}) {
     EXPECT_EQ(Fault(WithLine(std::string("GET ") + target + " HTTP/1.1")), 400) << target;
   }
+}
+
+TEST(HttpHead, NamesTheFirstParameterOfItsQuery) {
+  const auto first = [](const char* target) {
+    return Parsed(WithLine(std::string("GET ") + target + " HTTP/1.1")).FirstParameter();
+  };
+  EXPECT_EQ(first("/x"), "");
+  EXPECT_EQ(first("/x?"), "");
+  EXPECT_EQ(first("/x?limit=2&after=y"), "limit");
+  EXPECT_EQ(first("/x?a%20b"), "a b");
+  EXPECT_EQ(first("/x?a&b"), "a");
+  EXPECT_EQ(first("/x?%zz=1"), "%zz");
+  EXPECT_EQ(first("http://x/?y=/?z"), "y");
 }
 
 TEST(HttpHead, RefusesRequestLinesThatAreNone) {
@@ -124,7 +138,8 @@ TEST(HttpHead, BoundsTheNumberOfFields) {
 TEST(HttpHead, ConnectionsEndWhereTheClientSaysSo) {
   EXPECT_FALSE(Parsed(WithField("Connection: close")).keep_alive());
   EXPECT_FALSE(Parsed(WithField("Connection: te , Close")).keep_alive());
-  EXPECT_TRUE(Parsed(WithField("Connection: closed")).keep_alive());
+  EXPECT_FALSE(Parsed(WithField("Connection: keep-alive\r\nconnection: close")).keep_alive());
+  EXPECT_TRUE(Parsed(WithField("Connection: closed\r\nX: close")).keep_alive());
   EXPECT_FALSE(Parsed("GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n").keep_alive());
 }
 
@@ -132,9 +147,10 @@ TEST(ParseChunkSize, TakesHexadecimalDigitsOnly) {
   EXPECT_EQ(ParseChunkSize("0"), 0);
   EXPECT_EQ(ParseChunkSize("1aF"), 0x1af);
   EXPECT_EQ(ParseChunkSize("5;name=\"value\""), 5);
-  EXPECT_EQ(ParseChunkSize("5 ; a"), 5);
+  EXPECT_EQ(ParseChunkSize("5 ; a\t\xc3\xa9"), 5);
   for (const char* line :
-       {"", " ", ";", "g", "-1", "+1", "0x5", "5 5", "8000000000000000", "fffffffffffffffff"}) {
+       {"", " ", ";", "g", "-1", "+1", "0x5", "5 5", " 5", "\t5", "5;a\nb", "5;a\rb", "5;\x01",
+        "5;\x7f", "5\x0b", "8000000000000000", "fffffffffffffffff"}) {
     EXPECT_EQ(ParseChunkSize(line), -1) << line;
   }
 }

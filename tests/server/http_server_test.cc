@@ -175,6 +175,55 @@ TEST_F(HttpServerTest, DestructionEndsIdleAndBusyConnections) {
   EXPECT_TRUE(idle.AtEnd());
 }
 
+TEST_F(HttpServerTest, WhileItClosesAnAnswerIsTheLastOfItsConnection) {
+  StartEcho();
+  Client old(server_->port());
+  old.Send(Get("/item/1"));
+  EXPECT_EQ(old.Read().headers["Connection"], "keep-alive");
+  server_->BeginToClose();
+  Client fresh(server_->port());
+  for (Client* client : {&old, &fresh}) {
+    client->Send(Post("/echo", "x"));
+    Reply reply = client->Read();
+    EXPECT_EQ(reply.body, "x");
+    EXPECT_EQ(reply.headers["Connection"], "close");
+    EXPECT_TRUE(client->AtEnd());
+  }
+}
+
+TEST_F(HttpServerTest, WhenItStopsReadingOnlyWholeRequestsAreAnswered) {
+  StartEcho();
+  Client idle(server_->port()), busy(server_->port());
+  Client half_head(server_->port()), half_body(server_->port());
+  idle.Send(Get("/item/x"));
+  EXPECT_EQ(idle.Read().body, "x");
+  busy.Send(Get("/wait"));
+  half_head.Send("GET /item/x HTTP/1.1\r\nHo");
+  half_body.Send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf");
+  ASSERT_TRUE(Eventually([&] { return server_->active_requests() == 3 && waiting_ == 1; }));
+  server_->StopReading();
+  for (Client* client : {&half_head, &half_body}) {
+    Reply reply = client->Read();
+    ExpectError(reply, 503, "server_is_overloaded");
+    EXPECT_EQ(reply.headers["Retry-After"], "1");
+    EXPECT_TRUE(client->AtEnd());
+  }
+  EXPECT_TRUE(idle.AtEnd());
+  EXPECT_TRUE(Eventually([&] { return server_->active_requests() == 1; }));
+  EXPECT_EQ(waiting_, 1);  // its client has not gone
+  released_ = true;
+  EXPECT_EQ(busy.Read().body, "waited");
+  EXPECT_TRUE(server_->WaitUntilIdle(milliseconds(5000)));
+}
+
+TEST_F(HttpServerTest, EveryRequestIsCountedWhenItEnds) {
+  StartEcho();
+  Ask(Get("/item/x"));
+  Ask(Get("/none"));
+  Ask("nonsense\r\n\r\n");
+  EXPECT_TRUE(Eventually([&] { return server_->ended_requests() == 3; }));
+}
+
 TEST_F(HttpServerTest, APortInUseIsAnErrorThatNamesIt) {
   StartEcho();
   const auto second = HttpServer::Start({.port = server_->port()}, {});
@@ -234,6 +283,19 @@ TEST_F(ServiceTest, IsAliveButNotReadyWhileLoading) {
   EXPECT_EQ(Ask(Get("/v1/models/m")).status, 200);
   ExpectError(Ask(Get("/v1/models/none/x")), 404, "model_not_found");
   EXPECT_EQ(json::parse(Ask(Completion(3, false)).body)["choices"][0]["text"], "bcd");
+}
+
+TEST_F(ServiceTest, NoRouteIgnoresAQuery) {
+  StartService(ScriptedEngine());
+  for (const HttpRoute& route : service_->Routes()) {
+    const std::string path = route.path.ends_with('*') ? "/v1/models/m" : route.path;
+    for (const char* query : {"?a%20b=1&c", "?a%20b"}) {
+      const Reply reply = Ask(route.method == "GET" ? Get(path + query) : Post(path + query, "{}"));
+      ExpectError(reply, 400, "unsupported_parameter");
+      EXPECT_EQ(json::parse(reply.body)["error"]["param"], "a b") << path;
+    }
+  }
+  EXPECT_EQ(Ask(Get("/health?")).status, 200);
 }
 
 TEST_F(ServiceTest, AStreamArrivesWhole) {

@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <map>
@@ -73,11 +74,11 @@ class Client {
     }
     return true;
   }
-  // More bytes into the buffer; false at the end or after 10 s.
-  bool Fill() {
+  // At most `size` bytes more into the buffer; false at the end or after 10 s.
+  bool Fill(size_t size = 4096) {
     if (!Readable(milliseconds(10'000))) return false;
     char data[4096];
-    const ssize_t n = ::recv(fd_, data, sizeof(data), 0);
+    const ssize_t n = ::recv(fd_, data, std::min(size, sizeof(data)), 0);
     if (n <= 0) return false;
     buffer_.append(data, static_cast<size_t>(n));
     return true;
