@@ -377,6 +377,31 @@ TEST(JinjaTest, ArgumentsFromContextAreNotTheTemplates) {
   EXPECT_EQ(trust("{{ m | indent(2, first=true) }}"), "T(  )U(<s>)");
 }
 
+// What the fuzzer starts from leads it far only if it runs.
+TEST(JinjaTest, SeedsOfTheFuzzerRender) {
+  const json function = {{"name", "weather"}, {"parameters", {{"type", "object"}}}};
+  const json call = {{"name", "weather"}, {"arguments", {{"city", "Paris"}, {"days", 3}}}};
+  const json context = {
+      {"messages",
+       {{{"role", "system"}, {"content", " Be brief.\n"}},
+        {{"role", "user"}, {"content", "Hi <b>"}},
+        {{"role", "assistant"}, {"content", nullptr}, {"tool_calls", {{{"function", call}}}}},
+        {{"role", "tool"}, {"content", "{\"t\": 21.5}"}},
+        {{"role", "user"}, {"content", "Hi"}}}},
+      {"tools", {{{"type", "function"}, {"function", function}}}},
+      {"add_generation_prompt", true},
+      {"bos_token", "<s>"},
+      {"eos_token", "</s>"}};
+  int seeds = 0;
+  for (const auto& seed :
+       std::filesystem::directory_iterator(INNERQ_SOURCE_DIR "/tests/fuzz/seeds/jinja_fuzz")) {
+    const std::string out = Rendered(ReadAll(seed.path()), context);
+    EXPECT_FALSE(out.starts_with("error: ") || out.empty()) << seed.path() << ": " << out;
+    ++seeds;
+  }
+  EXPECT_GE(seeds, 8);
+}
+
 // Templates and contexts through Python's Jinja2 and through ours.
 class JinjaReferenceTest : public ::testing::Test {
  protected:
