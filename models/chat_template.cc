@@ -17,8 +17,10 @@ constexpr std::array<std::string_view, 6> kRoles = {"system",    "developer", "u
 // A template takes dozens of steps for a message, so more would pass its limit; this bounds the
 // memory before.
 constexpr size_t kMaxMessages = 1 << 16;
-// Text that no template writes by itself, for conversations that show what it does.
+// Texts that no template writes by itself, for conversations that show what it does: that of the
+// message looked at and that of the others.
 constexpr std::string_view kProbe = "qzjvxk";
+constexpr std::string_view kFiller = "wqxjvz";
 
 struct BuiltIn {
   std::string_view name;
@@ -182,10 +184,15 @@ std::optional<jinja::Time> ToTime(const std::optional<std::tm>& time) {
 // A short conversation with a message of this role.
 std::vector<ChatMessage> ProbeConversation(std::string_view role) {
   const ChatMessage message{std::string(role), std::string(kProbe)};
+  const ChatMessage user{"user", std::string(kFiller)};
   if (role == "user") return {message};
-  if (role == "system" || role == "developer") return {message, {"user", "a"}};
-  if (role == "assistant") return {{"user", "a"}, message, {"user", "a"}};
-  return {{"user", "a"}, {"assistant", "a"}, message};
+  if (role == "system" || role == "developer") return {message, user};
+  if (role == "assistant") return {user, message, user};
+  return {user, {"assistant", std::string(kFiller)}, message};
+}
+
+bool IsOfProbeConversation(std::string_view text) {
+  return text.find(kProbe) != text.npos || text.find(kFiller) != text.npos;
 }
 
 // The special token that follows kProbe in a rendered conversation, spaces aside.
@@ -288,7 +295,7 @@ class JinjaChatTemplate : public ChatTemplate {
         continue;  // it says what it does not like when it is asked
       }
       RETURN_IF_ERROR(marks_.LearnWords(*rendered));
-      marks_.LearnSeparators(*rendered);
+      marks_.LearnSeparators(*rendered, IsOfProbeConversation);
       if (rendered->bytes.find(kProbe) == std::string::npos) left_out_.push_back(role);
       if (role == "assistant" && tokenizer_ != nullptr) {
         end_of_turn_ = TokenAfterProbe(*rendered, *tokenizer_);
