@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 #include <utility>
 
 #include "models/files.h"
@@ -17,8 +18,13 @@ constexpr std::array<std::string_view, 6> kRoles = {"system",    "developer", "u
 // A template takes dozens of steps for a message, so more would pass its limit; this bounds the
 // memory before.
 constexpr size_t kMaxMessages = 1 << 16;
-// Text that no template writes by itself, for conversations that show what it does.
+// Texts that no template writes by itself, for conversations that show what it does: that of the
+// message looked at and that of the others.
 constexpr std::string_view kProbe = "qzjvxk";
+constexpr std::string_view kFiller = "wqxjvz";
+constexpr const char* kProbeTools =
+    R"([{"type": "function", "function": {"name": "f", "description": "f",
+         "parameters": {"type": "object", "properties": {}}}}])";
 
 struct BuiltIn {
   std::string_view name;
@@ -182,10 +188,15 @@ std::optional<jinja::Time> ToTime(const std::optional<std::tm>& time) {
 // A short conversation with a message of this role.
 std::vector<ChatMessage> ProbeConversation(std::string_view role) {
   const ChatMessage message{std::string(role), std::string(kProbe)};
+  const ChatMessage user{"user", std::string(kFiller)};
   if (role == "user") return {message};
-  if (role == "system" || role == "developer") return {message, {"user", "a"}};
-  if (role == "assistant") return {{"user", "a"}, message, {"user", "a"}};
-  return {{"user", "a"}, {"assistant", "a"}, message};
+  if (role == "system" || role == "developer") return {message, user};
+  if (role == "assistant") return {user, message, user};
+  return {user, {"assistant", std::string(kFiller)}, message};
+}
+
+bool IsOfProbeConversation(std::string_view text) {
+  return text.find(kProbe) != text.npos || text.find(kFiller) != text.npos;
 }
 
 // The special token that follows kProbe in a rendered conversation, spaces aside.
@@ -200,6 +211,15 @@ std::optional<int32_t> TokenAfterProbe(const jinja::Text& rendered, const Tokeni
   return std::nullopt;
 }
 
+// Whether the text of tools spells a mark.
+bool ToolsSpell(const std::string& tools, const std::string& mark) {
+  const auto parsed = jinja::ParseJson(tools, jinja::Limits().max_value_depth);
+  if (!parsed.ok()) return false;  // there are none
+  const auto json = jinja::ToJson(*parsed, {});
+  const std::string literal = jinja::JsonString(mark, /*ensure_ascii=*/false);
+  return json.ok() && json->bytes.find(literal.substr(1, literal.size() - 2)) != std::string::npos;
+}
+
 // Error of a template, with where it comes from.
 Error InSource(const Source& source, const Error& error) {
   return {error.code, source.name + ": chat template, " + error.message};
@@ -210,19 +230,21 @@ class JinjaChatTemplate : public ChatTemplate {
   JinjaChatTemplate(const TokenizerConfig& config, std::shared_ptr<const Tokenizer> tokenizer)
       : tokenizer_(std::move(tokenizer)),
         tokens_(TokenVariables(config, tokenizer_.get())),
-        marks_(tokenizer_) {}
+        main_{.marks = TurnMarks(tokenizer_)},
+        tool_use_{.marks = TurnMarks(tokenizer_)} {}
 
   Result<void> Load(const Sources& sources) {
     name_ = sources.main->name;
     source_ = sources.main->text;
-    for (const auto& [source, parsed] :
+    for (const auto& [source, known] :
          {std::pair(&sources.main, &main_), std::pair(&sources.tool_use, &tool_use_)}) {
       if (!*source) continue;
       Result<jinja::Template> one = jinja::Template::Parse((*source)->text);
       if (!one.ok()) return InSource(**source, one.error());
-      *parsed = *std::move(one);
+      known->parsed = *std::move(one);
+      const auto probed = Probe(*known);
+      if (!probed.ok()) return InSource(**source, probed.error());
     }
-    if (const auto probed = Probe(); !probed.ok()) return InSource(*sources.main, probed.error());
     return {};
   }
 
@@ -232,30 +254,46 @@ class JinjaChatTemplate : public ChatTemplate {
 
   Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,
                                           const ChatOptions& options) const override {
-    RETURN_IF_ERROR(Check(messages));
+    RETURN_IF_ERROR(Check(messages, For(options)));
     const auto refuse = [](const Error& error) {
       if (!error.param.empty()) return error;
       return Error{error.code, "the model's chat template, " + error.message, "messages"};
     };
     const Result<jinja::Text> rendered = Run(messages, options);
     if (!rendered.ok()) return refuse(rendered.error());
-    TurnMarks marks = marks_;  // and those that only this conversation made the template write
+    // With those that only this conversation made the template write.
+    TurnMarks marks = For(options).marks;
     if (const auto learned = marks.LearnWords(*rendered); !learned.ok()) {
       return refuse(learned.error());
     }
     const std::optional<std::string> forged = marks.FindForged(*rendered);
     if (!forged) return rendered->Segments();
-    const auto message = std::find_if(
-        messages.begin(), messages.end(),
-        [&](const ChatMessage& one) { return one.content.find(*forged) != std::string::npos; });
-    return InvalidArgument("message text must not contain " + *forged +
-                               ", with which the model's chat template marks turns",
-                           message == messages.end()
-                               ? "messages"
-                               : Place(static_cast<size_t>(message - messages.begin()), "content"));
+    const std::string rest =
+        " must not contain " + *forged + ", with which the model's chat template marks turns";
+    const auto message = std::find_if(messages.begin(), messages.end(), [&](const auto& one) {
+      return marks.FindForged(jinja::Text::From(one.content, /*is_untrusted=*/true)).has_value();
+    });
+    if (message != messages.end()) {
+      return InvalidArgument("message text" + rest,
+                             Place(static_cast<size_t>(message - messages.begin()), "content"));
+    }
+    if (ToolsSpell(options.tools, *forged)) return InvalidArgument("tools" + rest, "tools");
+    return InvalidArgument("message text" + rest, "messages");
   }
 
  private:
+  // A template and what it showed.
+  struct Known {
+    TurnMarks marks;
+    std::optional<jinja::Template> parsed = {};  // absent: the model has none
+    std::set<std::string_view> left_out = {};    // those of kRoles whose messages it does not write
+  };
+
+  // The template that a conversation goes to.
+  const Known& For(const ChatOptions& options) const {
+    return !options.tools.empty() && tool_use_.parsed ? tool_use_ : main_;
+  }
+
   // Runs the template, without a look at what comes out.
   Result<jinja::Text> Run(const std::vector<ChatMessage>& messages,
                           const ChatOptions& options) const {
@@ -267,37 +305,38 @@ class JinjaChatTemplate : public ChatTemplate {
       if (!parsed->is_list()) return InvalidArgument("expected a list of tools", "tools");
       tools = *std::move(parsed);
     }
-    const bool calls_tools = !tools.is_none() && tool_use_;
     variables.Set(jinja::Value::String("messages"), MessagesValue(messages));
     variables.Set(jinja::Value::String("add_generation_prompt"),
                   jinja::Value::Bool(options.add_generation_prompt));
     variables.Set(jinja::Value::String("tools"), tools);
     variables.Set(jinja::Value::String("documents"), jinja::Value::None());
-    return (calls_tools ? *tool_use_ : *main_).Render(variables, ToTime(options.now));
+    return For(options).parsed->Render(variables, ToTime(options.now));
   }
 
-  // Renders a conversation for each role and learns from it.
-  Result<void> Probe() {
+  // Renders a conversation for each role, with tools for the template for them, and learns from it.
+  Result<void> Probe(Known& known) {
+    const bool calls_tools = &known == &tool_use_;
     std::tm new_year{};
     new_year.tm_mday = 1;
     new_year.tm_year = 100;
+    const ChatOptions options{.tools = calls_tools ? kProbeTools : "", .now = new_year};
     for (const std::string_view role : kRoles) {
-      const Result<jinja::Text> rendered = Run(ProbeConversation(role), {.now = new_year});
+      const Result<jinja::Text> rendered = Run(ProbeConversation(role), options);
       if (!rendered.ok()) {
-        if (role == "user") return rendered.error();
+        if (role == "user" && !calls_tools) return rendered.error();
         continue;  // it says what it does not like when it is asked
       }
-      RETURN_IF_ERROR(marks_.LearnWords(*rendered));
-      marks_.LearnSeparators(*rendered);
-      if (rendered->bytes.find(kProbe) == std::string::npos) left_out_.push_back(role);
-      if (role == "assistant" && tokenizer_ != nullptr) {
+      RETURN_IF_ERROR(known.marks.LearnWords(*rendered));
+      known.marks.LearnSeparators(*rendered, IsOfProbeConversation);
+      if (rendered->bytes.find(kProbe) == std::string::npos) known.left_out.insert(role);
+      if (role == "assistant" && !calls_tools && tokenizer_ != nullptr) {
         end_of_turn_ = TokenAfterProbe(*rendered, *tokenizer_);
       }
     }
     return {};
   }
 
-  Result<void> Check(const std::vector<ChatMessage>& messages) const {
+  static Result<void> Check(const std::vector<ChatMessage>& messages, const Known& known) {
     if (messages.empty()) return InvalidArgument("messages must not be empty", "messages");
     if (messages.size() > kMaxMessages) {
       return InvalidArgument("expected at most " + std::to_string(kMaxMessages) +
@@ -312,7 +351,7 @@ class JinjaChatTemplate : public ChatTemplate {
                 role.substr(0, 40) + "\"",
             Place(i, "role"));
       }
-      if (std::find(left_out_.begin(), left_out_.end(), role) != left_out_.end()) {
+      if (known.left_out.contains(role)) {
         return InvalidArgument("the model's chat template leaves out messages of the role " + role,
                                Place(i, "role"));
       }
@@ -323,10 +362,8 @@ class JinjaChatTemplate : public ChatTemplate {
   const std::shared_ptr<const Tokenizer> tokenizer_;  // may be null
   const jinja::Dict tokens_;
   std::string name_, source_;
-  std::optional<jinja::Template> main_;
-  std::optional<jinja::Template> tool_use_;
-  TurnMarks marks_;
-  std::vector<std::string_view> left_out_;  // those of kRoles whose messages it does not write
+  Known main_;
+  Known tool_use_;
   std::optional<int32_t> end_of_turn_;
 };
 

@@ -57,10 +57,11 @@ class ChatTemplate {
 
   // Text for EncodePrompt. What the template writes is trusted, message text is not, so a message
   // that spells a special token cannot forge a turn. Steps, depth and output are bounded (see
-  // jinja::Limits). Errors: invalid argument, with the message's place in `param`, for
+  // jinja::Limits). Errors: invalid argument, with the message's place or "tools" in `param`, for
   // - no messages, more than 65536, a role that is not one of ChatMessage's or whose messages the
   //   template leaves out;
-  // - message text that spells a mark of turns which is no token of the model and hence could not
+  // - text of messages or tools that spells a mark of turns which is no token of the model and
+  // hence could not
   //   be told from the template's own ([INST], say; TurnMarks has the rule);
   // - what the template itself refuses (raise_exception), with its words, and what it cannot do.
   virtual Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,

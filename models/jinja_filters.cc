@@ -92,6 +92,7 @@ Result<Value> ToJsonFilter(Call& call) {
   RETURN_IF_ERROR(call.budget.SpendBytes(extent.weight * per_value));
   ASSIGN_OR_RETURN(Text text, ToJson(call.input(), style));
   RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(text.bytes.size())));
+  if (call.has(3) && call.arg(3).extent().untrusted) text = Text::From(text.bytes, true);
   return Value::String(std::move(text));
 }
 
@@ -183,14 +184,14 @@ Result<Value> RoundFilter(Call& call) {
 
 Result<Value> IndentFilter(Call& call) {
   ASSIGN_OR_RETURN(Text text, InputText(call));
-  std::string indent(4, ' ');
+  Text indent = Text::From("    ", false);
   if (call.has(1) && call.arg(1).is_string()) {
-    indent = call.arg(1).text().bytes;
+    indent = call.arg(1).text();
   } else if (call.has(1)) {
     ASSIGN_OR_RETURN(const int64_t width, call.Int(1, 4));
     constexpr int64_t kWidthMax = 1000;
     if (width > kWidthMax) return InvalidArgument("indent expects a width of at most 1000");
-    indent.assign(static_cast<size_t>(std::max<int64_t>(width, 0)), ' ');
+    indent.bytes.assign(static_cast<size_t>(std::max<int64_t>(width, 0)), ' ');
   }
   text.Append("\n", false);  // so that a text that ends a line has an empty last one
   Call split{{Value::String(std::move(text))}, call.budget, call.now};
@@ -199,12 +200,12 @@ Result<Value> IndentFilter(Call& call) {
   const bool blank = call.Flag(3);
   for (const Value& line : lines.sequence()->items) {
     const bool first = &line == &lines.sequence()->items.front();
-    const auto more = static_cast<int64_t>(line.text().bytes.size() + indent.size() + 1);
+    const auto more = static_cast<int64_t>(line.text().bytes.size() + indent.bytes.size() + 1);
     const auto all = static_cast<int64_t>(out.bytes.size()) + more;
     RETURN_IF_ERROR(call.budget.Spend(1 + more / 64));
     if (all > call.budget.limits().max_output_bytes) return call.budget.SpendBytes(all).error();
     if (!first) out.Append("\n", false);
-    if (first ? call.Flag(2) : blank || !line.text().bytes.empty()) out.Append(indent, false);
+    if (first ? call.Flag(2) : blank || !line.text().bytes.empty()) out.Append(indent);
     out.Append(line.text());
   }
   return Value::String(std::move(out));

@@ -305,7 +305,8 @@ Result<Value> StrftimeFunction(Call& call) {
   if (!call.arg(0).is_string()) {
     return InvalidArgument("strftime_now expects a text, found " + TypeName(call.arg(0)));
   }
-  const std::string& format = call.arg(0).text().bytes;
+  const Text& source = call.arg(0).text();
+  const std::string& format = source.bytes;
   const Time& now = *call.now;
   std::tm fields{};
   fields.tm_year = now.year - 1900;
@@ -335,7 +336,7 @@ Result<Value> StrftimeFunction(Call& call) {
     char buffer[128];
     out.append(buffer, std::strftime(buffer, sizeof buffer, directive.c_str(), &fields));
   }
-  return Value::String(out);
+  return Value::String(Text::From(out, source.any_untrusted()));
 }
 
 const Signature* FindIn(const std::vector<Signature>& table, std::string_view name) {

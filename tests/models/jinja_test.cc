@@ -345,21 +345,61 @@ TEST(JinjaTest, BoundsStepsAndOutput) {
             "error: expected a template of at most 49 bytes, found 50");
 }
 
-TEST(JinjaTest, TellsTemplateFromContext) {
-  const auto parsed = Template::Parse(
-      "<s>{{ m.trim() if false else '[I]' + m | trim + '[/I]' }}{{ m[1:3] ~ '|' ~ m.split('a') | "
-      "first }}{{ {'k': m} | tojson }}");
-  EXPECT_FALSE(parsed.ok());  // trim is a filter, not a method
-  const auto fixed =
-      Template::Parse("<s>{{ '[I]' + m | trim + '[/I]' }}{{ m[1:3] ~ '|' ~ m.replace('a', 'b') }}");
-  ASSERT_TRUE(fixed.ok());
-  const auto text = fixed.value().Render(Variables({{"m", " <s>a "}}));
-  ASSERT_TRUE(text.ok());
+// The output's segments, each in T() if it is trusted, else in U().
+std::string WithTrust(std::string_view source, const json& context) {
+  const Result<Template> parsed = Template::Parse(source);
+  if (!parsed.ok()) return "error: " + parsed.error().message;
+  const Result<Text> text = parsed.value().Render(Variables(context), kNow);
+  if (!text.ok()) return "error: " + text.error().message;
   std::string out;
   for (const TextSegment& segment : text.value().Segments()) {
     out += segment.trusted ? "T(" + segment.text + ")" : "U(" + segment.text + ")";
   }
-  EXPECT_EQ(out, "T(<s>[I])U(<s>a)T([/I])U(<s)T(|)U( <s>)T(b)U( )");
+  return out;
+}
+
+TEST(JinjaTest, TellsTemplateFromContext) {
+  EXPECT_FALSE(Template::Parse("{{ m.trim() }}").ok());  // a filter, not a method
+  EXPECT_EQ(WithTrust("<s>{{ '[I]' + m | trim + '[/I]' }}{{ m[1:3] ~ '|' ~ m.replace('a', 'b') }}",
+                      {{"m", " <s>a "}}),
+            "T(<s>[I])U(<s>a)T([/I])U(<s)T(|)U( <s>)T(b)U( )");
+}
+
+TEST(JinjaTest, ArgumentsFromContextAreNotTheTemplates) {
+  const json context = {{"m", "<s>"}};
+  const auto trust = [&](std::string_view source) { return WithTrust(source, context); };
+  EXPECT_EQ(trust("{{ strftime_now(m) }}"), "U(<s>)");
+  EXPECT_EQ(trust("{{ strftime_now('%Y') }}"), "T(2026)");
+  EXPECT_EQ(trust("{{ [1, 2] | tojson(separators=(m, ':')) }}"), "U([1<s>2])");
+  EXPECT_EQ(trust("{{ {'a': 1} | tojson(separators=(',', m)) }}"), "U({\"a\"<s>1})");
+  EXPECT_EQ(trust("{{ [1, 2] | tojson(separators=(',', ':')) }}"), "T([1,2])");
+  EXPECT_EQ(trust("{{ 'a\nb' | indent(m) }}"), "T(a\n)U(<s>)T(b)");
+  EXPECT_EQ(trust("{{ m | indent(2, first=true) }}"), "T(  )U(<s>)");
+}
+
+// What the fuzzer starts from leads it far only if it runs.
+TEST(JinjaTest, SeedsOfTheFuzzerRender) {
+  const json function = {{"name", "weather"}, {"parameters", {{"type", "object"}}}};
+  const json call = {{"name", "weather"}, {"arguments", {{"city", "Paris"}, {"days", 3}}}};
+  const json context = {
+      {"messages",
+       {{{"role", "system"}, {"content", " Be brief.\n"}},
+        {{"role", "user"}, {"content", "Hi <b>"}},
+        {{"role", "assistant"}, {"content", nullptr}, {"tool_calls", {{{"function", call}}}}},
+        {{"role", "tool"}, {"content", "{\"t\": 21.5}"}},
+        {{"role", "user"}, {"content", "Hi"}}}},
+      {"tools", {{{"type", "function"}, {"function", function}}}},
+      {"add_generation_prompt", true},
+      {"bos_token", "<s>"},
+      {"eos_token", "</s>"}};
+  int seeds = 0;
+  for (const auto& seed :
+       std::filesystem::directory_iterator(INNERQ_SOURCE_DIR "/tests/fuzz/seeds/jinja_fuzz")) {
+    const std::string out = Rendered(ReadAll(seed.path()), context);
+    EXPECT_FALSE(out.starts_with("error: ") || out.empty()) << seed.path() << ": " << out;
+    ++seeds;
+  }
+  EXPECT_GE(seeds, 8);
 }
 
 // Templates and contexts through Python's Jinja2 and through ours.
