@@ -169,34 +169,58 @@ ApiError OpenAiApi::ReportFailure(const Error& error, const std::string& request
   return ToApiError(error);
 }
 
-std::variant<std::vector<int32_t>, ApiError> OpenAiApi::EncodeMessages(
-    const std::vector<ChatMessage>& messages) const {
-  if (!model_.chat_template) return NoChatTemplateError(model_);
-  auto prompt = EncodeChat(messages, *model_.tokenizer, *model_.chat_template);
-  if (!prompt) return ToApiError(prompt.error());
-  return std::move(prompt).value();
+std::variant<std::vector<int32_t>, ApiError> OpenAiApi::Encode(const ApiRequest& api,
+                                                               const ApiPrompt* prompt) const {
+  std::vector<TextSegment> segments;
+  if (prompt == nullptr) {
+    if (!model_.chat_template) return NoChatTemplateError(model_);
+    auto rendered = model_.chat_template->Render(api.messages, {.now = LocalTime()});
+    if (!rendered) return ToApiError(rendered.error());
+    segments = std::move(rendered).value();
+  } else if (const auto* text = std::get_if<std::string>(prompt)) {
+    segments.push_back({.text = *text, .trusted = false});
+  } else {
+    return std::get<std::vector<int32_t>>(*prompt);
+  }
+  const int64_t least = model_.tokenizer->MinTokens(segments);
+  if (auto refusal = CheckContext(api, least, /*at_least=*/true)) return std::move(*refusal);
+  if (prompt == nullptr) return EncodePrompt(segments, *model_.tokenizer);
+  return model_.tokenizer->EncodeSegments(segments, api.add_special_tokens);
+}
+
+int64_t OpenAiApi::MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const {
+  if (api.max_tokens) return *api.max_tokens;
+  if (!api.chat) return kCompletionMaxTokens;
+  return std::max<int64_t>(engine_->options().max_context - prompt_tokens, 1);
+}
+
+std::optional<ApiError> OpenAiApi::CheckContext(const ApiRequest& api, int64_t prompt_tokens,
+                                                bool at_least) const {
+  const int64_t context = engine_->options().max_context;
+  const int64_t max_tokens = MaxTokens(api, prompt_tokens);
+  if (prompt_tokens + max_tokens <= context) return std::nullopt;
+  const auto text = [](int64_t number) { return std::to_string(number); };
+  const std::string least = at_least ? "at least " : "";
+  return ApiError{
+      .message = "This model's maximum context length is " + text(context) +
+                 " tokens. However, you requested " + least + text(prompt_tokens + max_tokens) +
+                 " tokens (" + least + text(prompt_tokens) + " in the messages, " +
+                 text(max_tokens) +
+                 " in the completion). Please reduce the length of the messages or completion.",
+      .param = api.chat ? "messages" : "prompt",
+      .code = "context_length_exceeded",
+      .extra = ", \"n_prompt_tokens\": " + text(prompt_tokens) + ", \"n_ctx\": " + text(context)};
 }
 
 std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api,
                                                            std::vector<int32_t> prompt) const {
   Request request;
   request.prompt = std::move(prompt);
-  const int64_t context = engine_->options().max_context;
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  request.max_tokens = api.max_tokens.value_or(
-      api.chat ? std::max<int64_t>(context - prompt_tokens, 1) : kCompletionMaxTokens);
-  if (prompt_tokens + request.max_tokens > context) {
-    const auto text = [](int64_t number) { return std::to_string(number); };
-    return ApiError{
-        .message = "This model's maximum context length is " + text(context) +
-                   " tokens. However, you requested " + text(prompt_tokens + request.max_tokens) +
-                   " tokens (" + text(prompt_tokens) + " in the messages, " +
-                   text(request.max_tokens) +
-                   " in the completion). Please reduce the length of the messages or completion.",
-        .param = api.chat ? "messages" : "prompt",
-        .code = "context_length_exceeded",
-        .extra = ", \"n_prompt_tokens\": " + text(prompt_tokens) + ", \"n_ctx\": " + text(context)};
+  if (auto refusal = CheckContext(api, prompt_tokens, /*at_least=*/false)) {
+    return std::move(*refusal);
   }
+  request.max_tokens = MaxTokens(api, prompt_tokens);
   request.min_tokens = api.min_tokens;
   request.sampling = api.sampling;
   if (api.echo) request.prompt_logprobs = api.sampling.num_logprobs;
@@ -211,16 +235,7 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
 
 std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPrompt* prompt,
                                              Choices* choices) {
-  std::variant<std::vector<int32_t>, ApiError> ids;
-  std::optional<std::string> text;
-  if (prompt == nullptr) {
-    ids = EncodeMessages(api.messages);
-  } else if (const auto* given = std::get_if<std::string>(prompt)) {
-    text = *given;
-    ids = model_.tokenizer->Encode(*given, {.add_bos = api.add_special_tokens});
-  } else {
-    ids = std::get<std::vector<int32_t>>(*prompt);
-  }
+  auto ids = Encode(api, prompt);
   if (const auto* error = std::get_if<ApiError>(&ids)) return *error;
   auto converted = ToEngineRequest(api, std::get<std::vector<int32_t>>(std::move(ids)));
   if (const auto* error = std::get_if<ApiError>(&converted)) return *error;
@@ -245,6 +260,8 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
       .arrival = choices->arrival,
       .notes = choices->notes};
   if (api.echo) {
+    std::optional<std::string> text;
+    if (const auto* given = std::get_if<std::string>(prompt)) text = *given;
     options.echo = std::make_shared<const PromptEcho>(
         EchoPrompt(*model_.tokenizer, request.prompt, text, special));
   }
@@ -264,9 +281,12 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   const ApiRequest& api = std::get<ApiRequest>(parsed);
   if (api.model != model_.id) return GetModel(api.model);
   std::optional<ApiError> refusal;
-  if (chat) refusal = AddPrompt(api, nullptr, &choices);
-  for (size_t i = 0; i < api.prompts.size() && !refusal; ++i) {
-    refusal = AddPrompt(api, &api.prompts[i], &choices);
+  {
+    const WorkSlots::Slot slot(*model_.text_slots);
+    if (chat) refusal = AddPrompt(api, nullptr, &choices);
+    for (size_t i = 0; i < api.prompts.size() && !refusal; ++i) {
+      refusal = AddPrompt(api, &api.prompts[i], &choices);
+    }
   }
   if (refusal) return ErrorResponse(*refusal);
   auto group = engine_->SubmitGroup(std::move(choices.requests));

@@ -18,17 +18,22 @@ constexpr int32_t kFakeBos = 256;
 constexpr int32_t kFakeEos = 257;
 constexpr int64_t kFakeVocab = 258;
 
-// Token ids are byte values; 256 begins a prompt, 257 ends an answer. Throws for the prompt "throw"
-// and at the byte '~' of an answer.
+// Token ids are byte values; 256 begins a prompt, 257 ends an answer. Throws for prompts that begin
+// with "throw", and at the byte '~' of an answer.
 class ByteTokenizer : public Tokenizer {
  public:
   int64_t vocab_size() const override { return kFakeVocab; }
   std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const override {
-    if (text == "throw") throw std::runtime_error("secret of the tokenizer");
+    if (text.starts_with("throw")) throw std::runtime_error("secret of the tokenizer");
     std::vector<int32_t> ids;
     if (options.add_bos) ids.push_back(kFakeBos);
     for (const char c : text) ids.push_back(static_cast<uint8_t>(c));
     return ids;
+  }
+  int64_t MinTokens(std::span<const TextSegment> segments) const override {
+    size_t bytes = 0;
+    for (const TextSegment& segment : segments) bytes += segment.text.size();
+    return static_cast<int64_t>(bytes);
   }
   std::string TokenBytes(int32_t id, bool, bool special) const override {
     if (id == '~') throw std::runtime_error("secret of the detokenizer");

@@ -3,7 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
+#include <future>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "server/options.h"
 #include "tests/models/test_files.h"
@@ -185,6 +188,28 @@ TEST_F(UtilityTest, WhatWouldNotBeHonouredIsRefusedByName) {
   Serve(std::make_shared<ByteTokenizer>(), nullptr);
   ExpectRefused(apply, user + R"("model": "m"})", "messages", "unsupported_parameter");
   ExpectRefused(tokenize, user + R"("model": "m"})", "messages", "unsupported_parameter");
+}
+
+TEST_F(UtilityTest, TextsWaitForASlot) {
+  model_.text_slots = std::make_shared<WorkSlots>(1);
+  api_ = std::make_unique<UtilityApi>(model_, ServerProps{}, CacheInfo{}, engine_.get());
+  const std::vector<std::function<void()>> requests = {
+      [&] {
+        EXPECT_EQ(Ids({{"content", "ab"}}), json::parse("[97, 98]"));
+      },
+      [&] {
+        EXPECT_EQ(Detokenize({97, 98}), "ab");
+      },
+      [&] {
+        EXPECT_EQ(Apply({{"messages", kUser}}), "user:hi|assistant:");
+      }};
+  for (const auto& request : requests) {
+    std::optional<WorkSlots::Slot> slot(std::in_place, *model_.text_slots);
+    auto answered = std::async(std::launch::async, request);
+    EXPECT_EQ(answered.wait_for(std::chrono::milliseconds(20)), std::future_status::timeout);
+    slot.reset();
+    answered.get();
+  }
 }
 
 TEST_F(UtilityTest, TheTokenizerIsDescribed) {
