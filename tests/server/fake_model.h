@@ -67,9 +67,9 @@ class PlainTemplate : public ChatTemplate {
   }
 };
 
-// The next token depends on the last alone: '!' ends the answer, '#' makes the step fail, ':' is
-// followed by 'a', other bytes by the next one ("a" by "bcdef..."), 'z' by 'a'. Each step takes
-// `step_time`.
+// The next token depends on the last alone: '!' ends the answer, '#' makes the step fail, '$'
+// loses the device, ':' is followed by 'a', other bytes by the next one ("a" by "bcdef..."), 'z' by
+// 'a'. Each step takes `step_time`.
 class ScriptedModel : public StepModel {
  public:
   explicit ScriptedModel(std::chrono::microseconds step_time = std::chrono::microseconds(0))
@@ -89,6 +89,7 @@ class ScriptedModel : public StepModel {
     logits_.assign(batch.logit_rows.size() * kFakeVocab, 0.0f);
     for (size_t row = 0; row < batch.logit_rows.size(); ++row) {
       const int32_t last = batch.token_ids[static_cast<size_t>(batch.logit_rows[row])];
+      if (last == '$') return Error{ErrorCode::kUnavailable, "scripted loss of the device"};
       if (last == '#') return Error{ErrorCode::kInternal, "scripted failure in secret_function()"};
       logits_[row * kFakeVocab + static_cast<size_t>(After(last))] = 20.0f;
     }

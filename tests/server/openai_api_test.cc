@@ -138,6 +138,11 @@ TEST_F(ApiTest, AnErrorBeforeTheFirstTokenIsAPlainAnswerWithoutInternals) {
   }
 }
 
+TEST_F(ApiTest, ALostDeviceIsAFailureAndThenTheServerIsUnavailable) {
+  EXPECT_EQ(Refusal(false, {{"prompt", "$"}}, 500)["code"], "internal_error");
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}}, 503)["code"], "server_is_overloaded");
+}
+
 TEST_F(ApiTest, TheCauseOfAFailureIsLoggedWithTheRequest) {
   ConfigureLog({.level = "error", .json = false});
   const std::string cause = "request test failed: scripted failure in secret_function()";
