@@ -304,5 +304,18 @@ TEST_F(ApiTest, MetricsCountWhatHappened) {
   EXPECT_TRUE(has(R"(innerq:requests_finished_total{model_name="m"} 3)"));
 }
 
+TEST_F(ApiTest, TheEndOfAChoiceIsMeasuredWhenItComes) {
+  const HttpResponse response =
+      Post(false, {{"prompt", {"a", "b"}}, {"max_tokens", 3}, {"stream", true}});
+  ASSERT_TRUE(response.stream);
+  Recorder recorder;
+  response.stream(recorder);
+  // The answer is still held.
+  const std::string text = metrics_->Render(engine_->Stats());
+  EXPECT_NE(text.find(R"(vllm:request_success_total{model_name="m",finished_reason="length"} 2)"),
+            std::string::npos)
+      << text;
+}
+
 }  // namespace
 }  // namespace innerq
