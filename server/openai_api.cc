@@ -22,6 +22,9 @@ constexpr int64_t kCompletionMaxTokens = 16;  // OpenAI's default; chat answers 
 // A client that went away (nginx's code); nobody reads the answer.
 constexpr int kClientClosed = 499;
 
+// The log-probabilities of a token whose `k` best are asked for; -1: none are.
+int64_t LogprobsPerToken(int32_t k) { return int64_t{k} + 1; }
+
 int64_t Index(size_t i) { return static_cast<int64_t>(i); }
 
 bool SendEvent(HttpWriter& out, const std::string& json) {
@@ -191,7 +194,12 @@ std::variant<std::vector<int32_t>, ApiError> OpenAiApi::Encode(const ApiRequest&
 int64_t OpenAiApi::MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const {
   if (api.max_tokens) return *api.max_tokens;
   if (!api.chat) return kCompletionMaxTokens;
-  return std::max<int64_t>(engine_->options().max_context - prompt_tokens, 1);
+  int64_t room = engine_->options().max_context - prompt_tokens;
+  if (const int64_t logprobs = api.n * LogprobsPerToken(api.sampling.num_logprobs);
+      logprobs > 0 && !api.stream) {
+    room = std::min(room, kMaxHeldLogprobs / logprobs);
+  }
+  return std::max<int64_t>(room, 1);
 }
 
 std::optional<ApiError> OpenAiApi::CheckContext(const ApiRequest& api, int64_t prompt_tokens,
@@ -241,10 +249,14 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
   if (const auto* error = std::get_if<ApiError>(&converted)) return *error;
   Request& request = std::get<Request>(converted);
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  choices->prompt_logprobs += api.best_of * prompt_tokens * (request.prompt_logprobs + 1);
-  if (choices->prompt_logprobs > kMaxPromptLogprobs) {
-    return ApiError{.message = "The prompts and their alternatives have more than " +
-                               std::to_string(kMaxPromptLogprobs) + " log-probabilities.",
+  int64_t logprobs = prompt_tokens * LogprobsPerToken(request.prompt_logprobs);
+  if (!api.stream) logprobs += request.max_tokens * LogprobsPerToken(api.sampling.num_logprobs);
+  choices->logprobs += api.best_of * logprobs;
+  if (choices->logprobs > kMaxHeldLogprobs) {
+    return ApiError{.message = "The choices and their alternatives may have more than " +
+                               std::to_string(kMaxHeldLogprobs) +
+                               " log-probabilities in all; ask for fewer choices, alternatives or "
+                               "tokens (max_tokens).",
                     .param = "logprobs",
                     .code = "invalid_value"};
   }

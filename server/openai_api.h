@@ -64,13 +64,14 @@ class OpenAiApi {
     AnswerNotes* notes = nullptr;
     std::vector<Request> requests{};
     std::vector<Generation::Options> options{};
-    int64_t prompt_logprobs = 0;  // of all, alternatives included
+    int64_t logprobs = 0;  // that are held at once, alternatives included
   };
 
   // The ids of a prompt, or of the messages if it is null. What cannot fit is not encoded.
   std::variant<std::vector<int32_t>, ApiError> Encode(const ApiRequest& api,
                                                       const ApiPrompt* prompt) const;
-  // The most tokens of an answer to so many.
+  // The most tokens of an answer to so many. Where the client leaves a chat's answer open: what
+  // fits the context, and kMaxHeldLogprobs.
   int64_t MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const;
   // Refuses a prompt of so many tokens, or of `at_least` so many, that leaves the answer no room.
   std::optional<ApiError> CheckContext(const ApiRequest& api, int64_t prompt_tokens,

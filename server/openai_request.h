@@ -27,9 +27,9 @@ struct ApiError {
 // The most choices of one request: prompts times best_of.
 constexpr int64_t kMaxChoices = 128;
 
-// The most log-probabilities of prompt tokens that one request may ask for, alternatives included:
-// they are held until the answer begins.
-constexpr int64_t kMaxPromptLogprobs = int64_t{1} << 20;
+// The most log-probabilities that one request may have at once, alternatives included: those of
+// prompts are held until their answers begin, those of answers that are not streamed to their end.
+constexpr int64_t kMaxHeldLogprobs = int64_t{1} << 20;
 
 // What a completion continues: text or, not empty, ids.
 using ApiPrompt = std::variant<std::string, std::vector<int32_t>>;
