@@ -120,10 +120,7 @@ ApiError NoChatTemplateError(const ApiModel& model) {
 }
 
 OpenAiApi::OpenAiApi(ApiModel model, Engine* engine, Metrics* metrics)
-    : model_(std::move(model)),
-      engine_(engine),
-      metrics_(metrics),
-      random_(std::random_device{}()) {}
+    : model_(std::move(model)), engine_(engine), metrics_(metrics) {}
 
 HttpResponse OpenAiApi::ListModels() const {
   return {.body = ModelListJson(model_.id, model_.created, engine_->options().max_context)};
@@ -136,7 +133,8 @@ HttpResponse OpenAiApi::GetModel(const std::string& id) const {
 
 uint64_t OpenAiApi::RandomSeed() {
   const std::lock_guard lock(random_mutex_);
-  return random_();
+  const uint64_t high = random_();
+  return high << 32 | random_();
 }
 
 ApiError OpenAiApi::ToApiError(const Error& error) const {

@@ -95,7 +95,7 @@ class OpenAiApi {
   Engine* engine_;
   Metrics* metrics_;
   std::mutex random_mutex_;
-  std::mt19937_64 random_;  // guarded by random_mutex_
+  std::random_device random_;  // guarded by random_mutex_
 };
 
 // An error as an HTTP answer.
