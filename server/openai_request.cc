@@ -270,6 +270,7 @@ class Parser {
     return member != object.end() && !member->is_null();
   }
 
+  // Parts of a text are lines of it, as in vLLM.
   bool Content(const std::string& name, const Json& value, std::string* text) {
     if (value.is_string()) return String(name, value, text);
     if (!value.is_array()) return WrongType(name, "a string or an array of parts");
@@ -286,6 +287,7 @@ class Parser {
       std::string piece;
       if (!Has(part, "text")) return Missing(path + ".text");
       if (!String(path + ".text", part["text"], &piece)) return false;
+      if (i > 0) *text += '\n';
       *text += piece;
     }
     return true;

@@ -293,7 +293,7 @@ TEST(ApiRequest, MessagesTakeTextAndListsOfTextParts) {
   const auto& messages = std::get<ApiRequest>(result).messages;
   ASSERT_EQ(messages.size(), 3u);
   EXPECT_EQ(messages[0].role, "system");
-  EXPECT_EQ(messages[1].content, "ab");
+  EXPECT_EQ(messages[1].content, "a\nb");
 
   ExpectRefused(parse(R"([{"role": "user", "content": "a", "name": "x"}])"), "messages[0].name",
                 "unsupported_parameter");
