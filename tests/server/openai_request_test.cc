@@ -185,6 +185,8 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
       {"logit_bias", json::array(), "invalid_type"},
       {"logit_bias", {{"x", 1}}, "invalid_value"},
       {"logit_bias", {{"-1", 1}}, "invalid_value"},
+      {"logit_bias", {{"5", 100}, {"05", -100}}, "invalid_value"},
+      {"logit_bias", {{"-0", 1}}, "invalid_value"},
       {"logit_bias", {{"1", "x"}}, "invalid_type"},
       {"stop", 3, "invalid_type"},
       {"stop", {"a", 3}, "invalid_type"},
