@@ -206,12 +206,13 @@ HttpResponse UtilityApi::Props() const {
 }
 
 HttpResponse UtilityApi::Slots() const {
+  const EngineOptions& options = engine_->options();
   Json slots = Json::array();
   for (const RunningRequest& running : engine_->Running()) {
     slots.push_back(
         {{"id", slots.size()},
          {"id_task", running.number},
-         {"n_ctx", engine_->options().max_context},
+         {"n_ctx", options.max_context},
          {"speculative", false},
          {"is_processing", true},
          {"n_prompt_tokens", running.prompt_tokens},
@@ -219,9 +220,15 @@ HttpResponse UtilityApi::Slots() const {
          {"n_cached_tokens", running.computed_tokens},
          {"n_cache_pages", running.pages},
          {"next_token",
-          {{"has_next_token", true},
+          {{"has_next_token", running.generated_tokens < running.max_tokens},
            {"n_remain", running.max_tokens - running.generated_tokens},
            {"n_decoded", running.generated_tokens}}}});
+  }
+  while (static_cast<int64_t>(slots.size()) < options.max_sequences) {
+    slots.push_back({{"id", slots.size()},
+                     {"n_ctx", options.max_context},
+                     {"speculative", false},
+                     {"is_processing", false}});
   }
   return JsonAnswer(slots);
 }
