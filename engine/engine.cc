@@ -190,7 +190,9 @@ void ThreadedEngine::Run(std::stop_token stop) noexcept {
   while (WaitForWork(stop)) {
     EndCancelled();
     DeliverFinished();
-    if (const Result<void> stepped = Step(); !stepped.ok()) return Stop(stepped.error());
+    if (const Result<void> stepped = Step(); !stepped.ok()) {
+      return Stop({ErrorCode::kInternal, "the device is lost: " + stepped.error().message});
+    }
     DeliverFinished();
   }
   Stop(Unavailable("the engine is stopping"));

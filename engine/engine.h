@@ -60,8 +60,8 @@ struct RunningRequest {
   int64_t pages = 0;       // of the cache, F16 or quantized
 };
 
-// Runs requests by continuous batching on one thread of its own. All public methods may be called
-// from any thread.
+// Runs requests by continuous batching on one thread of its own. If the device is lost, every
+// request in flight ends as an error (internal). All public methods may be called from any thread.
 class Engine {
  public:
   // Starts the engine thread. Errors: invalid argument if the pools cannot hold one sequence of

@@ -90,6 +90,7 @@ class BpeTokenizer : public Tokenizer {
     ReadVocabulary(json);
     RETURN_IF_ERROR(ReadAddedTokens(json, config));
     RETURN_IF_ERROR(ReadBytes(json));
+    FindLongest(json);
     std::vector<bool> barred;
     for (const TokenInfo& token : tokens_) barred.push_back(token.special || token.is_byte);
     const bool spells_bytes =
@@ -176,6 +177,21 @@ class BpeTokenizer : public Tokenizer {
     return ids;
   }
 
+  int64_t MinTokens(std::span<const TextSegment> segments) const override {
+    if (longest_ == 0) return 0;
+    size_t bytes = 0;
+    for (const TextSegment& segment : segments) {
+      std::string_view rest = segment.text;
+      while (!rest.empty()) {
+        if (takes_space_) rest.remove_prefix(SpaceAtStart(rest));
+        const size_t run = takes_space_ ? std::min<size_t>(rest.size(), 1) : rest.size();
+        bytes += run;
+        rest.remove_prefix(run);
+      }
+    }
+    return static_cast<int64_t>((bytes + longest_ - 1) / longest_);
+  }
+
   std::string TokenBytes(int32_t id, bool first, bool special) const override {
     CHECK(id >= 0, "token id " + std::to_string(id));
     if (id >= vocab_size() || (!special && IsSpecial(id))) return "";
@@ -255,6 +271,8 @@ class BpeTokenizer : public Tokenizer {
       }
       info = {
           .bytes = token.content, .known = true, .special = token.special, .is_byte = info.is_byte};
+      longest_added_ = std::max(longest_added_, token.content.size());
+      takes_space_ |= token.lstrip || token.rstrip;
       const bool is_space = !token.special && SpaceAtStart(token.content) == token.content.size();
       const bool is_late = is_space && token.normalized && !token.lstrip && !token.rstrip;
       (is_late ? late_spaces_ : added_).Add(token);
@@ -265,6 +283,30 @@ class BpeTokenizer : public Tokenizer {
     late_spaces_.Sort();
     return {};
   }
+
+  // Finds the most bytes of a text that a token stands for, in the form that BPE meets: no step
+  // makes a text shorter, or there is no bound.
+  void FindLongest(const TokenizerJson& json) {
+    const bool byte_level = Has<ByteAlphabetStep>(json.text_steps);
+    for (const TextStep& step : json.text_steps) {
+      const auto* replace = std::get_if<ReplaceStep>(&step);
+      const auto* split = std::get_if<SplitStep>(&step);
+      if (split != nullptr && split->behavior == SplitBehavior::kRemoved) return;
+      if (replace == nullptr) continue;
+      const TextPattern& pattern = replace->pattern;
+      if (pattern.is_regex || replace->content.size() < pattern.text.size()) return;
+    }
+    const bool has_bytes = std::find(byte_ids_.begin(), byte_ids_.end(), -1) == byte_ids_.end();
+    if (!has_bytes && json.fuse_unk) return;
+    longest_ = std::max<size_t>(longest_added_, 4);  // 4: a character that has no token
+    for (const auto& [text, id] : json.vocabulary) {
+      // A character of the byte alphabet is a byte.
+      const auto bytes = byte_level ? std::count_if(text.begin(), text.end(), StartsCharacter)
+                                    : static_cast<std::ptrdiff_t>(text.size());
+      longest_ = std::max(longest_, static_cast<size_t>(bytes));
+    }
+  }
+  static bool StartsCharacter(char byte) { return (static_cast<uint8_t>(byte) & 0xc0) != 0x80; }
 
   // Finds the tokens of single bytes. Every byte must have one, or there must be an unknown token.
   Result<void> ReadBytes(const TokenizerJson& json) {
@@ -338,8 +380,11 @@ class BpeTokenizer : public Tokenizer {
   std::vector<TokenInfo> tokens_;                 // by id
   std::unordered_map<std::string, int32_t> ids_;  // by text
   AddedTokens added_;
-  AddedTokens spaces_;       // those of them that are found in untrusted text, too
-  AddedTokens late_spaces_;  // found in what the others left
+  AddedTokens spaces_;        // those of them that are found in untrusted text, too
+  AddedTokens late_spaces_;   // found in what the others left
+  size_t longest_added_ = 0;  // bytes
+  bool takes_space_ = false;  // some added token takes the white space beside it
+  size_t longest_ = 0;        // bytes that a token stands for beside such space; 0: no bound
   BpeModel model_;
   Pretokenizer pretokenizer_;
   std::vector<int32_t> byte_ids_ = std::vector<int32_t>(256, -1);

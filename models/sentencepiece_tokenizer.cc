@@ -57,7 +57,13 @@ class SentencePieceTokenizer : public Tokenizer {
       return Damaged(path, "not a SentencePiece model: " + status.ToString());
     }
     ReadPieces();
+    const bool lossless = IsLossless();
     RETURN_IF_ERROR(AddTokens(config.added_tokens, config_path));
+    for (const TokenInfo& token : tokens_) {
+      const bool is_piece = token.kind == Kind::kPiece;
+      const size_t bytes = is_piece ? PieceText(token.text).size() : token.text.size();
+      if (lossless) longest_ = std::max(longest_, bytes);
+    }
     add_bos_ = config.add_bos.value_or(true);  // as SentencePiece models are trained
     return SetEnds(config, config_path);
   }
@@ -94,6 +100,13 @@ class SentencePieceTokenizer : public Tokenizer {
     }
     end_run();
     return ids;
+  }
+
+  int64_t MinTokens(std::span<const TextSegment> segments) const override {
+    if (longest_ == 0) return 0;
+    size_t bytes = 0;
+    for (const TextSegment& segment : segments) bytes += segment.text.size();
+    return static_cast<int64_t>((bytes + longest_ - 1) / longest_);
   }
 
   std::string TokenBytes(int32_t id, bool first, bool special) const override {
@@ -159,6 +172,19 @@ class SentencePieceTokenizer : public Tokenizer {
       ids_.emplace(token.text, id);
       tokens_.push_back(std::move(token));
     }
+  }
+
+  // True if every byte of a text is in its pieces: all bytes have one, and nothing is normalized,
+  // seen in how white space, wide forms, ligatures and controls come back.
+  bool IsLossless() const {
+    const std::string probe =
+        "  a  \t\xc2\xa0\xe3\x80\x80\xef\xbc\xa1\xef\xac\x81\xe2\x80\x8b\x01"
+        "e\xcc\x81\xe1\x84\x80\xe1\x85\xa1 ";
+    std::vector<int32_t> ids;
+    EncodeRun(probe, /*add_space=*/false, ids);
+    std::string text;
+    for (const int32_t id : ids) text += TokenBytes(id, /*first=*/false, /*special=*/false);
+    return text == probe && std::find(byte_ids_.begin(), byte_ids_.end(), -1) == byte_ids_.end();
   }
 
   Result<void> AddTokens(const std::vector<TokenizerConfig::AddedToken>& added_tokens,
@@ -260,6 +286,7 @@ class SentencePieceTokenizer : public Tokenizer {
   std::vector<int32_t> controls_;  // tokens that trusted text may spell, longest text first
   std::array<bool, 256> begins_control_{};  // by the first byte of their texts
   std::vector<int32_t> byte_ids_ = std::vector<int32_t>(256, -1);
+  size_t longest_ = 0;             // bytes that a token stands for; 0: no bound
   bool adds_space_ = false;        // before a text, removed again in decoding
   bool prefix_every_run_ = false;  // also after each special token
   bool add_bos_ = true;

@@ -27,6 +27,8 @@ std::vector<int32_t> Tokenizer::EncodeSegments(std::span<const TextSegment> segm
   return ids;
 }
 
+int64_t Tokenizer::MinTokens(std::span<const TextSegment>) const { return 0; }
+
 std::string Tokenizer::Decode(const std::vector<int32_t>& ids, bool special) const {
   std::string text;
   bool first = true;

@@ -43,6 +43,10 @@ class Tokenizer {
   // segments cannot make special tokens. The default encodes each segment by itself.
   virtual std::vector<int32_t> EncodeSegments(std::span<const TextSegment> segments,
                                               bool add_bos) const;
+  // How many tokens these segments make at least, BOS not counted: found in the time it takes to
+  // read them, so that a text that is far too long is known before it is encoded. 0 if tokens of
+  // this vocabulary may stand for any amount of text.
+  virtual int64_t MinTokens(std::span<const TextSegment> segments) const;
   // The bytes that a token adds to a text; may be part of a UTF-8 character. Special tokens give
   // their text if `special`, else nothing. `first` is true at the start of a text, where
   // SentencePiece models drop the leading space they had added. Ids from vocab_size on (rows that

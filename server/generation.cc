@@ -32,8 +32,11 @@ Generation::Generation(ResponseReader reader, const Tokenizer* tokenizer, Metric
 }
 
 Generation::~Generation() {
-  metrics_->CountFinished(ended() ? finish_reason_ : "abort",
-                          Seconds(std::chrono::steady_clock::now() - options_.arrival));
+  if (!ended()) CountFinished("abort");
+}
+
+void Generation::CountFinished(const std::string& reason) const {
+  metrics_->CountFinished(reason, Seconds(std::chrono::steady_clock::now() - options_.arrival));
 }
 
 void Generation::Read() {
@@ -125,6 +128,7 @@ void Generation::End(const Finish& finish) {
 void Generation::Close(std::string reason) {
   BeginAnswer();
   finish_reason_ = std::move(reason);
+  CountFinished(finish_reason_);
   if (options_.notes != nullptr) options_.notes->finish_reason = finish_reason_;
   piece_.text += text_.Flush();
   ReleaseTokens(!text_.stopped());

@@ -61,6 +61,7 @@ class Generation {
   void Measure(int64_t num_tokens);
   void End(const Finish& finish);
   void Close(std::string reason);
+  void CountFinished(const std::string& reason) const;
   void ReleaseTokens(bool all);
 
   std::optional<ResponseReader> reader_;  // reset at the end, which cancels what still runs

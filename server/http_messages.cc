@@ -27,10 +27,9 @@ std::string RequestId(std::string_view given) {
     return std::isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_' || c == '.';
   });
   if (!given.empty() && given.size() <= 128 && plain) return std::string(given);
-  thread_local std::mt19937_64 random(std::random_device{}());
+  std::random_device random;  // of the system: no seed bounds how many ids there are
   char id[40];
-  std::snprintf(id, sizeof(id), "req-%016llx%08x", static_cast<unsigned long long>(random()),
-                static_cast<unsigned>(random()));
+  std::snprintf(id, sizeof(id), "req-%08x%08x%08x", random(), random(), random());
   return id;
 }
 

@@ -22,6 +22,9 @@ constexpr int64_t kCompletionMaxTokens = 16;  // OpenAI's default; chat answers 
 // A client that went away (nginx's code); nobody reads the answer.
 constexpr int kClientClosed = 499;
 
+// The log-probabilities of a token whose `k` best are asked for; -1: none are.
+int64_t LogprobsPerToken(int32_t k) { return int64_t{k} + 1; }
+
 int64_t Index(size_t i) { return static_cast<int64_t>(i); }
 
 bool SendEvent(HttpWriter& out, const std::string& json) {
@@ -117,10 +120,7 @@ ApiError NoChatTemplateError(const ApiModel& model) {
 }
 
 OpenAiApi::OpenAiApi(ApiModel model, Engine* engine, Metrics* metrics)
-    : model_(std::move(model)),
-      engine_(engine),
-      metrics_(metrics),
-      random_(std::random_device{}()) {}
+    : model_(std::move(model)), engine_(engine), metrics_(metrics) {}
 
 HttpResponse OpenAiApi::ListModels() const {
   return {.body = ModelListJson(model_.id, model_.created, engine_->options().max_context)};
@@ -133,7 +133,8 @@ HttpResponse OpenAiApi::GetModel(const std::string& id) const {
 
 uint64_t OpenAiApi::RandomSeed() {
   const std::lock_guard lock(random_mutex_);
-  return random_();
+  const uint64_t high = random_();
+  return high << 32 | random_();
 }
 
 ApiError OpenAiApi::ToApiError(const Error& error) const {
@@ -169,34 +170,63 @@ ApiError OpenAiApi::ReportFailure(const Error& error, const std::string& request
   return ToApiError(error);
 }
 
-std::variant<std::vector<int32_t>, ApiError> OpenAiApi::EncodeMessages(
-    const std::vector<ChatMessage>& messages) const {
-  if (!model_.chat_template) return NoChatTemplateError(model_);
-  auto prompt = EncodeChat(messages, *model_.tokenizer, *model_.chat_template);
-  if (!prompt) return ToApiError(prompt.error());
-  return std::move(prompt).value();
+std::variant<std::vector<int32_t>, ApiError> OpenAiApi::Encode(const ApiRequest& api,
+                                                               const ApiPrompt* prompt) const {
+  std::vector<TextSegment> segments;
+  if (prompt == nullptr) {
+    if (!model_.chat_template) return NoChatTemplateError(model_);
+    auto rendered = model_.chat_template->Render(api.messages, {.now = LocalTime()});
+    if (!rendered) return ToApiError(rendered.error());
+    segments = std::move(rendered).value();
+  } else if (const auto* text = std::get_if<std::string>(prompt)) {
+    segments.push_back({.text = *text, .trusted = false});
+  } else {
+    return std::get<std::vector<int32_t>>(*prompt);
+  }
+  const int64_t least = model_.tokenizer->MinTokens(segments);
+  if (auto refusal = CheckContext(api, least, /*at_least=*/true)) return std::move(*refusal);
+  if (prompt == nullptr) return EncodePrompt(segments, *model_.tokenizer);
+  return model_.tokenizer->EncodeSegments(segments, api.add_special_tokens);
+}
+
+int64_t OpenAiApi::MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const {
+  if (api.max_tokens) return *api.max_tokens;
+  if (!api.chat) return kCompletionMaxTokens;
+  int64_t room = engine_->options().max_context - prompt_tokens;
+  if (const int64_t logprobs = api.n * LogprobsPerToken(api.sampling.num_logprobs);
+      logprobs > 0 && !api.stream) {
+    room = std::min(room, kMaxHeldLogprobs / logprobs);
+  }
+  return std::max<int64_t>(room, 1);
+}
+
+std::optional<ApiError> OpenAiApi::CheckContext(const ApiRequest& api, int64_t prompt_tokens,
+                                                bool at_least) const {
+  const int64_t context = engine_->options().max_context;
+  const int64_t max_tokens = MaxTokens(api, prompt_tokens);
+  if (prompt_tokens + max_tokens <= context) return std::nullopt;
+  const auto text = [](int64_t number) { return std::to_string(number); };
+  const std::string least = at_least ? "at least " : "";
+  return ApiError{
+      .message = "This model's maximum context length is " + text(context) +
+                 " tokens. However, you requested " + least + text(prompt_tokens + max_tokens) +
+                 " tokens (" + least + text(prompt_tokens) + " in the messages, " +
+                 text(max_tokens) +
+                 " in the completion). Please reduce the length of the messages or completion.",
+      .param = api.chat ? "messages" : "prompt",
+      .code = "context_length_exceeded",
+      .extra = ", \"n_prompt_tokens\": " + text(prompt_tokens) + ", \"n_ctx\": " + text(context)};
 }
 
 std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api,
                                                            std::vector<int32_t> prompt) const {
   Request request;
   request.prompt = std::move(prompt);
-  const int64_t context = engine_->options().max_context;
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  request.max_tokens = api.max_tokens.value_or(
-      api.chat ? std::max<int64_t>(context - prompt_tokens, 1) : kCompletionMaxTokens);
-  if (prompt_tokens + request.max_tokens > context) {
-    const auto text = [](int64_t number) { return std::to_string(number); };
-    return ApiError{
-        .message = "This model's maximum context length is " + text(context) +
-                   " tokens. However, you requested " + text(prompt_tokens + request.max_tokens) +
-                   " tokens (" + text(prompt_tokens) + " in the messages, " +
-                   text(request.max_tokens) +
-                   " in the completion). Please reduce the length of the messages or completion.",
-        .param = api.chat ? "messages" : "prompt",
-        .code = "context_length_exceeded",
-        .extra = ", \"n_prompt_tokens\": " + text(prompt_tokens) + ", \"n_ctx\": " + text(context)};
+  if (auto refusal = CheckContext(api, prompt_tokens, /*at_least=*/false)) {
+    return std::move(*refusal);
   }
+  request.max_tokens = MaxTokens(api, prompt_tokens);
   request.min_tokens = api.min_tokens;
   request.sampling = api.sampling;
   if (api.echo) request.prompt_logprobs = api.sampling.num_logprobs;
@@ -211,25 +241,20 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
 
 std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPrompt* prompt,
                                              Choices* choices) {
-  std::variant<std::vector<int32_t>, ApiError> ids;
-  std::optional<std::string> text;
-  if (prompt == nullptr) {
-    ids = EncodeMessages(api.messages);
-  } else if (const auto* given = std::get_if<std::string>(prompt)) {
-    text = *given;
-    ids = model_.tokenizer->Encode(*given, {.add_bos = api.add_special_tokens});
-  } else {
-    ids = std::get<std::vector<int32_t>>(*prompt);
-  }
+  auto ids = Encode(api, prompt);
   if (const auto* error = std::get_if<ApiError>(&ids)) return *error;
   auto converted = ToEngineRequest(api, std::get<std::vector<int32_t>>(std::move(ids)));
   if (const auto* error = std::get_if<ApiError>(&converted)) return *error;
   Request& request = std::get<Request>(converted);
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  choices->prompt_logprobs += api.best_of * prompt_tokens * (request.prompt_logprobs + 1);
-  if (choices->prompt_logprobs > kMaxPromptLogprobs) {
-    return ApiError{.message = "The prompts and their alternatives have more than " +
-                               std::to_string(kMaxPromptLogprobs) + " log-probabilities.",
+  int64_t logprobs = prompt_tokens * LogprobsPerToken(request.prompt_logprobs);
+  if (!api.stream) logprobs += request.max_tokens * LogprobsPerToken(api.sampling.num_logprobs);
+  choices->logprobs += api.best_of * logprobs;
+  if (choices->logprobs > kMaxHeldLogprobs) {
+    return ApiError{.message = "The choices and their alternatives may have more than " +
+                               std::to_string(kMaxHeldLogprobs) +
+                               " log-probabilities in all; ask for fewer choices, alternatives or "
+                               "tokens (max_tokens).",
                     .param = "logprobs",
                     .code = "invalid_value"};
   }
@@ -245,6 +270,8 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
       .arrival = choices->arrival,
       .notes = choices->notes};
   if (api.echo) {
+    std::optional<std::string> text;
+    if (const auto* given = std::get_if<std::string>(prompt)) text = *given;
     options.echo = std::make_shared<const PromptEcho>(
         EchoPrompt(*model_.tokenizer, request.prompt, text, special));
   }
@@ -264,9 +291,12 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   const ApiRequest& api = std::get<ApiRequest>(parsed);
   if (api.model != model_.id) return GetModel(api.model);
   std::optional<ApiError> refusal;
-  if (chat) refusal = AddPrompt(api, nullptr, &choices);
-  for (size_t i = 0; i < api.prompts.size() && !refusal; ++i) {
-    refusal = AddPrompt(api, &api.prompts[i], &choices);
+  {
+    const WorkSlots::Slot slot(*model_.text_slots);
+    if (chat) refusal = AddPrompt(api, nullptr, &choices);
+    for (size_t i = 0; i < api.prompts.size() && !refusal; ++i) {
+      refusal = AddPrompt(api, &api.prompts[i], &choices);
+    }
   }
   if (refusal) return ErrorResponse(*refusal);
   auto group = engine_->SubmitGroup(std::move(choices.requests));

@@ -1,6 +1,7 @@
 // OpenAiApi: the OpenAI endpoints over one engine and one model.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <ctime>
 #include <memory>
@@ -8,6 +9,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <thread>
 #include <variant>
 #include <vector>
 
@@ -18,6 +20,7 @@
 #include "server/http_server.h"
 #include "server/metrics.h"
 #include "server/openai_request.h"
+#include "server/work_slots.h"
 
 namespace innerq {
 
@@ -28,6 +31,10 @@ struct ApiModel {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
   std::vector<int32_t> stop_token_ids;
+  // For texts of clients, rendered, encoded or decoded: that takes a core, and memory many times
+  // theirs. All copies share the slots.
+  std::shared_ptr<WorkSlots> text_slots =
+      std::make_shared<WorkSlots>(std::max(1u, std::thread::hardware_concurrency()));
 };
 
 // The local time, for chat templates that write the date.
@@ -57,11 +64,18 @@ class OpenAiApi {
     AnswerNotes* notes = nullptr;
     std::vector<Request> requests{};
     std::vector<Generation::Options> options{};
-    int64_t prompt_logprobs = 0;  // of all, alternatives included
+    int64_t logprobs = 0;  // that are held at once, alternatives included
   };
 
-  std::variant<std::vector<int32_t>, ApiError> EncodeMessages(
-      const std::vector<ChatMessage>& messages) const;
+  // The ids of a prompt, or of the messages if it is null. What cannot fit is not encoded.
+  std::variant<std::vector<int32_t>, ApiError> Encode(const ApiRequest& api,
+                                                      const ApiPrompt* prompt) const;
+  // The most tokens of an answer to so many. Where the client leaves a chat's answer open: what
+  // fits the context, and kMaxHeldLogprobs.
+  int64_t MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const;
+  // Refuses a prompt of so many tokens, or of `at_least` so many, that leaves the answer no room.
+  std::optional<ApiError> CheckContext(const ApiRequest& api, int64_t prompt_tokens,
+                                       bool at_least) const;
   // Checks what the engine does not, and fills what the client left open, but for the seed.
   std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api,
                                                   std::vector<int32_t> prompt) const;
@@ -81,7 +95,7 @@ class OpenAiApi {
   Engine* engine_;
   Metrics* metrics_;
   std::mutex random_mutex_;
-  std::mt19937_64 random_;  // guarded by random_mutex_
+  std::random_device random_;  // guarded by random_mutex_
 };
 
 // An error as an HTTP answer.

@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <span>
 
-#include "server/json_check.h"
+#include "server/request_parser.h"
 
 namespace innerq {
 namespace {
@@ -41,31 +41,22 @@ constexpr std::string_view kOtherChat[] = {
     "web_search_options",
 };
 constexpr std::string_view kOtherCompletions[] = {"suffix"};
-// What OpenAI's messages have, in requests or answers.
-constexpr std::string_view kMessageMembers[] = {"annotations",   "audio",        "content",
-                                                "function_call", "name",         "refusal",
-                                                "role",          "tool_call_id", "tool_calls"};
 
 bool Contains(std::span<const std::string_view> names, std::string_view name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-// What the endpoints share and what one of them alone has; anything else is unsupported.
-enum class Endpoint { kBoth, kCompletions, kChat };
+// Which endpoints have a parameter; anything else is unsupported.
+constexpr unsigned kCompletions = 1, kChat = 2, kBoth = kCompletions | kChat;
 
-// Reads one request. The first error stays; after it every method returns false.
-class Parser {
+// Reads one request.
+class Parser : public RequestParser<Json> {
  public:
   explicit Parser(bool chat) { out_.chat = chat; }
 
   std::variant<ApiRequest, ApiError> Run(std::string_view body) {
-    if (const auto valid = CheckJson(body, IndexStyle::kBrackets); !valid) {
-      return InvalidJsonError(valid.error());
-    }
-    const Json json = Json::parse(body);
-    if (!json.is_object()) {
-      return InvalidJsonError(InvalidArgument("expected a JSON object"));
-    }
+    Json json;
+    if (!Object(body, &json)) return *error_;
     for (const auto& [name, value] : json.items()) {
       if (!Parameter(name, value)) return *error_;
     }
@@ -73,128 +64,60 @@ class Parser {
     return std::move(out_);
   }
 
-  std::variant<std::vector<ChatMessage>, ApiError> RunMessages(std::string_view json) {
-    if (!Messages("messages", Json::parse(json))) return *error_;
-    return std::move(out_.messages);
-  }
-
   static std::vector<std::string_view> Names(bool chat) {
-    std::vector<std::string_view> names;
-    for (const Entry& entry : Entries()) {
-      if (entry.endpoint != (chat ? Endpoint::kCompletions : Endpoint::kChat)) {
-        names.push_back(entry.name);
-      }
-    }
+    std::vector<std::string_view> names = NamesOf(Entries(), chat ? kChat : kCompletions);
     const auto others = chat ? std::span<const std::string_view>(kOtherChat) : kOtherCompletions;
     names.insert(names.end(), others.begin(), others.end());
     return names;
   }
 
  private:
-  bool Fail(ApiError error) {
-    error_ = std::move(error);
-    return false;
-  }
-  bool WrongType(const std::string& name, const char* expected) {
-    return Fail(WrongTypeError(name, expected));
-  }
-  bool WrongValue(const std::string& name, const std::string& reason) {
-    return Fail(WrongValueError(name, reason));
-  }
-  bool Unsupported(const std::string& name, const std::string& detail = "") {
-    return Fail(UnsupportedError(name, detail));
-  }
-
-  bool Integer(const std::string& name, const Json& value, int64_t low, int64_t high,
-               int64_t* result) {
-    if (value.is_number_float()) {
-      const auto whole = WholeNumber(value.get<double>());
-      return whole ? Integer(name, *whole, low, high, result) : WrongType(name, "an integer");
-    }
-    if (!value.is_number_integer()) return WrongType(name, "an integer");
-    const bool huge = value.is_number_unsigned() &&
-                      value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()};
-    const int64_t number = huge ? 0 : value.get<int64_t>();
-    if (huge || number < low || number > high) {
-      return WrongValue(
-          name, "expected an integer from " + std::to_string(low) + " to " + std::to_string(high));
-    }
-    *result = number;
-    return true;
-  }
   // Ranges of numbers are ValidateSamplingParams' business.
   bool Number(const std::string& name, const Json& value, float* result) {
     if (!value.is_number()) return WrongType(name, "a number");
     *result = value.get<float>();
     return true;
   }
-  bool Bool(const std::string& name, const Json& value, bool* result) {
-    if (!value.is_boolean()) return WrongType(name, "a boolean");
-    *result = value.get<bool>();
-    return true;
-  }
-  bool String(const std::string& name, const Json& value, std::string* result) {
-    if (!value.is_string()) return WrongType(name, "a string");
-    *result = value.get<std::string>();
-    return true;
-  }
-  bool TokenIds(const std::string& name, const Json& value, std::vector<int32_t>* result) {
-    if (!value.is_array()) return WrongType(name, "an array of token ids");
-    for (const Json& item : value) {
-      int64_t id = 0;
-      if (!Integer(name, item, 0, std::numeric_limits<int32_t>::max(), &id)) return false;
-      result->push_back(static_cast<int32_t>(id));
-    }
-    return true;
-  }
 
-  struct Entry {
-    std::string_view name;
-    Endpoint endpoint;
-    bool (Parser::*method)(const std::string&, const Json&);
-  };
-  static std::span<const Entry> Entries() {
-    static constexpr Entry kEntries[] = {
-        {"model", Endpoint::kBoth, &Parser::Model},
-        {"prompt", Endpoint::kCompletions, &Parser::Prompt},
-        {"messages", Endpoint::kChat, &Parser::Messages},
-        {"n", Endpoint::kBoth, &Parser::N},
-        {"best_of", Endpoint::kCompletions, &Parser::BestOf},
-        {"max_tokens", Endpoint::kBoth, &Parser::MaxTokens},
-        {"max_completion_tokens", Endpoint::kChat, &Parser::MaxTokens},
-        {"min_tokens", Endpoint::kBoth, &Parser::MinTokens},
-        {"temperature", Endpoint::kBoth, &Parser::Sampling},
-        {"top_p", Endpoint::kBoth, &Parser::Sampling},
-        {"min_p", Endpoint::kBoth, &Parser::Sampling},
-        {"repetition_penalty", Endpoint::kBoth, &Parser::Sampling},
-        {"presence_penalty", Endpoint::kBoth, &Parser::Sampling},
-        {"frequency_penalty", Endpoint::kBoth, &Parser::Sampling},
-        {"top_k", Endpoint::kBoth, &Parser::TopK},
-        {"seed", Endpoint::kBoth, &Parser::Seed},
-        {"logit_bias", Endpoint::kBoth, &Parser::LogitBias},
-        {"logprobs", Endpoint::kCompletions, &Parser::NumLogprobs},
-        {"logprobs", Endpoint::kChat, &Parser::Logprobs},
-        {"top_logprobs", Endpoint::kChat, &Parser::TopLogprobs},
-        {"stop", Endpoint::kBoth, &Parser::Stop},
-        {"stop_token_ids", Endpoint::kBoth, &Parser::StopTokenIds},
-        {"ignore_eos", Endpoint::kBoth, &Parser::Flag},
-        {"echo", Endpoint::kCompletions, &Parser::Flag},
-        {"include_stop_str_in_output", Endpoint::kBoth, &Parser::Flag},
-        {"skip_special_tokens", Endpoint::kBoth, &Parser::Flag},
-        {"add_special_tokens", Endpoint::kCompletions, &Parser::Flag},
-        {"stream", Endpoint::kBoth, &Parser::Flag},
-        {"stream_options", Endpoint::kBoth, &Parser::StreamOptions},
-        {"user", Endpoint::kBoth, &Parser::User},
+  static std::span<const Entry<Parser>> Entries() {
+    static constexpr Entry<Parser> kEntries[] = {
+        {"model", kBoth, &Parser::Model},
+        {"prompt", kCompletions, &Parser::Prompt},
+        {"messages", kChat, &Parser::Conversation},
+        {"n", kBoth, &Parser::N},
+        {"best_of", kCompletions, &Parser::BestOf},
+        {"max_tokens", kBoth, &Parser::MaxTokens},
+        {"max_completion_tokens", kChat, &Parser::MaxTokens},
+        {"min_tokens", kBoth, &Parser::MinTokens},
+        {"temperature", kBoth, &Parser::Sampling},
+        {"top_p", kBoth, &Parser::Sampling},
+        {"min_p", kBoth, &Parser::Sampling},
+        {"repetition_penalty", kBoth, &Parser::Sampling},
+        {"presence_penalty", kBoth, &Parser::Sampling},
+        {"frequency_penalty", kBoth, &Parser::Sampling},
+        {"top_k", kBoth, &Parser::TopK},
+        {"seed", kBoth, &Parser::Seed},
+        {"logit_bias", kBoth, &Parser::LogitBias},
+        {"logprobs", kCompletions, &Parser::NumLogprobs},
+        {"logprobs", kChat, &Parser::Logprobs},
+        {"top_logprobs", kChat, &Parser::TopLogprobs},
+        {"stop", kBoth, &Parser::Stop},
+        {"stop_token_ids", kBoth, &Parser::StopTokenIds},
+        {"ignore_eos", kBoth, &Parser::Flag},
+        {"echo", kCompletions, &Parser::Flag},
+        {"include_stop_str_in_output", kBoth, &Parser::Flag},
+        {"skip_special_tokens", kBoth, &Parser::Flag},
+        {"add_special_tokens", kCompletions, &Parser::Flag},
+        {"stream", kBoth, &Parser::Flag},
+        {"stream_options", kBoth, &Parser::StreamOptions},
+        {"user", kBoth, &Parser::User},
     };
     return kEntries;
   }
 
   bool Parameter(const std::string& name, const Json& value) {
-    const Endpoint here = out_.chat ? Endpoint::kChat : Endpoint::kCompletions;
-    for (const Entry& entry : Entries()) {
-      if (entry.name == name && (entry.endpoint == Endpoint::kBoth || entry.endpoint == here)) {
-        return value.is_null() || (this->*entry.method)(name, value);
-      }
+    if (const auto* entry = Find(Entries(), name, out_.chat ? kChat : kCompletions)) {
+      return value.is_null() || (this->*entry->method)(name, value);
     }
     return AsksForNothing(name, value) || Unsupported(name);
   }
@@ -240,55 +163,8 @@ class Parser {
     return Integer(name, value, 1, kMaxChoices, &best_of_.emplace());
   }
 
-  bool Messages(const std::string& name, const Json& value) {
-    if (!value.is_array()) return WrongType(name, "an array of messages");
-    for (size_t i = 0; i < value.size(); ++i) {
-      const std::string path = name + "[" + std::to_string(i) + "]";
-      if (!value[i].is_object()) return WrongType(path, "an object");
-      ChatMessage message;
-      for (const auto& [key, member] : value[i].items()) {
-        const std::string at = path + "." + key;
-        if (member.is_null() && Contains(kMessageMembers, key)) continue;
-        if (key == "role") {
-          if (!String(at, member, &message.role)) return false;
-        } else if (key == "content") {
-          if (!Content(at, member, &message.content)) return false;
-        } else {
-          return Unsupported(at);
-        }
-      }
-      if (message.role.empty()) return Missing(path + ".role");
-      if (!Has(value[i], "content")) return Missing(path + ".content");
-      if (message.role == "developer") message.role = "system";  // OpenAI's later name for it
-      out_.messages.push_back(std::move(message));
-    }
-    return true;
-  }
-
-  static bool Has(const Json& object, const char* key) {
-    const auto member = object.find(key);
-    return member != object.end() && !member->is_null();
-  }
-
-  bool Content(const std::string& name, const Json& value, std::string* text) {
-    if (value.is_string()) return String(name, value, text);
-    if (!value.is_array()) return WrongType(name, "a string or an array of parts");
-    for (size_t i = 0; i < value.size(); ++i) {
-      const std::string path = name + "[" + std::to_string(i) + "]";
-      const Json& part = value[i];
-      if (!part.is_object()) return WrongType(path, "an object");
-      if (!Has(part, "type") || part["type"] != "text") {
-        return Unsupported(path + ".type", ": only text parts are understood");
-      }
-      for (const auto& [key, member] : part.items()) {
-        if (key != "type" && key != "text") return Unsupported(path + "." + key);
-      }
-      std::string piece;
-      if (!Has(part, "text")) return Missing(path + ".text");
-      if (!String(path + ".text", part["text"], &piece)) return false;
-      *text += piece;
-    }
-    return true;
+  bool Conversation(const std::string& name, const Json& value) {
+    return Messages(name, value, &out_.messages);
   }
 
   bool MaxTokens(const std::string& name, const Json& value) {
@@ -335,7 +211,7 @@ class Parser {
       int32_t id = -1;
       const char* const end = key.data() + key.size();
       if (const auto [stop, error] = std::from_chars(key.data(), end, id);
-          error != std::errc() || stop != end || id < 0) {
+          error != std::errc() || stop != end || id < 0 || std::to_string(id) != key) {
         return WrongValue(name, "\"" + key + "\" is not a token id");
       }
       if (!Number(name, bias, &out_.sampling.logit_bias[id])) return false;
@@ -411,14 +287,11 @@ class Parser {
     return true;
   }
 
-  bool Missing(const std::string& name) { return Fail(MissingError(name)); }
-
   // What only shows once all parameters are known.
   bool Complete(const Json& json) {
     const char* const input = out_.chat ? "messages" : "prompt";
     if (out_.model.empty()) return Missing("model");
     if (!Has(json, input)) return Missing(input);
-    if (out_.chat && out_.messages.empty()) return WrongValue("messages", "no messages");
     if (stream_options_ && !out_.stream) {
       return WrongValue("stream_options", "only allowed with stream: true");
     }
@@ -452,7 +325,6 @@ class Parser {
   }
 
   ApiRequest out_;
-  std::optional<ApiError> error_;
   std::optional<int64_t> best_of_;
   bool logprobs_ = false;
   std::optional<int32_t> top_logprobs_;
@@ -466,40 +338,5 @@ std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool c
 }
 
 std::vector<std::string_view> ApiParameterNames(bool chat) { return Parser::Names(chat); }
-
-std::variant<std::vector<ChatMessage>, ApiError> ParseMessages(std::string_view json) {
-  return Parser(/*chat=*/true).RunMessages(json);
-}
-
-ApiError WrongTypeError(const std::string& name, const std::string& expected) {
-  return {.message = "Invalid type for '" + name + "': expected " + expected + ".",
-          .param = name,
-          .code = "invalid_type"};
-}
-
-ApiError WrongValueError(const std::string& name, const std::string& reason) {
-  return {.message = "Invalid value for '" + name + "': " + reason + ".",
-          .param = name,
-          .code = "invalid_value"};
-}
-
-ApiError UnsupportedError(const std::string& name, const std::string& detail) {
-  return {.message = "Unsupported parameter: '" + name + "'" + detail + ".",
-          .param = name,
-          .code = "unsupported_parameter"};
-}
-
-ApiError MissingError(const std::string& name) {
-  return {.message = "Missing required parameter: '" + name + "'.",
-          .param = name,
-          .code = "missing_required_parameter"};
-}
-
-ApiError InvalidJsonError(const Error& error) {
-  const std::string place = error.param.empty() ? "" : "'" + error.param + "': ";
-  return {.message = "Invalid request body: " + place + error.message + ".",
-          .param = error.param,
-          .code = error.param.empty() ? "invalid_json" : "duplicate_parameter"};
-}
 
 }  // namespace innerq

@@ -10,26 +10,16 @@
 
 #include "engine/request.h"
 #include "models/chat_template.h"
+#include "server/api_error.h"
 
 namespace innerq {
-
-// A refusal or a failure as the client sees it.
-struct ApiError {
-  int status = 400;
-  std::string message;
-  std::string type = "invalid_request_error";
-  std::string param = {};   // null in JSON if empty
-  std::string code = {};    // null in JSON if empty
-  std::string extra = {};   // further members of the error object: ", \"n_ctx\": 512"
-  int64_t retry_after = 0;  // seconds; 0: no such header
-};
 
 // The most choices of one request: prompts times best_of.
 constexpr int64_t kMaxChoices = 128;
 
-// The most log-probabilities of prompt tokens that one request may ask for, alternatives included:
-// they are held until the answer begins.
-constexpr int64_t kMaxPromptLogprobs = int64_t{1} << 20;
+// The most log-probabilities that one request may have at once, alternatives included: those of
+// prompts are held until their answers begin, those of answers that are not streamed to their end.
+constexpr int64_t kMaxHeldLogprobs = int64_t{1} << 20;
 
 // What a completion continues: text or, not empty, ids.
 using ApiPrompt = std::variant<std::string, std::vector<int32_t>>;
@@ -76,16 +66,5 @@ std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool c
 // The names that ParseApiRequest knows, those that pass with null alone included. The texts are
 // static.
 std::vector<std::string_view> ApiParameterNames(bool chat);
-
-// Parses the value of `messages`, JSON text that CheckJson has passed.
-std::variant<std::vector<ChatMessage>, ApiError> ParseMessages(std::string_view json);
-
-// Refusals of a parameter, worded alike for all endpoints.
-ApiError WrongTypeError(const std::string& name, const std::string& expected);
-ApiError WrongValueError(const std::string& name, const std::string& reason);
-ApiError UnsupportedError(const std::string& name, const std::string& detail = "");
-ApiError MissingError(const std::string& name);
-// What CheckJson found wrong with a body.
-ApiError InvalidJsonError(const Error& error);
 
 }  // namespace innerq

@@ -24,29 +24,35 @@ Json SpecialToken(const Tokenizer& tokenizer, const std::optional<int32_t>& id) 
   return tokenizer.TokenBytes(*id, /*first=*/false, /*special=*/true);
 }
 
-// A JSON array of an item per token, as text: a tree of a long one would take far more memory.
-template <typename Item>
-std::string List(const std::vector<int32_t>& ids, Item item) {
-  std::string text = "[";
+// Appends a JSON array of an item per token, which `append` appends: a tree of a long one would
+// take far more memory than its text.
+template <typename Append>
+void AppendList(const std::vector<int32_t>& ids, Append append, std::string* json) {
+  *json += "[";
+  const char* separator = "";
   for (const int32_t id : ids) {
-    if (text.size() > 1) text += ", ";
-    text += item(id);
+    *json += separator;
+    append(id, json);
+    separator = ", ";
   }
-  return text + "]";
+  *json += "]";
 }
 
-// llama.cpp's form of a token with its text, which is a list of bytes if it is part of a character.
-std::string Piece(int32_t id, const std::string& bytes) {
-  std::string text;
+// Appends llama.cpp's form of a token with its text, which is a list of bytes if it is part of a
+// character.
+void AppendPiece(int32_t id, const std::string& bytes, std::string* json) {
+  *json += "{\"id\": " + std::to_string(id) + ", \"piece\": ";
   if (ReplaceInvalidUtf8(bytes) == bytes) {
-    text = QuoteJson(bytes);
+    *json += QuoteJson(bytes);
   } else {
+    const char* separator = "[";
     for (const char c : bytes) {
-      text += (text.empty() ? "[" : ", ") + std::to_string(static_cast<uint8_t>(c));
+      *json += separator + std::to_string(static_cast<uint8_t>(c));
+      separator = ", ";
     }
-    text += "]";
+    *json += "]";
   }
-  return "{\"id\": " + std::to_string(id) + ", \"piece\": " + text + "}";
+  *json += "}";
 }
 
 }  // namespace
@@ -80,6 +86,7 @@ HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
   const auto parsed = Read(http, UtilityEndpoint::kTokenize);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto& request = std::get<UtilityRequest>(parsed);
+  const WorkSlots::Slot slot(*model_.text_slots);
   const Tokenizer& tokenizer = *model_.tokenizer;
   std::vector<int32_t> ids;
   if (request.messages.empty()) {
@@ -91,16 +98,21 @@ HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
     ids = EncodePrompt(std::get<std::vector<TextSegment>>(rendered), tokenizer);
   }
   const auto bytes = [&](int32_t id) { return tokenizer.TokenBytes(id, false, true); };
-  const std::string tokens = request.with_pieces
-                                 ? List(ids, [&](int32_t id) { return Piece(id, bytes(id)); })
-                                 : List(ids, [](int32_t id) { return std::to_string(id); });
   std::string body = "{\"count\": " + std::to_string(ids.size()) +
                      ", \"max_model_len\": " + std::to_string(engine_->options().max_context) +
-                     ", \"tokens\": " + tokens;
+                     ", \"tokens\": ";
+  const auto append_token = [&](int32_t id, std::string* json) {
+    if (request.with_pieces) return AppendPiece(id, bytes(id), json);
+    *json += std::to_string(id);
+  };
+  AppendList(ids, append_token, &body);
   if (request.return_token_strs) {
-    body += ", \"token_strs\": " + List(ids, [&](int32_t id) { return QuoteJson(bytes(id)); });
+    body += ", \"token_strs\": ";
+    AppendList(
+        ids, [&](int32_t id, std::string* json) { *json += QuoteJson(bytes(id)); }, &body);
   }
-  return {.body = body + "}"};
+  body += "}";
+  return {.body = std::move(body)};
 }
 
 HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
@@ -114,14 +126,15 @@ HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
         "tokens",
         std::to_string(id) + " is outside the vocabulary [0, " + std::to_string(vocab_size) + ")"));
   }
-  const std::string text =
-      ReplaceInvalidUtf8(model_.tokenizer->Decode(request.tokens, /*special=*/true));
-  return JsonAnswer({{"prompt", text}, {"content", text}});
+  const WorkSlots::Slot slot(*model_.text_slots);
+  const std::string text = QuoteJson(model_.tokenizer->Decode(request.tokens, /*special=*/true));
+  return {.body = "{\"prompt\": " + text + ", \"content\": " + text + "}"};
 }
 
 HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
   const auto parsed = Read(http, UtilityEndpoint::kApplyTemplate);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
+  const WorkSlots::Slot slot(*model_.text_slots);
   const auto rendered = Render(std::get<UtilityRequest>(parsed));
   if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
   const auto& segments = std::get<std::vector<TextSegment>>(rendered);
@@ -193,12 +206,13 @@ HttpResponse UtilityApi::Props() const {
 }
 
 HttpResponse UtilityApi::Slots() const {
+  const EngineOptions& options = engine_->options();
   Json slots = Json::array();
   for (const RunningRequest& running : engine_->Running()) {
     slots.push_back(
         {{"id", slots.size()},
          {"id_task", running.number},
-         {"n_ctx", engine_->options().max_context},
+         {"n_ctx", options.max_context},
          {"speculative", false},
          {"is_processing", true},
          {"n_prompt_tokens", running.prompt_tokens},
@@ -206,9 +220,15 @@ HttpResponse UtilityApi::Slots() const {
          {"n_cached_tokens", running.computed_tokens},
          {"n_cache_pages", running.pages},
          {"next_token",
-          {{"has_next_token", true},
+          {{"has_next_token", running.generated_tokens < running.max_tokens},
            {"n_remain", running.max_tokens - running.generated_tokens},
            {"n_decoded", running.generated_tokens}}}});
+  }
+  while (static_cast<int64_t>(slots.size()) < options.max_sequences) {
+    slots.push_back({{"id", slots.size()},
+                     {"n_ctx", options.max_context},
+                     {"speculative", false},
+                     {"is_processing", false}});
   }
   return JsonAnswer(slots);
 }

@@ -5,8 +5,9 @@ Usage: test_schemathesis.py BINARY CONFIG [OPENAI_YAML]
 Needs the packages of requirements-schemathesis.txt. Without OPENAI_YAML the description is the
 server's own /openapi.json: no answer may be a 5xx, have an undocumented status, header or content
 type, or differ from its schema; bodies that the schema excludes must be refused; and the chunks of
-streams, which Schemathesis does not look into, must fit theirs. With it, the description is OpenAI's, reduced to the operations that are served and to the parameters that are
-honoured; README.md in this directory says what does not hold there, and why.
+streams, which Schemathesis does not look into, must fit theirs. With it, the description is
+OpenAI's, reduced to the operations that are served and to the parameters that are honoured;
+README.md in this directory says what does not hold there, and why.
 """
 
 import copy

@@ -517,7 +517,8 @@ TEST(Engine, LostDeviceEndsEverythingAndIsNotReady) {
   for (const ResponseReader& reader : readers) {
     const Response response = ReadAll(reader);
     EXPECT_EQ(response.finish->reason, FinishReason::kError);
-    EXPECT_EQ(response.finish->error->code, ErrorCode::kUnavailable);
+    EXPECT_EQ(response.finish->error->code, ErrorCode::kInternal) << "to try again does not help";
+    EXPECT_EQ(response.finish->error->message, "the device is lost: the device is gone");
   }
   EXPECT_FALSE(engine->ready());
   EXPECT_EQ(engine->Submit(RequestOf(10, 5)).error().code, ErrorCode::kUnavailable);

@@ -308,6 +308,30 @@ TEST(BpeTokenizerTest, AddedTokensTakeSpacesAsTheirFlagsSay) {
   EXPECT_EQ(Make(file)->Encode("a   b", kPlain), (Ids{'a', 302, 'b'}));
 }
 
+TEST(BpeTokenizerTest, KnowsHowManyTokensATextHasAtLeast) {
+  const auto least = [](const json& file, const std::string& text) {
+    const TextSegment segment{.text = text, .trusted = true};
+    return Make(file)->MinTokens({&segment, 1});
+  };
+  json file =
+      ByteLevelFile();  // the longest tokens are "abc", <s> and <t>; 4 bytes are a character
+  EXPECT_EQ(least(file, ""), 0);
+  EXPECT_EQ(least(file, std::string(9, ' ')), 3);
+  file["added_tokens"].push_back(Added(302, "<longer>", true));
+  EXPECT_EQ(least(file, std::string(9, ' ')), 2);
+  file["added_tokens"][0]["rstrip"] = true;  // may take any white space
+  EXPECT_EQ(least(file, std::string(9, ' ')), 0);
+  EXPECT_EQ(least(file, "a b c d e f g h i"), 2);
+
+  file = SmallByteFallbackFile();
+  EXPECT_GT(least(file, std::string(100, 'x')), 0);
+  file["model"]["byte_fallback"] = false;  // unknown characters are one token together
+  EXPECT_EQ(least(file, std::string(100, 'x')), 0);
+  file = ByteLevelFile();
+  file["normalizer"] = {{"type", "Replace"}, {"pattern", {{"String", "xx"}}}, {"content", "x"}};
+  EXPECT_EQ(least(file, std::string(100, 'x')), 0);
+}
+
 TEST(BpeTokenizerTest, ByteFallbackSpellsWhatHasNoToken) {
   const auto tokenizer = Make(SmallByteFallbackFile());
   const int32_t byte = 3;
@@ -537,7 +561,9 @@ void ExpectLossless(const Tokenizer& tokenizer, uint32_t seed, int count) {
     const Ids ids = tokenizer.Encode(text, kPlain);
     ASSERT_EQ(tokenizer.Decode(ids, false), text) << "text " << i;
     for (const int32_t id : ids) ASSERT_FALSE(tokenizer.IsSpecial(id)) << "text " << i;
-    tokenizer.Encode(text, kSpecial);
+    const TextSegment segment{.text = text, .trusted = true};
+    ASSERT_LE(tokenizer.MinTokens({&segment, 1}), std::ssize(tokenizer.Encode(text, kSpecial)));
+    ASSERT_LE(tokenizer.MinTokens({&segment, 1}), std::ssize(ids));
   }
 }
 
@@ -572,6 +598,10 @@ void ExpectMegabytes(const Tokenizer& tokenizer) {
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     EXPECT_TRUE(seconds.count() <= kSeconds) << "of " << unit << ": " << seconds.count() << " s";
     EXPECT_TRUE(tokenizer.Decode(ids, false) == text) << "of " << unit;
+    const TextSegment segment{.text = text, .trusted = true};
+    const int64_t least = tokenizer.MinTokens({&segment, 1});
+    EXPECT_LE(least, std::ssize(ids)) << "of " << unit;
+    EXPECT_GT(least, 5'000) << "of " << unit;
   }
 }
 

@@ -132,6 +132,8 @@ TEST_P(LosslessTest, DecodeUndoesEncodeForArbitraryBytes) {
     for (const bool add_bos : {false, true}) {
       const Ids ids = tokenizer->Encode(text, {.add_bos = add_bos, .parse_special = false});
       EXPECT_EQ(tokenizer->Decode(ids, false), text);
+      const TextSegment segment{.text = text, .trusted = false};
+      EXPECT_LE(tokenizer->MinTokens({&segment, 1}), std::ssize(ids) - add_bos);
       for (size_t i = add_bos; i < ids.size(); ++i) EXPECT_FALSE(tokenizer->IsSpecial(ids[i]));
     }
   }
@@ -281,6 +283,10 @@ TEST(TokenizerTest, MegabytesOfOneKindComeBackWhole) {
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
       EXPECT_TRUE(seconds.count() <= kSeconds) << "of " << unit << ": " << seconds.count() << " s";
       EXPECT_TRUE(tokenizer->Decode(ids, false) == text) << "of " << unit;
+      const TextSegment segment{.text = text, .trusted = true};
+      const int64_t least = tokenizer->MinTokens({&segment, 1});
+      EXPECT_LE(least, std::ssize(ids)) << "of " << unit;
+      EXPECT_GT(least, 10'000) << "of " << unit;
     }
   }
 }

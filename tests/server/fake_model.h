@@ -18,17 +18,22 @@ constexpr int32_t kFakeBos = 256;
 constexpr int32_t kFakeEos = 257;
 constexpr int64_t kFakeVocab = 258;
 
-// Token ids are byte values; 256 begins a prompt, 257 ends an answer. Throws for the prompt "throw"
-// and at the byte '~' of an answer.
+// Token ids are byte values; 256 begins a prompt, 257 ends an answer. Throws for prompts that begin
+// with "throw", and at the byte '~' of an answer.
 class ByteTokenizer : public Tokenizer {
  public:
   int64_t vocab_size() const override { return kFakeVocab; }
   std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const override {
-    if (text == "throw") throw std::runtime_error("secret of the tokenizer");
+    if (text.starts_with("throw")) throw std::runtime_error("secret of the tokenizer");
     std::vector<int32_t> ids;
     if (options.add_bos) ids.push_back(kFakeBos);
     for (const char c : text) ids.push_back(static_cast<uint8_t>(c));
     return ids;
+  }
+  int64_t MinTokens(std::span<const TextSegment> segments) const override {
+    size_t bytes = 0;
+    for (const TextSegment& segment : segments) bytes += segment.text.size();
+    return static_cast<int64_t>(bytes);
   }
   std::string TokenBytes(int32_t id, bool, bool special) const override {
     if (id == '~') throw std::runtime_error("secret of the detokenizer");
@@ -62,9 +67,9 @@ class PlainTemplate : public ChatTemplate {
   }
 };
 
-// The next token depends on the last alone: '!' ends the answer, '#' makes the step fail, ':' is
-// followed by 'a', other bytes by the next one ("a" by "bcdef..."), 'z' by 'a'. Each step takes
-// `step_time`.
+// The next token depends on the last alone: '!' ends the answer, '#' makes the step fail, '$'
+// loses the device, ':' is followed by 'a', other bytes by the next one ("a" by "bcdef..."), 'z' by
+// 'a'. Each step takes `step_time`.
 class ScriptedModel : public StepModel {
  public:
   explicit ScriptedModel(std::chrono::microseconds step_time = std::chrono::microseconds(0))
@@ -84,6 +89,7 @@ class ScriptedModel : public StepModel {
     logits_.assign(batch.logit_rows.size() * kFakeVocab, 0.0f);
     for (size_t row = 0; row < batch.logit_rows.size(); ++row) {
       const int32_t last = batch.token_ids[static_cast<size_t>(batch.logit_rows[row])];
+      if (last == '$') return Error{ErrorCode::kUnavailable, "scripted loss of the device"};
       if (last == '#') return Error{ErrorCode::kInternal, "scripted failure in secret_function()"};
       logits_[row * kFakeVocab + static_cast<size_t>(After(last))] = 20.0f;
     }

@@ -138,6 +138,11 @@ TEST_F(ApiTest, AnErrorBeforeTheFirstTokenIsAPlainAnswerWithoutInternals) {
   }
 }
 
+TEST_F(ApiTest, ALostDeviceIsAFailureAndThenTheServerIsUnavailable) {
+  EXPECT_EQ(Refusal(false, {{"prompt", "$"}}, 500)["code"], "internal_error");
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}}, 503)["code"], "server_is_overloaded");
+}
+
 TEST_F(ApiTest, TheCauseOfAFailureIsLoggedWithTheRequest) {
   ConfigureLog({.level = "error", .json = false});
   const std::string cause = "request test failed: scripted failure in secret_function()";
@@ -173,6 +178,24 @@ TEST_F(ApiTest, TooLongIsSaidInOpenAisWords) {
   EXPECT_EQ(
       Answer(false, {{"prompt", "abc"}, {"max_tokens", 1020}, {"stop", "d"}})["choices"][0]["text"],
       "");
+}
+
+TEST_F(ApiTest, WhatCannotFitIsRefusedBeforeItIsEncoded) {
+  const std::string text = "throw" + std::string(1005, 'a');
+  const json error = Refusal(false, {{"prompt", text}, {"max_tokens", 15}}, 400);
+  EXPECT_EQ(error["code"], "context_length_exceeded");
+  EXPECT_EQ(
+      error["message"],
+      "This model's maximum context length is 1024 tokens. However, you requested at least 1025 "
+      "tokens (at least 1010 in the messages, 15 in the completion). Please reduce the length of "
+      "the messages or completion.");
+  EXPECT_EQ(error["n_prompt_tokens"], 1010);
+  EXPECT_EQ(error["param"], "prompt");
+  EXPECT_THROW(Post(false, {{"prompt", text}, {"max_tokens", 14}}), std::runtime_error);
+  const json messages = {{{"role", "user"}, {"content", std::string(1008, 'a')}}};
+  const json chat = Refusal(true, {{"messages", messages}}, 400);  // the template adds 16 bytes
+  EXPECT_EQ(chat["param"], "messages");
+  EXPECT_EQ(chat["n_prompt_tokens"], 1024);
 }
 
 TEST_F(ApiTest, RangesOfSamplingAndTokenIdsAreChecked) {
@@ -279,6 +302,19 @@ TEST_F(ApiTest, MetricsCountWhatHappened) {
       << text;
   EXPECT_TRUE(has(R"(innerq:requests_accepted_total{model_name="m"} 3)"));
   EXPECT_TRUE(has(R"(innerq:requests_finished_total{model_name="m"} 3)"));
+}
+
+TEST_F(ApiTest, TheEndOfAChoiceIsMeasuredWhenItComes) {
+  const HttpResponse response =
+      Post(false, {{"prompt", {"a", "b"}}, {"max_tokens", 3}, {"stream", true}});
+  ASSERT_TRUE(response.stream);
+  Recorder recorder;
+  response.stream(recorder);
+  // The answer is still held.
+  const std::string text = metrics_->Render(engine_->Stats());
+  EXPECT_NE(text.find(R"(vllm:request_success_total{model_name="m",finished_reason="length"} 2)"),
+            std::string::npos)
+      << text;
 }
 
 }  // namespace

@@ -300,6 +300,23 @@ TEST_F(ApiTest, OneBadPromptRefusesAll) {
   EXPECT_EQ(Texts(Answer(false, {{"prompt", "a"}, {"n", 3}})).size(), 3u);
 }
 
+TEST_F(ApiTest, LogprobsThatAreHeldAreBounded) {
+  // The first choices end soon, but might not: 128 times 400 tokens with 21 are more than 2^20.
+  json many = {{"prompt", " "}, {"n", 128}, {"max_tokens", 400}, {"logprobs", 20}};
+  const json error = Refusal(false, many, 400);
+  EXPECT_EQ(error["param"], "logprobs");
+  EXPECT_EQ(error["code"], "invalid_value");
+  many["n"] = 124;  // 124 * 400 * 21 are fewer
+  EXPECT_EQ(Answer(false, many)["choices"].size(), 124u);
+  many["n"] = 128;
+  EXPECT_FALSE(Stream(false, many).empty()) << "a stream holds none";
+  // A chat that leaves its length open is bounded, not refused: 128 times 1005 tokens would be
+  // more.
+  const json chat = {
+      {"messages", kUser}, {"n", 128}, {"stop", "b"}, {"logprobs", true}, {"top_logprobs", 20}};
+  EXPECT_EQ(Answer(true, chat)["choices"].size(), 128u);
+}
+
 TEST_F(ApiTest, AClientThatLeavesCancelsAllItsChoices) {
   Start(ScriptedEngine(milliseconds(1)));
   const json body = {{"prompt", {"a", "b"}}, {"n", 3}, {"max_tokens", 1000}, {"ignore_eos", true}};

@@ -185,6 +185,8 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
       {"logit_bias", json::array(), "invalid_type"},
       {"logit_bias", {{"x", 1}}, "invalid_value"},
       {"logit_bias", {{"-1", 1}}, "invalid_value"},
+      {"logit_bias", {{"5", 100}, {"05", -100}}, "invalid_value"},
+      {"logit_bias", {{"-0", 1}}, "invalid_value"},
       {"logit_bias", {{"1", "x"}}, "invalid_type"},
       {"stop", 3, "invalid_type"},
       {"stop", {"a", 3}, "invalid_type"},
@@ -293,7 +295,7 @@ TEST(ApiRequest, MessagesTakeTextAndListsOfTextParts) {
   const auto& messages = std::get<ApiRequest>(result).messages;
   ASSERT_EQ(messages.size(), 3u);
   EXPECT_EQ(messages[0].role, "system");
-  EXPECT_EQ(messages[1].content, "ab");
+  EXPECT_EQ(messages[1].content, "a\nb");
 
   ExpectRefused(parse(R"([{"role": "user", "content": "a", "name": "x"}])"), "messages[0].name",
                 "unsupported_parameter");

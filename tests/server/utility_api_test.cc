@@ -3,7 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
+#include <future>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "server/options.h"
 #include "tests/models/test_files.h"
@@ -187,6 +190,28 @@ TEST_F(UtilityTest, WhatWouldNotBeHonouredIsRefusedByName) {
   ExpectRefused(tokenize, user + R"("model": "m"})", "messages", "unsupported_parameter");
 }
 
+TEST_F(UtilityTest, TextsWaitForASlot) {
+  model_.text_slots = std::make_shared<WorkSlots>(1);
+  api_ = std::make_unique<UtilityApi>(model_, ServerProps{}, CacheInfo{}, engine_.get());
+  const std::vector<std::function<void()>> requests = {
+      [&] {
+        EXPECT_EQ(Ids({{"content", "ab"}}), json::parse("[97, 98]"));
+      },
+      [&] {
+        EXPECT_EQ(Detokenize({97, 98}), "ab");
+      },
+      [&] {
+        EXPECT_EQ(Apply({{"messages", kUser}}), "user:hi|assistant:");
+      }};
+  for (const auto& request : requests) {
+    std::optional<WorkSlots::Slot> slot(std::in_place, *model_.text_slots);
+    auto answered = std::async(std::launch::async, request);
+    EXPECT_EQ(answered.wait_for(std::chrono::milliseconds(20)), std::future_status::timeout);
+    slot.reset();
+    answered.get();
+  }
+}
+
 TEST_F(UtilityTest, TheTokenizerIsDescribed) {
   EXPECT_EQ(Answered(api_->TokenizerInfo()), json::parse(R"({"vocab_size": 258,
       "model_max_length": 1024, "add_bos_token": true, "bos_token": "<s>", "bos_token_id": 256,
@@ -219,9 +244,12 @@ TEST_F(UtilityTest, PropertiesTellTheConfigurationOfTheCache) {
 }
 
 TEST_F(UtilityTest, SlotsShowRunningRequestsWithoutTheirTexts) {
-  EXPECT_EQ(Answered(api_->Slots()), json::array());
-  engine_ = ScriptedEngine(std::chrono::milliseconds(2));
+  engine_ = ScriptedEngine(std::chrono::milliseconds(2), {.max_sequences = 2, .max_context = 1024});
   api_ = std::make_unique<UtilityApi>(model_, ServerProps{}, CacheInfo{}, engine_.get());
+  const auto idle = [](int id) {
+    return json{{"id", id}, {"n_ctx", 1024}, {"speculative", false}, {"is_processing", false}};
+  };
+  EXPECT_EQ(Answered(api_->Slots()), json({idle(0), idle(1)}));
   Request request;
   request.prompt = {97, 98, 99};
   request.max_tokens = 1000;
@@ -234,7 +262,8 @@ TEST_F(UtilityTest, SlotsShowRunningRequestsWithoutTheirTexts) {
     read += events.size();
   }
   json slots = Answered(api_->Slots());
-  ASSERT_EQ(slots.size(), 1u);
+  ASSERT_EQ(slots.size(), 2u);
+  EXPECT_EQ(slots[1], idle(1));
   json& slot = slots[0];
   const int64_t decoded = slot["next_token"]["n_decoded"].get<int64_t>();
   EXPECT_GE(decoded, 1);
@@ -251,7 +280,7 @@ TEST_F(UtilityTest, SlotsShowRunningRequestsWithoutTheirTexts) {
       "next_token": {"has_next_token": true, "n_remain": 1000, "n_decoded": 0}})"));
   (*reader)->Cancel();
   EXPECT_TRUE(engine_->Drain(std::chrono::seconds(60)));
-  EXPECT_EQ(Answered(api_->Slots()), json::array());
+  EXPECT_EQ(Answered(api_->Slots()), json({idle(0), idle(1)}));
 }
 
 // Texts of many kinds come back from their ids, and templates read the same in one step and in two.
