@@ -273,6 +273,7 @@ class KeyedRouteTest : public HttpServerTest {
                      },
                      admit}});
   }
+  void TearDown() override { server_.reset(); }  // its threads use what is below
   std::vector<HttpExchange> TakeLog(size_t size) {
     EXPECT_TRUE(Eventually([&] {
       const std::lock_guard lock(mutex_);
