@@ -317,11 +317,13 @@ TEST_F(KeyedRouteTest, PlacesComeBackHoweverARequestEnds) {
   EXPECT_TRUE(Eventually(free));
   {
     Client leaver(server_->port());
-    leaver.Send(endless + "\r\nhalf");
+    leaver.Send(endless + "Expect: 100-continue\r\n\r\nhalf");
+    ASSERT_TRUE(leaver.ReadUntil("100 Continue"));  // it has its place
   }
   EXPECT_TRUE(Eventually(free));
   Client sleeper(server_->port(), 4096);
   sleeper.Send(Post("/keyed", "flood", key_));
+  ASSERT_TRUE(sleeper.ReadUntil("flood"));
   EXPECT_TRUE(Eventually(free));
   // Whoever has read an answer finds the place free, on the same connection and on others.
   Client busy(server_->port());
