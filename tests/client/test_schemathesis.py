@@ -172,7 +172,8 @@ def run(url, description, checks, max_examples, mode="all"):
 def main():
     binary, config = sys.argv[1:3]
     # A short context keeps answers short; a client's request may ask for all of it.
-    with serve(binary, config, "scheduler.max_context=96", "log.level=warn") as url:
+    with serve(binary, config, "scheduler.max_context=96", "log.level=warn") as server:
+        url = server.url
         if len(sys.argv) > 3:
             code = run(url, openai_description(url, sys.argv[3]), CHECKS, 60)
         else:
