@@ -6,7 +6,7 @@
 #include <functional>
 #include <future>
 #include <nlohmann/json.hpp>
-#include <optional>
+#include <memory>
 
 #include "server/options.h"
 #include "tests/models/test_files.h"
@@ -204,7 +204,7 @@ TEST_F(UtilityTest, TextsWaitForASlot) {
         EXPECT_EQ(Apply({{"messages", kUser}}), "user:hi|assistant:");
       }};
   for (const auto& request : requests) {
-    std::optional<WorkSlots::Slot> slot(std::in_place, *model_.text_slots);
+    auto slot = std::make_unique<WorkSlots::Slot>(*model_.text_slots);
     auto answered = std::async(std::launch::async, request);
     EXPECT_EQ(answered.wait_for(std::chrono::milliseconds(20)), std::future_status::timeout);
     slot.reset();
