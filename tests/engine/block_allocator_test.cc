@@ -34,7 +34,8 @@ TEST(BlockAllocator, CopiesShareABlockAndTheLastOneReturnsIt) {
   EXPECT_FALSE(a);  // NOLINT: a moved-from reference holds nothing
   EXPECT_EQ(a.id(), -1);
   EXPECT_EQ(blocks.num_holders(0), 2);
-  b = b;  // NOLINT: assigning to itself changes nothing
+  const BlockRef& itself = b;
+  b = itself;  // changes nothing
   EXPECT_EQ(blocks.num_holders(0), 2);
   c.Reset();
   EXPECT_EQ(blocks.num_free(), 0);

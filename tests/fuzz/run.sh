@@ -3,7 +3,7 @@
 #   tests/fuzz/run.sh [seconds [target...]]   60 seconds and all targets unless told otherwise
 # SEED in the environment chooses the random numbers, which differ from run to run otherwise.
 # Fails if a target does, and prints the input that made it fail. To run such an input again:
-#   build/fuzz/tests/fuzz/TARGET INPUT
+#   build/asan/tests/fuzz/TARGET INPUT
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -15,15 +15,15 @@ if [[ ${#targets[@]} -eq 0 ]]; then
   for source in tests/fuzz/*_fuzz.cc; do targets+=("$(basename "$source" .cc)"); done
 fi
 parallel=2
-work=$PWD/build/fuzz/run
+work=$PWD/build/asan/fuzz
 declare -A max_len=([tokenizer_roundtrip_fuzz]=2048 [http_fuzz]=2048 [variants_fuzz]=64)
 
 docker/install-deps.sh test
-cmake --preset fuzz >/dev/null
-cmake --build --preset fuzz --target "${targets[@]}"
+cmake --preset asan >/dev/null
+cmake --build --preset asan --target "${targets[@]}"
 
 mkdir -p "$work"
-memory=$PWD/build/fuzz
+memory=$PWD/build/asan
 [[ -d /dev/shm && -w /dev/shm ]] && memory=/dev/shm
 scratch=$(mktemp -d "$memory/innerq_fuzz.XXXXXX")  # the files that targets write
 trap 'rm -rf "$scratch"' EXIT
@@ -39,7 +39,7 @@ run() {
     -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix="$out/")
   [[ -f tests/fuzz/$target.dict ]] && options+=(-dict="tests/fuzz/$target.dict")
   local status=0
-  TMPDIR=$scratch build/fuzz/tests/fuzz/"$target" "${options[@]}" "$out/corpus" >"$out/log" 2>&1 || status=$?
+  TMPDIR=$scratch build/asan/tests/fuzz/"$target" "${options[@]}" "$out/corpus" >"$out/log" 2>&1 || status=$?
   local runs edges
   runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$out/log")
   edges=$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$out/log" | tail -1)

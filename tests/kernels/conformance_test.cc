@@ -533,14 +533,18 @@ std::string CheckAttention(Backend& candidate, const CacheCase& c) {
   want.SealUpTo(*reference, tokens - 1);
   got.SealUpTo(candidate, tokens - 1);
   // Rows: page borders, windows not full, full, just flushed.
-  for (const auto& [first, rows] : std::vector<std::pair<int64_t, int64_t>>{{0, 1},
-                                                                            {30, 4},
-                                                                            {127, 2},
-                                                                            {155, 40},
-                                                                            {159, 1},
-                                                                            {160, 1},
-                                                                            {tokens - 33, 33},
-                                                                            {tokens - 1, 1}}) {
+  struct Chunk {
+    int64_t first, rows;
+  };
+  for (const Chunk& chunk : std::vector<Chunk>{{0, 1},
+                                               {30, 4},
+                                               {127, 2},
+                                               {155, 40},
+                                               {159, 1},
+                                               {160, 1},
+                                               {tokens - 33, 33},
+                                               {tokens - 1, 1}}) {
+    const int64_t first = chunk.first, rows = chunk.rows;
     const std::vector<float> q = Normal(random, rows * heads * dim, 1.5f);
     const Shape shape{rows, heads * dim};
     Guarded expected(shape), actual(shape);

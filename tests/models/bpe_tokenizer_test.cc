@@ -584,7 +584,7 @@ std::string Repeat(const std::string& unit, size_t bytes) {
 // Encodes a megabyte of every kind that patterns, merges or searches could choke on. A second is
 // what the specification allows; sanitizers take their own time.
 void ExpectMegabytes(const Tokenizer& tokenizer) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(INNERQ_SANITIZED)
   constexpr double kSeconds = 20;
 #else
   constexpr double kSeconds = 1;

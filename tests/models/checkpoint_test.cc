@@ -96,8 +96,8 @@ TEST_F(CheckpointTest, RefusesDamagedHeaders) {
 
 TEST_F(CheckpointTest, RefusesDeeplyNestedHeadersAndIndices) {
   const std::string deep = DeepJson();
-  const auto entry = [&deep](const std::string& dtype, const std::string& shape,
-                             const std::string& offsets) {
+  const auto entry = [](const std::string& dtype, const std::string& shape,
+                        const std::string& offsets) {
     return Safetensors("{\"a\":{\"dtype\":" + dtype + ",\"shape\":" + shape +
                            ",\"data_offsets\":" + offsets + "}}",
                        "");

@@ -104,7 +104,9 @@ class Client {
       const size_t colon = line.find(": ");
       reply.headers[line.substr(0, colon)] = line.substr(colon + 2, line.size() - colon - 3);
     }
-    if (reply.headers.contains("Content-Length")) {
+    if (reply.status == 204) {  // ends with its head
+      reply.complete = true;
+    } else if (reply.headers.contains("Content-Length")) {
       const size_t length = std::stoul(reply.headers["Content-Length"]);
       while (buffer_.size() < length && Fill()) {
       }

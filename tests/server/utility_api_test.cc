@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <functional>
 #include <future>
-#include <nlohmann/json.hpp>
 #include <memory>
+#include <nlohmann/json.hpp>
 
 #include "server/options.h"
 #include "tests/models/test_files.h"
