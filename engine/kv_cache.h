@@ -37,6 +37,7 @@ struct KvCacheOptions {
   int64_t sink_tokens = 32;
   int64_t recent_tokens = 96;
   bool exact_prefill = false;
+  bool prefix_cache = true;  // of no effect under exact prefill
   QuantSpec key{.bits = 3};
   QuantSpec value{.bits = 3};
   bool normalize_keys = true;

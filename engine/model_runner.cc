@@ -73,6 +73,7 @@ class LlamaRunner final : public ModelRunner {
 Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options) {
   ModelPlan plan{.engine = options.engine};
   plan.engine.exact_prefill = options.kv_cache.exact_prefill;
+  plan.engine.prefix_cache = options.kv_cache.prefix_cache && !options.kv_cache.exact_prefill;
   if (plan.engine.max_context > config.max_positions) {
     return InvalidArgument("max_context is " + std::to_string(plan.engine.max_context) +
                                ", the model's longest context is " +
