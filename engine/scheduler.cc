@@ -209,7 +209,10 @@ void Scheduler::MakeRoom(const PageCounts& need) {
   const auto lack = [&] {
     return need - PageCounts{open_.num_free(), sealed_.num_free(), norms_.num_free()};
   };
-  while (!lack().FitsIn({})) CHECK(prefixes_.Evict(lack()), "planned pages are not there");
+  while (!lack().FitsIn({})) {
+    CHECK(prefixes_.Evict(lack()), "planned pages are not there");
+    ++num_prefix_evictions_;
+  }
 }
 
 void Scheduler::GiveUpPages(Sequence* sequence) {

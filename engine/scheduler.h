@@ -88,6 +88,7 @@ class Scheduler {
   // Prompt tokens of sequences that looked for a prefix at their first start, and those found.
   int64_t num_prefix_queries() const { return num_prefix_queries_; }
   int64_t num_prefix_hits() const { return num_prefix_hits_; }
+  int64_t num_prefix_evictions() const { return num_prefix_evictions_; }  // of checkpoints
   // CHECKs the three allocators and the index.
   void CheckIntegrity() const;
 
@@ -124,6 +125,7 @@ class Scheduler {
   int64_t num_preemptions_ = 0;
   int64_t num_prefix_queries_ = 0;
   int64_t num_prefix_hits_ = 0;
+  int64_t num_prefix_evictions_ = 0;
 };
 
 // Lays a step out for the model.
