@@ -367,6 +367,7 @@ void ThreadedEngine::PublishGauges(const Lock&) {
   stats_.sealed_pages_cached = cached.sealed;
   stats_.prefix_cache_queries = scheduler_.num_prefix_queries();
   stats_.prefix_cache_hits = scheduler_.num_prefix_hits();
+  stats_.prefix_cache_evictions = scheduler_.num_prefix_evictions();
   running_.clear();
   for (const auto& sequence : scheduler_.running()) {
     running_.push_back({.number = sequence->number,

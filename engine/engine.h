@@ -33,9 +33,10 @@ struct EngineStats {
   int64_t running = 0;
   int64_t waiting = 0;
   int64_t preemptions = 0;
-  int64_t prompt_tokens = 0;         // computed
-  int64_t prefix_cache_queries = 0;  // prompt tokens looked up
-  int64_t prefix_cache_hits = 0;     // of those, found
+  int64_t prompt_tokens = 0;           // computed
+  int64_t prefix_cache_queries = 0;    // prompt tokens looked up
+  int64_t prefix_cache_hits = 0;       // of those, found
+  int64_t prefix_cache_evictions = 0;  // states given up for others' pages
   int64_t generation_tokens = 0;
   int64_t steps = 0;
   int64_t open_pages_used = 0;    // by requests

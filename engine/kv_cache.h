@@ -59,7 +59,8 @@ struct KvPoolPlan {
 
 // Splits the memory: every one of `max_sequences` should find its F16 window and one step's rows
 // their open pages, the rest is for sealed pages; when memory is short both pools shrink together.
-// Errors: resource exhausted, with bytes needed and given, if not even one sequence of
+// With a prefix cache there are more key norms than sequences: prefixes that nobody uses keep
+// theirs. Errors: resource exhausted, with bytes needed and given, if not even one sequence of
 // `min_context` tokens fits.
 Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& options,
                                int64_t max_sequences, int64_t max_batch_tokens,

@@ -2,6 +2,7 @@
 // and whoever uses it as well, every row that is computed has the logits of an engine without a
 // cache, bit for bit.
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -40,7 +41,7 @@ class Crowd {
     // Even seeds: pools that hold one sequence of the longest kind and little more.
     PageCounts pools = WorstPeakPages(layout_, kLongest, false);
     pools = pools + PageCounts{Draw(4), Draw(4), Draw(2)};
-    if (seed % 2 == 1) pools = pools + pools + pools;
+    if (seed % 2 == 1) pools = pools + pools + pools + pools + pools + pools;
     if (!layout_.quantized()) pools.sealed = 0;
     SchedulerLimits limits{.max_sequences = 1 + Draw(8),
                            .max_batch_tokens = 8 + Draw(seed % 3 == 0 ? 40 : 300),
@@ -154,11 +155,165 @@ TEST(PrefixCache, RandomCrowdsGetTheLogitsOfAnEngineWithoutACache) {
     evictions += crowd.scheduler().num_prefix_evictions();
     preemptions += crowd.scheduler().num_preemptions();
   }
-  std::printf(
-      "%ld requests, %ld rows in %ld steps, %ld tokens found, %ld evictions, "
-      "%ld preemptions\n",
-      requests, rows, steps, hits, evictions, preemptions);
+  EXPECT_EQ(requests, 3600);
+  EXPECT_GT(rows, 200000);
+  EXPECT_GT(steps, 50000);
+  EXPECT_GT(hits, 40000) << "tokens found";
+  EXPECT_GT(evictions, 1000);
+  EXPECT_GT(preemptions, 100);
 }
+
+// A model whose sequences' rows are kept, by the number of the sequence and position.
+class Recorder {
+ public:
+  Recorder(std::unique_ptr<StepModel> model, const PageCounts& pools, bool prefix_cache,
+           int64_t max_batch_tokens = 512)
+      : driver_(
+            {.max_sequences = 16,
+             .max_batch_tokens = max_batch_tokens,
+             .pools = pools,
+             .prefix_cache = prefix_cache},
+            std::move(model),
+            [this](const Sequence& sequence, int64_t position, std::span<const float> logits) {
+              rows_[sequence.number][position].assign(logits.begin(), logits.end());
+            },
+            [this](const Sequence& sequence) {
+              cached_[sequence.number] = sequence.finish->usage.cached_tokens;
+            }) {}
+
+  StepDriver& driver() { return driver_; }
+  // Runs a request to its end, others may go on; its number.
+  int64_t Run(const std::vector<int32_t>& prompt, int64_t max_tokens = 4) {
+    const int64_t number = Add(prompt, max_tokens);
+    while (!cached_.contains(number) && !testing::Test::HasFatalFailure()) driver_.Step();
+    return number;
+  }
+  int64_t Add(const std::vector<int32_t>& prompt, int64_t max_tokens) {
+    Request request;
+    request.prompt = prompt;
+    request.max_tokens = max_tokens;
+    return driver_.Add(std::move(request))->number;
+  }
+  const std::map<int64_t, Row>& rows(int64_t number) const { return rows_.at(number); }
+  int64_t cached(int64_t number) const { return cached_.at(number); }
+
+ private:
+  std::map<int64_t, std::map<int64_t, Row>> rows_;
+  std::map<int64_t, int64_t> cached_;  // of those that have finished
+  StepDriver driver_;
+};
+
+// A kind of model, and the pools that one gets.
+struct Maker {
+  std::string name;
+  std::function<std::unique_ptr<StepModel>(const PageCounts&)> make;
+};
+
+void PrintTo(const Maker& maker, std::ostream* out) { *out << maker.name; }
+
+class ExactnessOfPrefixes : public testing::TestWithParam<Maker> {};
+
+// Prompts of ten pages less a little: at the end of one, five (or more) pages are sealed.
+TEST_P(ExactnessOfPrefixes, HitsOfAllKindsGiveTheLogitsOfAColdRun) {
+  const PageCounts plenty{200, 100, 16};
+  const auto prompt_of = [](int64_t shared, uint64_t seed) {
+    std::vector<int32_t> prompt = PromptOf(shared, 1);
+    for (const int32_t token : PromptOf(310 - shared, seed)) prompt.push_back(token);
+    return prompt;
+  };
+  const std::vector<int32_t> first = prompt_of(310, 1), second = prompt_of(200, 2),
+                             third = prompt_of(200, 3);
+  Recorder cold(GetParam().make(plenty), plenty, /*prefix_cache=*/false);
+  std::map<std::vector<int32_t>, int64_t> alone;
+  for (const auto& prompt : {first, second, third}) alone[prompt] = cold.Run(prompt);
+  const auto expect_same = [&](const Recorder& warm, int64_t number,
+                               const std::vector<int32_t>& prompt, int64_t cached) {
+    EXPECT_EQ(warm.cached(number), cached);
+    const std::map<int64_t, Row>& expected = cold.rows(alone.at(prompt));
+    EXPECT_EQ(warm.rows(number).begin()->first, cached) << "what was found was computed again";
+    ASSERT_EQ(warm.rows(number).rbegin()->first, expected.rbegin()->first);
+    for (const auto& [position, row] : warm.rows(number)) {
+      ASSERT_TRUE(SameBits(row, expected.at(position))) << "position " << position;
+    }
+  };
+
+  // Chunks of 100 tokens cut pages.
+  Recorder warm(GetParam().make(plenty), plenty, /*prefix_cache=*/true, 100);
+  // Where two prompts part the state is known only after the second, but for that after the sinks;
+  // F16 pages are states anywhere.
+  const KvLayout& layout = cold.driver().layout();
+  const int64_t at_first_parting = (layout.quantized() ? layout.sink_pages() : 6) * 32;
+  expect_same(warm, warm.Run(first), first, 0);
+  expect_same(warm, warm.Run(first), first, 9 * 32);
+  expect_same(warm, warm.Run(second), second, at_first_parting);
+  expect_same(warm, warm.Run(third), third, 6 * 32);
+
+  // The first answer goes on and on while others begin as it did.
+  Recorder busy(GetParam().make(plenty), plenty, true);
+  const int64_t donor = busy.Add(first, 40);
+  for (int i = 0; i < 12; ++i) busy.driver().Step();
+  expect_same(busy, busy.Run(first), first, 9 * 32);
+  expect_same(busy, busy.Run(second), second, at_first_parting);
+  expect_same(busy, busy.Run(third), third, 6 * 32);
+  EXPECT_EQ(busy.driver().scheduler().running().size(), 1u) << "the donor has finished too early";
+  busy.driver().RunToEnd();
+  for (const auto& [position, row] : cold.rows(alone.at(first))) {
+    ASSERT_TRUE(SameBits(row, busy.rows(donor).at(position))) << "the donor was disturbed";
+  }
+
+  // Pools of two sequences: strangers take the pages of strangers, again and again.
+  const PageCounts one = WorstPeakPages(layout, 320, false);
+  Recorder pressed(GetParam().make(one + one), one + one, true);
+  expect_same(pressed, pressed.Run(first), first, 0);
+  for (uint64_t seed = 10; seed < 14; ++seed) {
+    pressed.Run(PromptOf(150, seed), 2);
+    expect_same(pressed, pressed.Run(first), first, 9 * 32);
+  }
+  EXPECT_GT(pressed.driver().scheduler().num_prefix_evictions(), 1);
+  // Until one needs nearly all.
+  pressed.Run(PromptOf(310, 20));
+  pressed.Run(PromptOf(310, 21));
+  const int64_t last = pressed.Run(first);
+  expect_same(pressed, last, first, pressed.cached(last));
+  EXPECT_LT(pressed.cached(last), 9 * 32);
+}
+
+std::vector<Maker> Makers() {
+  std::vector<Maker> makers;
+  const auto hashes = [&](const char* name, const KvLayout& layout) {
+    makers.push_back({name, [layout](const PageCounts& pools) {
+                        return std::make_unique<HashModel>(layout, pools);
+                      }});
+  };
+  hashes("hashes", TestLayout());
+  hashes("hashes_plain", TestLayout(/*quantized=*/false));
+  hashes("hashes_no_norms", TestLayout(true, 96, /*norms=*/false));
+  const auto llama = [&](const std::string& variant, const char* name,
+                         const KvCacheOptions& cache) {
+    makers.push_back({variant + "_" + name, [variant, cache](const PageCounts& pools) {
+                        return std::make_unique<LlamaStepModel>(LlamaStepModel::Config{
+                            variant, WeightFormat::kBF16, cache, pools, 512});
+                      }});
+  };
+  KvCacheOptions mixed, plain, small, outer;
+  mixed.value.mode = QuantMode::kHybrid;
+  mixed.layers = {{.first_layer = 0, .last_layer = 0, .key = {.bits = 16}, .value = {.bits = 16}}};
+  plain.key.bits = plain.value.bits = 16;
+  small.recent_tokens = 32;
+  small.normalize_keys = false;
+  outer.key.axis = outer.value.axis = QuantAxis::kOuter;
+  outer.sink_tokens = 0;
+  for (const std::string& variant : CpuVariants()) llama(variant, "base", {});
+  const std::string best = CpuVariants().front();
+  llama(best, "mixed", mixed);
+  llama(best, "plain", plain);
+  llama(best, "small", small);
+  llama(best, "outer", outer);
+  return makers;
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, ExactnessOfPrefixes, testing::ValuesIn(Makers()),
+                         [](const auto& chosen) { return chosen.param.name; });
 
 }  // namespace
 }  // namespace innerq

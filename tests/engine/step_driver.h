@@ -83,6 +83,7 @@ class StepDriver {
     EXPECT_EQ(scheduler_.used(), PageCounts());
   }
 
+  const KvLayout& layout() const { return model_->layout(); }
   const Scheduler& scheduler() const { return scheduler_; }
   int64_t num_steps() const { return num_steps_; }
 
