@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <span>
 #include <utility>
 #include <vector>
@@ -16,8 +17,9 @@
 
 namespace innerq {
 
-// Answers are greedy but for a twist: sequences of different seeds part ways. The books of the
-// allocators and of the index are checked after each step.
+// Answers are greedy but for a twist: sequences of different seeds part ways. Each step checks that
+// the oldest sequence moves, that every running one holds what it would hold without a cache, and
+// the books of allocators and index.
 class StepDriver {
  public:
   using OnRow =
@@ -44,14 +46,20 @@ class StepDriver {
 
   void Step() {
     Collect();
+    const Sequence* const oldest = Oldest();
     const ScheduledBatch batch = scheduler_.Schedule();
     scheduler_.CheckIntegrity();
+    ASSERT_EQ(batch.chunks.empty(), oldest == nullptr);
+    if (oldest != nullptr) {
+      ASSERT_EQ(batch.chunks[0].sequence, oldest) << "the oldest makes no progress";
+    }
     ForwardBatch forward = BuildForwardBatch(batch, model_->layout());
     forward.logit_rows.resize(forward.token_ids.size());
     std::iota(forward.logit_rows.begin(), forward.logit_rows.end(), 0);
     const auto stepped = model_->Step(forward);
     ASSERT_TRUE(stepped.ok());
     scheduler_.Commit(batch);
+    CheckHeldPages();
     const auto width = static_cast<size_t>(model_->vocab_size());
     std::span<const float> rest = *stepped;
     for (const ScheduledChunk& chunk : batch.chunks) {
@@ -93,6 +101,36 @@ class StepDriver {
       if (on_finished_) on_finished_(*sequence);
     }
     scheduler_.CheckIntegrity();
+  }
+
+  const Sequence* Oldest() const {
+    if (!scheduler_.running().empty()) return scheduler_.running().front().get();
+    return scheduler_.waiting().empty() ? nullptr : scheduler_.waiting().front().get();
+  }
+
+  // Between steps a page has the form that the last row saw, and that form alone.
+  void CheckHeldPages() const {
+    const KvLayout& shape = model_->layout();
+    std::set<int32_t> open, sealed, norms;
+    for (const auto& sequence : scheduler_.running()) {
+      const PageRange range = shape.SealedPages(sequence->num_computed - 1, sequence->exact_before);
+      ASSERT_EQ(sequence->pages.num_pages(), CeilDiv(sequence->num_computed, shape.page_tokens()));
+      for (int64_t i = 0; i < sequence->pages.num_pages(); ++i) {
+        const PageRef page = sequence->pages.page(i);
+        const bool is_sealed = i >= range.begin && i < range.end;
+        ASSERT_EQ(page.sealed_id >= 0, is_sealed) << "page " << i;
+        ASSERT_EQ(page.open_id >= 0, !is_sealed) << "page " << i;
+        (is_sealed ? sealed : open).insert(is_sealed ? page.sealed_id : page.open_id);
+      }
+      ASSERT_EQ(static_cast<bool>(sequence->norm), shape.normalizes_keys() && range.size() > 0);
+      if (sequence->norm) norms.insert(sequence->norm.id());
+    }
+    ASSERT_EQ(scheduler_.used(),
+              (PageCounts{std::ssize(open), std::ssize(sealed), std::ssize(norms)}));
+    for (const auto& sequence : scheduler_.waiting()) {
+      ASSERT_EQ(sequence->pages.num_pages(), 0);
+      ASSERT_EQ(sequence->num_computed, 0);
+    }
   }
 
   const std::unique_ptr<StepModel> model_;
