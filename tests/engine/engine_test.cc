@@ -239,7 +239,8 @@ TEST(Engine, SharesNothingWithExactPrefillOrWhenToldNotTo) {
 TEST(Engine, RequestsThatShareALongBeginningRunTogether) {
   Gate gate;
   const KvLayout layout = TestLayout();
-  const PageCounts pools{20 * 6, 40, 40};  // sealed pages of 20 alone: 100
+  // Alone each wants 6, 5 and 1; a sink, 4 sealed pages and the norm are shared.
+  const PageCounts pools{20 * 5 + 1, 20 + 4, 2};
   const auto engine = EngineOf(
       OptionsOf(), pools,
       [&](const ForwardBatch&) {
