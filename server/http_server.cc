@@ -63,7 +63,8 @@ class ThreadedHttpServer : public HttpServer {
 
   bool WaitUntilIdle(std::chrono::milliseconds timeout) override {
     std::unique_lock lock(mutex_);
-    return idle_.wait_for(lock, timeout, [this] { return active_ == 0 && (!stopping_ || open_ == 0); });
+    return idle_.wait_for(lock, timeout,
+                          [this] { return active_ == 0 && (!stopping_ || open_ == 0); });
   }
 
  private:
