@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "server/commands.h"
+#include "server/eval_command.h"
 
 namespace {
 
@@ -18,6 +19,51 @@ void AddConfigOptions(CLI::App* command, innerq::ConfigSource* source) {
   command->add_option("-c,--config", source->file, "Configuration file")->required();
   command->add_option("--set", source->overrides, "Replace one key: a.b.c=value (repeatable)")
       ->allow_extra_args(false);
+}
+
+constexpr const char* kCacheHelp =
+    "A cache to measure (repeatable): the section kv_cache of a configuration file, with keys "
+    "replaced: --cache configs/innerq_base.json,key.bits=2,key.normalize=off. Default: the one of "
+    "--config. An F16 cache is always measured too, as the reference";
+
+// The command eval with its tasks.
+CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs* args) {
+  using Task = innerq::EvalArgs::Task;
+  CLI::App* const eval =
+      app->add_subcommand("eval", "Measure what a cache costs the model in quality");
+  eval->require_subcommand(1);
+  const auto add = [=](Task task, const char* name, const char* what) {
+    CLI::App* const command = eval->add_subcommand(name, what);
+    AddConfigOptions(command, source);
+    command->add_option("--cache", args->output.caches, kCacheHelp)->allow_extra_args(false);
+    command->add_option("--json", args->output.json, "Write the results to this file");
+    command->add_option("--plot", args->output.plot,
+                        "Write quality against bits to this file, as SVG");
+    command->callback([=] { args->task = task; });
+    return command;
+  };
+  const auto add_texts = [=](CLI::App* command) {
+    innerq::ScoringArgs* const scoring = &args->scoring;
+    command
+        ->add_option("--text", scoring->texts,
+                     "Text to measure on (repeatable): plain, one document; or .jsonl with "
+                     "\"text\", \"prompt\" and \"answer\", or \"question\" and \"answer\"")
+        ->allow_extra_args(false)
+        ->required();
+    command->add_option("--limit", scoring->limit, "Documents of each file; 0: all")
+        ->check(CLI::NonNegativeNumber);
+    command
+        ->add_option("--context", scoring->context,
+                     "Tokens of a window that texts are cut into; 0: 2048 or the model's limit")
+        ->check(CLI::Validator(CLI::Range(2, 1 << 24)));
+    command->add_option("--skip", scoring->skip, "Leave out tokens at positions below this")
+        ->check(CLI::NonNegativeNumber);
+  };
+  add_texts(add(Task::kPerplexity, "perplexity", "Perplexity of texts"));
+  add_texts(add(Task::kKl, "kl",
+                "KL divergence of next-token distributions from those of the F16 cache, and how "
+                "often the most likely token is the same"));
+  return eval;
 }
 
 // Opens /dev/null in place of standard files that were closed. A connection would else be given the
@@ -78,6 +124,9 @@ int main(int argc, char** argv) {
   inspect->add_option("--set", source.overrides, "Replace one key: a.b.c=value (repeatable)")
       ->allow_extra_args(false);
 
+  innerq::EvalArgs eval_args;
+  CLI::App* const eval = AddEval(&app, &source, &eval_args);
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -85,6 +134,7 @@ int main(int argc, char** argv) {
   }
   if (serve->parsed()) return innerq::ServeCommand(source, INNERQ_VERSION);
   if (generate->parsed()) return ExitCode(innerq::GenerateCommand(source, generate_args));
+  if (eval->parsed()) return ExitCode(innerq::EvalCommand(source, eval_args));
   if (check->parsed()) return ExitCode(innerq::CheckConfigCommand(source));
   return ExitCode(innerq::InspectCommand(path, source.overrides));
 }
