@@ -37,6 +37,29 @@ Result<EvalReport> RunTask(const ConfigSource& source, const EvalArgs& args,
       ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
       return EvaluateDivergence(evaluation, args.scoring, texts);
     }
+    case EvalArgs::Task::kGsm8k: {
+      const ProblemArgs& problem_args = args.problems;
+      ASSIGN_OR_RETURN(const auto problems, ReadProblems(problem_args.data, problem_args.limit));
+      std::vector<Problem> shots;
+      if (!problem_args.shots.empty() && problem_args.num_shots > 0) {
+        ASSIGN_OR_RETURN(shots, ReadProblems(problem_args.shots, problem_args.num_shots));
+      }
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluateProblems(evaluation, problem_args, problems, shots);
+    }
+    case EvalArgs::Task::kRecall: {
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluateRecall(evaluation, args.recall);
+    }
+    case EvalArgs::Task::kLonggen: {
+      const LongAnswerArgs& long_args = args.long_answers;
+      if (long_args.prompts.empty() && long_args.texts.empty()) {
+        return InvalidArgument("--prompt or --text is required");
+      }
+      ASSIGN_OR_RETURN(const auto texts, ReadTexts(long_args.texts, long_args.limit));
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluateLongAnswers(evaluation, long_args, texts);
+    }
   }
   return Error{ErrorCode::kInternal, "no such task"};
 }

@@ -19,11 +19,14 @@ struct EvalOutputArgs {
 };
 
 struct EvalArgs {
-  enum class Task { kPerplexity, kKl };
+  enum class Task { kPerplexity, kKl, kGsm8k, kRecall, kLonggen };
 
   Task task = Task::kPerplexity;
   EvalOutputArgs output;
-  ScoringArgs scoring;
+  ScoringArgs scoring;   // perplexity and kl
+  ProblemArgs problems;  // gsm8k
+  RecallArgs recall;
+  LongAnswerArgs long_answers;
 };
 
 // Measures, prints the table on standard output and writes the files. `interrupted` is asked again

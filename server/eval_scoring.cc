@@ -172,4 +172,158 @@ Result<EvalReport> EvaluateDivergence(const Evaluation& evaluation, const Scorin
   return report;
 }
 
+namespace {
+
+// What the reference writes after each prompt.
+Result<std::vector<EvalText>> WriteAnswers(const Evaluation& evaluation, const LongAnswerArgs& args,
+                                           const std::vector<std::vector<int32_t>>& prompts) {
+  std::vector<EvalText> texts;
+  std::vector<Request> requests;
+  int64_t longest = 0;
+  for (const std::vector<int32_t>& prompt : prompts) {
+    const auto length = static_cast<int64_t>(prompt.size());
+    longest = std::max(longest, length + args.tokens);
+    texts.push_back({.tokens = prompt, .first_scored = length, .prompt_length = length});
+    Request& request = requests.emplace_back();
+    request.prompt = prompt;
+    request.sampling.temperature = args.temperature;
+    request.sampling.seed = args.seed;
+    request.max_tokens = request.min_tokens = args.tokens;
+    request.stop_token_ids = evaluation.parts.stop_token_ids;
+  }
+  if (longest > evaluation.max_context()) {
+    return InvalidArgument(
+        fmt::format("a prompt and {} tokens are {} tokens; the longest context is {}", args.tokens,
+                    longest, evaluation.max_context()));
+  }
+  const auto count = static_cast<int64_t>(prompts.size());
+  ASSIGN_OR_RETURN(
+      auto runner,
+      evaluation.RunnerFor(0, std::min(count, evaluation.options.runner.engine.max_sequences),
+                           longest));
+  ProgressBar bar("the reference writes");
+  int64_t done = 0;
+  const auto take = [&](size_t index, const TokenEvent& event) {
+    texts[index].tokens.push_back(event.token_id);
+    bar.Show(++done, count * args.tokens);
+    return true;
+  };
+  const auto progress = [&](int64_t) { return !evaluation.interrupted(); };
+  RETURN_IF_ERROR(AnswerAll(std::move(runner), std::move(requests), take, progress));
+  return texts;
+}
+
+// Tokens at the beginning of each answer for which cache and reference would have written the
+// same; mean over answers.
+double MeanAgreement(const std::vector<TokenScore>& scores, const std::vector<EvalText>& texts) {
+  std::vector<int64_t> lengths;
+  for (const EvalText& text : texts) {
+    lengths.push_back(static_cast<int64_t>(text.tokens.size()) - text.prompt_length);
+  }
+  for (const TokenScore& score : scores) {
+    int64_t& length = lengths[static_cast<size_t>(score.text)];
+    const int64_t index = score.position - texts[static_cast<size_t>(score.text)].prompt_length;
+    if (!score.same_top) length = std::min(length, index);
+  }
+  double sum = 0;
+  for (const int64_t length : lengths) sum += static_cast<double>(length);
+  return sum / static_cast<double>(lengths.size());
+}
+
+// Scores of the answers' tokens [begin, end).
+ScoreSummary SummarizeAnswers(const CacheScores& scores, const std::vector<EvalText>& texts,
+                              int64_t begin, int64_t end) {
+  return Summarize(scores.tokens, [&](const TokenScore& score) {
+    const int64_t index = score.position - texts[static_cast<size_t>(score.text)].prompt_length;
+    return index >= begin && index < end;
+  });
+}
+
+}  // namespace
+
+Result<EvalReport> EvaluateLongAnswers(const Evaluation& evaluation, const LongAnswerArgs& args,
+                                       const std::vector<std::string>& documents) {
+  std::vector<std::vector<int32_t>> prompts;
+  for (const std::string& prompt : args.prompts) {
+    prompts.push_back(evaluation.parts.tokenizer->Encode(prompt, {}));
+  }
+  for (const std::string& document : documents) {
+    std::vector<int32_t>& prompt =
+        prompts.emplace_back(evaluation.parts.tokenizer->Encode(document, {}));
+    prompt.resize(std::min(prompt.size(), static_cast<size_t>(args.prompt_tokens)));
+  }
+  for (const auto& prompt : prompts) {
+    if (prompt.empty()) return InvalidArgument("a prompt has no tokens");
+  }
+  ASSIGN_OR_RETURN(const std::vector<EvalText> texts, WriteAnswers(evaluation, args, prompts));
+  int64_t longest = 0;
+  int64_t total = 0;
+  for (const EvalText& text : texts) {
+    const auto length = static_cast<int64_t>(text.tokens.size());
+    longest = std::max(longest, length);
+    total += length;
+  }
+  ASSIGN_OR_RETURN(const auto runners, evaluation.RunnersFor(longest));
+  ProgressBar bar("longgen");
+  int64_t done = 0;
+  const EvalProgress progress = [&](int64_t more) {
+    bar.Show(done += more, total * static_cast<int64_t>(runners.size()));
+    return !evaluation.interrupted();
+  };
+  ASSIGN_OR_RETURN(const auto scores, ScoreTexts(runners, texts, /*compare=*/true, progress));
+
+  EvalReport report = evaluation.Report("longgen");
+  report.scope = fmt::format(
+      "longgen of {} on {}: {} tokens that the reference {} wrote after each of {} prompts; KL("
+      "reference || cache) in nats along them; \"same for\": tokens until the first that the cache "
+      "would not have chosen",
+      report.model, report.device, args.tokens, evaluation.caches[0].name, texts.size());
+  const Json settings = {{"prompts", texts.size()},
+                         {"tokens", args.tokens},
+                         {"temperature", args.temperature},
+                         {"seed", args.seed},
+                         {"reference", evaluation.caches[0].name}};
+  report.settings = settings.dump();
+  report.columns = {{"kl_mean", "KL mean", Format::kSmall},
+                    {"kl_p99", "99th pct", Format::kSmall},
+                    {"top1_agreement", "top-1", Format::kPercent},
+                    {"same_tokens", "same for", Format::kRatio}};
+  report.plot_log = true;
+  constexpr int64_t kMaxColumns = 4;
+  constexpr int64_t kMaxStretches = 16;
+  const int64_t columns = std::min(kMaxColumns, args.tokens);
+  for (int64_t i = 0; i < columns; ++i) {
+    const int64_t begin = args.tokens * i / columns;
+    const int64_t end = args.tokens * (i + 1) / columns;
+    report.columns.push_back({fmt::format("kl_mean_{}_{}", begin, end),
+                              fmt::format("KL {}-{}", begin, end - 1), Format::kSmall});
+  }
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const ScoreSummary all = SummarizeAnswers(scores[i], texts, 0, args.tokens);
+    EvalRow& row = report.rows.emplace_back();
+    row.cache = evaluation.caches[i].name;
+    row.sealed_bits = runners[i]->layout().sealed_bits_per_element();
+    row.effective_bits = scores[i].effective_bits;
+    row.values = {all.kl_mean, all.kl_p99, all.top1_agreement,
+                  MeanAgreement(scores[i].tokens, texts)};
+    for (int64_t j = 0; j < columns; ++j) {
+      row.values.push_back(SummarizeAnswers(scores[i], texts, args.tokens * j / columns,
+                                            args.tokens * (j + 1) / columns)
+                               .kl_mean);
+    }
+    Json stretches = Json::array();
+    const int64_t count = std::min(kMaxStretches, args.tokens);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t begin = args.tokens * j / count;
+      const int64_t end = args.tokens * (j + 1) / count;
+      Json stretch = ToJson(SummarizeAnswers(scores[i], texts, begin, end));
+      stretch["begin"] = begin;
+      stretch["end"] = end;
+      stretches.push_back(std::move(stretch));
+    }
+    row.details = Json{{"all", ToJson(all)}, {"by_position", std::move(stretches)}}.dump();
+  }
+  return report;
+}
+
 }  // namespace innerq

@@ -54,8 +54,9 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
         ->check(CLI::NonNegativeNumber);
     command
         ->add_option("--context", scoring->context,
-                     "Tokens of a window that texts are cut into; 0: 2048 or the model's limit")
-        ->check(CLI::Validator(CLI::Range(2, 1 << 24)));
+                     "Tokens of a window that texts are cut into; default: 2048, or the model's "
+                     "longest context if that is less")
+        ->check(CLI::Range(2, 1 << 24));
     command->add_option("--skip", scoring->skip, "Leave out tokens at positions below this")
         ->check(CLI::NonNegativeNumber);
   };
@@ -63,6 +64,67 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
   add_texts(add(Task::kKl, "kl",
                 "KL divergence of next-token distributions from those of the F16 cache, and how "
                 "often the most likely token is the same"));
+
+  CLI::App* const gsm8k =
+      add(Task::kGsm8k, "gsm8k", "Share of word problems that are answered right, greedily");
+  innerq::ProblemArgs* const problems = &args->problems;
+  gsm8k->add_option("--data", problems->data, "Problems: JSONL with \"question\" and \"answer\"")
+      ->required();
+  gsm8k->add_option("--shots", problems->shots, "Worked examples to begin with: JSONL as --data");
+  gsm8k->add_option("--num-shots", problems->num_shots, "Worked examples of that file")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  gsm8k->add_option("--limit", problems->limit, "Problems; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  gsm8k->add_option("--max-tokens", problems->max_tokens, "Longest answer, tokens")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  gsm8k->add_flag("--chat", problems->chat, "Ask in the model's chat template");
+
+  CLI::App* const recall =
+      add(Task::kRecall, "recall", "Share of codes found in long texts, by length and depth");
+  innerq::RecallArgs* const needles = &args->recall;
+  recall->add_option("--lengths", needles->lengths, "Tokens of a prompt")
+      ->delimiter(',')
+      ->check(CLI::Range(64, 1 << 24))
+      ->capture_default_str();
+  recall->add_option("--depths", needles->depths, "Where the code stands, percent of the text")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 100))
+      ->capture_default_str();
+  recall->add_option("--trials", needles->trials, "Texts of each length and depth")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  recall->add_option("--max-tokens", needles->max_tokens, "Longest answer, tokens")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  recall->add_option("--seed", needles->seed, "Of the texts")->capture_default_str();
+  recall->add_flag("--chat", needles->chat, "Ask in the model's chat template");
+
+  CLI::App* const longgen =
+      add(Task::kLonggen, "longgen",
+          "KL divergence, by position, along a long answer that the F16 cache gives");
+  innerq::LongAnswerArgs* const answers = &args->long_answers;
+  longgen->add_option("--prompt", answers->prompts, "A prompt (repeatable)")
+      ->allow_extra_args(false);
+  longgen
+      ->add_option("--text", answers->texts,
+                   "Further prompts: the beginning of each document (repeatable)")
+      ->allow_extra_args(false);
+  longgen->add_option("--limit", answers->limit, "Documents of each file; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  longgen->add_option("--prompt-tokens", answers->prompt_tokens, "Of a document")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  longgen->add_option("--tokens", answers->tokens, "Of the answer, which does not end before")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  longgen->add_option("--temperature", answers->temperature, "0 is greedy")
+      ->check(CLI::Range(0.0, 2.0))
+      ->capture_default_str();
+  longgen->add_option("--seed", answers->seed, "Of the sampling")->capture_default_str();
   return eval;
 }
 
