@@ -237,7 +237,7 @@ Result<EvalReport> EvaluateProblems(const Evaluation& evaluation, const ProblemA
   report.columns = {{"accuracy", "right", Format::kPercent},
                     {"as_reference", "as reference", Format::kPercent},
                     {"ended", "with a number", Format::kPercent},
-                    {"mean_tokens", "tokens", Format::kRatio}};
+                    {"mean_tokens", "tokens", Format::kCount}};
   const auto count = static_cast<double>(problems.size());
   for (size_t cache = 0; cache < all.size(); ++cache) {
     int64_t right = 0;

@@ -43,6 +43,11 @@ Result<EvalReport> RunTask(const ConfigSource& source, const EvalArgs& args,
       std::vector<Problem> shots;
       if (!problem_args.shots.empty() && problem_args.num_shots > 0) {
         ASSIGN_OR_RETURN(shots, ReadProblems(problem_args.shots, problem_args.num_shots));
+        if (const auto found = static_cast<int64_t>(shots.size()); found < problem_args.num_shots) {
+          return InvalidArgument(fmt::format("--num-shots: {} has {} problems, not {}",
+                                             problem_args.shots.string(), found,
+                                             problem_args.num_shots));
+        }
       }
       ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
       return EvaluateProblems(evaluation, problem_args, problems, shots);

@@ -21,6 +21,8 @@ std::string Cell(std::optional<double> value, EvalColumn::Format format) {
       return fmt::format("{:.1f} %", 100 * *value);
     case EvalColumn::Format::kSmall:
       return *value == 0 ? "0" : fmt::format("{:.3g}", *value);
+    case EvalColumn::Format::kCount:
+      return fmt::format("{:.1f}", *value);
   }
   return "";
 }

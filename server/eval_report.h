@@ -10,7 +10,7 @@ namespace innerq {
 
 // A measured figure of every cache.
 struct EvalColumn {
-  enum class Format { kRatio, kPercent, kSmall };  // 12.345; 98.7 %; three significant digits
+  enum class Format { kRatio, kPercent, kSmall, kCount };  // 12.345; 98.7 %; 0.00123; 12.3
 
   std::string key;      // in JSON
   std::string heading;  // in the table

@@ -287,7 +287,7 @@ Result<EvalReport> EvaluateLongAnswers(const Evaluation& evaluation, const LongA
   report.columns = {{"kl_mean", "KL mean", Format::kSmall},
                     {"kl_p99", "99th pct", Format::kSmall},
                     {"top1_agreement", "top-1", Format::kPercent},
-                    {"same_tokens", "same for", Format::kRatio}};
+                    {"same_tokens", "same for", Format::kCount}};
   report.plot_log = true;
   constexpr int64_t kMaxColumns = 4;
   constexpr int64_t kMaxStretches = 16;

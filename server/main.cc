@@ -70,10 +70,12 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
   innerq::ProblemArgs* const problems = &args->problems;
   gsm8k->add_option("--data", problems->data, "Problems: JSONL with \"question\" and \"answer\"")
       ->required();
-  gsm8k->add_option("--shots", problems->shots, "Worked examples to begin with: JSONL as --data");
+  CLI::Option* const shots = gsm8k->add_option("--shots", problems->shots,
+                                               "Worked examples to begin with: JSONL as --data");
   gsm8k->add_option("--num-shots", problems->num_shots, "Worked examples of that file")
       ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
+      ->capture_default_str()
+      ->needs(shots);
   gsm8k->add_option("--limit", problems->limit, "Problems; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
