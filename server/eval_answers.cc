@@ -180,6 +180,7 @@ Result<RecallQuestions> MakeRecallQuestions(const Evaluation& evaluation, const 
   for (const int64_t length : args.lengths) {
     for (const int64_t depth : args.depths) {
       for (int64_t trial = 0; trial < args.trials; ++trial) {
+        if (evaluation.interrupted()) return Error{ErrorCode::kCancelled, "interrupted"};
         const Needle needle =
             MakeNeedle({.length = length,
                         .depth_percent = depth,

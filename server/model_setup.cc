@@ -94,6 +94,10 @@ Result<ModelParts> LoadParts(const Options& options) {
 
 Result<LoadedModel> LoadModel(const Options& options) {
   ASSIGN_OR_RETURN(ModelParts parts, LoadParts(options));
+  return StartModel(std::move(parts));
+}
+
+Result<LoadedModel> StartModel(ModelParts parts) {
   std::unique_ptr<ModelRunner> runner = std::move(parts.runner);
   LoadedModel model{.config = std::move(parts.config),
                     .tokenizer = std::move(parts.tokenizer),

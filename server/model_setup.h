@@ -37,7 +37,10 @@ struct LoadedModel {
   std::unique_ptr<Engine> engine;
 };
 
-// LoadParts, and starts the engine.
+// Starts the engine. Errors: as of Engine::Create.
+Result<LoadedModel> StartModel(ModelParts parts);
+
+// Both, one after the other.
 Result<LoadedModel> LoadModel(const Options& options);
 
 // The start-up report, a line each: model, backend, cache per range of layers, pools, context.

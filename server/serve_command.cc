@@ -9,6 +9,7 @@
 #include "server/commands.h"
 #include "server/log.h"
 #include "server/model_setup.h"
+#include "server/self_check.h"
 #include "server/service.h"
 #include "server/signals.h"
 
@@ -102,7 +103,10 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   auto http = HttpServer::Start(ToHttpOptions(server), service.Routes());
   if (!http) return ReportError(http.error());
 
-  auto model = LoadModel(*options);
+  auto parts = LoadParts(*options);
+  if (!parts) return ReportError(parts.error());
+  CheckLoadedModel(*options, *parts);
+  auto model = StartModel(std::move(parts).value());
   if (!model) return ReportError(model.error());
   for (const std::string& line : DescribeModel(*options, model->config, model->report)) {
     spdlog::info("{}", line);
