@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "server/svg_plot.h"
@@ -18,7 +19,7 @@ std::string Cell(std::optional<double> value, EvalColumn::Format format) {
     case EvalColumn::Format::kRatio:
       return fmt::format("{:.3f}", *value);
     case EvalColumn::Format::kPercent:
-      return fmt::format("{:.1f} %", 100 * *value);
+      return fmt::format("{:.1f} %", std::round(1000 * *value) / 10 + 0.0);  // never -0.0
     case EvalColumn::Format::kSmall:
       return *value == 0 ? "0" : fmt::format("{:.3g}", *value);
     case EvalColumn::Format::kCount:

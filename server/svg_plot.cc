@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <string_view>
 
 #include "kernels/result.h"
@@ -12,9 +13,9 @@ namespace innerq {
 namespace {
 
 // Everything in CSS pixels.
-constexpr double kWidth = 720, kHeight = 440;
-constexpr double kLeft = 84, kRight = 140, kTop = 48, kBottom = 60;
-constexpr double kLabelHeight = 14;
+constexpr double kWidth = 860, kMinHeight = 440;
+constexpr double kLeft = 84, kRight = 300, kTop = 48, kBottom = 60;
+constexpr double kLegendLine = 18;
 
 std::string Escape(std::string_view text) {
   std::string escaped;
@@ -122,24 +123,13 @@ void AppendAxes(std::string& svg, const Axis& x, const Axis& y) {
   svg += "</g>\n";
 }
 
-// A label's baseline for each point, in the points' order: near the point, at least a line apart
-// from others that it would touch.
-std::vector<double> PlaceLabels(const std::vector<double>& xs, const std::vector<double>& ys) {
-  std::vector<size_t> order(ys.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return ys[a] < ys[b]; });
-  constexpr double kLabelWidth = 110;
-  std::vector<double> placed(ys.size());
-  for (size_t i = 0; i < order.size(); ++i) {
-    double y = ys[order[i]] + 4;
-    for (size_t j = 0; j < i; ++j) {
-      if (std::abs(xs[order[i]] - xs[order[j]]) > kLabelWidth) continue;
-      const double above = placed[order[j]];
-      if (std::abs(y - above) < kLabelHeight) y = above + kLabelHeight;
-    }
-    placed[order[i]] = y;
-  }
-  return placed;
+// Tells points apart: ten colors (Tableau 10), filled, then the same as rings.
+std::string Style(size_t index) {
+  constexpr std::string_view kColors[] = {"#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f",
+                                          "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#bab0ac"};
+  const std::string_view color = kColors[index % std::size(kColors)];
+  return fmt::format("fill=\"{}\" stroke=\"{}\" stroke-width=\"2\"",
+                     index / std::size(kColors) % 2 == 0 ? color : "white", color);
 }
 
 }  // namespace
@@ -151,11 +141,13 @@ std::string RenderSvg(const SvgPlot& plot) {
     x_values.push_back(point.x);
     y_values.push_back(point.y);
   }
+  const double height =
+      std::max(kMinHeight, kTop + kLegendLine * static_cast<double>(plot.points.size() + 1));
   Axis x = Cover(x_values, false);
   x.from = kLeft;
   x.to = kWidth - kRight;
   Axis y = Cover(y_values, plot.log_y);
-  y.from = kHeight - kBottom;
+  y.from = height - kBottom;
   y.to = kTop;
 
   std::string svg = fmt::format(
@@ -163,26 +155,24 @@ std::string RenderSvg(const SvgPlot& plot) {
       "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\" "
       "viewBox=\"0 0 {0} {1}\" font-family=\"sans-serif\" font-size=\"12\">\n"
       "<rect width=\"{0}\" height=\"{1}\" fill=\"white\"/>\n",
-      kWidth, kHeight);
+      kWidth, height);
   AppendText(svg, kLeft, 24, " font-size=\"15\"", plot.title);
   AppendAxes(svg, x, y);
-  AppendText(svg, (x.from + x.to) / 2, kHeight - 16, " text-anchor=\"middle\"", plot.x_label);
+  AppendText(svg, (x.from + x.to) / 2, height - 16, " text-anchor=\"middle\"", plot.x_label);
   svg += fmt::format("<g transform=\"translate(20 {:.1f}) rotate(-90)\">\n", (y.from + y.to) / 2);
   AppendText(svg, 0, 0, " text-anchor=\"middle\"", plot.y_label);
   svg += "</g>\n";
 
   const auto at_edge = [&plot](double value) { return plot.log_y && !(value > 0); };
-  std::vector<double> xs, ys;
-  for (const PlotPoint& point : plot.points) {
-    xs.push_back(x.At(point.x));
-    ys.push_back(at_edge(point.y) ? y.from : y.At(point.y));
-  }
-  const std::vector<double> baselines = PlaceLabels(xs, ys);
-  for (size_t i = 0; i < xs.size(); ++i) {
+  for (size_t i = 0; i < plot.points.size(); ++i) {
     const PlotPoint& point = plot.points[i];
-    svg += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"4\" fill=\"#1f77b4\"/>\n", xs[i],
-                       ys[i]);
-    AppendText(svg, xs[i] + 8, baselines[i], "", point.label + (at_edge(point.y) ? " = 0" : ""));
+    const std::string style = Style(i);
+    svg += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"5\" {}/>\n", x.At(point.x),
+                       at_edge(point.y) ? y.from : y.At(point.y), style);
+    const double line = kTop + 6 + kLegendLine * static_cast<double>(i);
+    svg += fmt::format("<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"9\" height=\"9\" {}/>\n", x.to + 20,
+                       line - 9, style);
+    AppendText(svg, x.to + 36, line, "", point.label + (at_edge(point.y) ? " = 0" : ""));
   }
   return svg + "</svg>\n";
 }

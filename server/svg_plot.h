@@ -6,7 +6,7 @@
 
 namespace innerq {
 
-// A point with its name written beside it.
+// A point with its name in the legend.
 struct PlotPoint {
   std::string label;
   double x = 0;
@@ -21,8 +21,8 @@ struct SvgPlot {
   std::vector<PlotPoint> points;
 };
 
-// The plot as a stand-alone SVG document: axes with ticks at round values, a dot and a label per
-// point, labels moved apart where they would overlap. Equal plots give equal bytes. CHECK: all
+// The plot as a stand-alone SVG document: axes with ticks at round values, a dot per point and a
+// legend in the points' order. Equal plots give equal bytes. CHECK: all
 // coordinates are finite.
 std::string RenderSvg(const SvgPlot& plot);
 
