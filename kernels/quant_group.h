@@ -12,9 +12,12 @@
 // symmetric at `bits` or asymmetric at `bits - 1`, whichever has the smaller sum |x - x'|, ties
 // asymmetric.
 //
-// Fitted codec (ours): every code point is used and scale (and zero) minimize sum (x - x')^2 over a
-// fixed list of candidates followed by a least-squares step. A symmetric scale carries a sign, so
-// the spare code point serves the longer tail. Hybrid compares both at `bits`, ties symmetric.
+// Fitted codec (ours): every code point is used and scale (and zero) minimize sum w (x - x')^2 over
+// a fixed list of candidates followed by a least-squares step. A symmetric scale carries a sign, so
+// the spare code point serves the longer tail. Hybrid compares both at `bits`, ties symmetric. The
+// weights w say what an error costs: keys are divided by their channel's norm c before they are
+// encoded, so an error there is worth c^2 in what a query sees. Without weights, channels of small
+// keys would be fitted at the expense of those that decide a score.
 //
 // Rounding is to nearest, ties to even, everywhere. All arithmetic is in F32 without contraction,
 // in index order, so host, SIMD lanes and device give equal bits.
@@ -114,31 +117,35 @@ INNERQ_INLINE void MinMax(const float* x, int n, float* low, float* high) {
   }
 }
 
-// Sum of squared errors of scale * (clamp(round((x - zero) * inverse), low, high)) + zero, and the
-// sums that the least-squares step needs.
+// Weighted sum of squared errors of scale * (clamp(round((x - zero) * inverse), low, high)) + zero,
+// and the sums that the least-squares step needs.
 template <int L>
 struct FitSums {
-  float error[L], q[L], qq[L], xq[L], x[L];
+  float weight, error[L], q[L], qq[L], xq[L], x[L];
 };
 
 template <int L>
-INNERQ_INLINE void Fit(const float* x, int n, const float* scale, const float* zero, float low,
-                       float high, FitSums<L>& sums) {
+INNERQ_INLINE void Fit(const float* x, const float* weights, int n, const float* scale,
+                       const float* zero, float low, float high, FitSums<L>& sums) {
+  sums.weight = 0;
   float inverse[L];
   for (int l = 0; l < L; ++l) {
     inverse[l] = scale[l] == 0 ? 0.0f : 1.0f / scale[l];
     sums.error[l] = sums.q[l] = sums.qq[l] = sums.xq[l] = sums.x[l] = 0;
   }
   for (int i = 0; i < n; ++i) {
+    const float weight = weights == nullptr ? 1.0f : weights[i];
+    sums.weight += weight;
     for (int l = 0; l < L; ++l) {
       const float v = x[i * L + l];
       const float q = RoundHalfEven(ClampTo((v - zero[l]) * inverse[l], low, high));
       const float d = v - (scale[l] * q + zero[l]);
-      sums.error[l] += d * d;
-      sums.q[l] += q;
-      sums.qq[l] += q * q;
-      sums.xq[l] += v * q;
-      sums.x[l] += v;
+      const float weighted_q = weight * q;
+      sums.error[l] += weight * d * d;
+      sums.q[l] += weighted_q;
+      sums.qq[l] += weighted_q * q;
+      sums.xq[l] += weighted_q * v;
+      sums.x[l] += weight * v;
     }
   }
 }
@@ -157,8 +164,8 @@ INNERQ_INLINE void KeepBetter(const FitSums<L>& sums, const float* scale, const 
 
 // Fitted symmetric: signed codes in [-2^(bits-1), 2^(bits-1) - 1], zero 0. Returns scale, error.
 template <int L>
-INNERQ_INLINE void FitSymmetric(const float* x, int n, int bits, float* best_scale,
-                                float* best_error) {
+INNERQ_INLINE void FitSymmetric(const float* x, const float* weights, int n, int bits,
+                                float* best_scale, float* best_error) {
   const float half = static_cast<float>(1 << (bits - 1));
   float low[L], high[L], base[L], zero[L], scale[L], ignored[L];
   MinMax<L>(x, n, low, high);
@@ -175,7 +182,7 @@ INNERQ_INLINE void FitSymmetric(const float* x, int n, int bits, float* best_sca
     for (int i = 0; i < kNumCandidates; ++i) {
       const float factor = CandidateFactor(bits, i) * (sign ? -1.0f : 1.0f);
       for (int l = 0; l < L; ++l) scale[l] = RoundToF16(LimitScale(base[l] * factor, bits));
-      Fit<L>(x, n, scale, zero, -half, half - 1, sums);
+      Fit<L>(x, weights, n, scale, zero, -half, half - 1, sums);
       KeepBetter<L>(sums, scale, zero, best_error, best_scale, ignored);
     }
   }
@@ -183,21 +190,21 @@ INNERQ_INLINE void FitSymmetric(const float* x, int n, int bits, float* best_sca
   for (int l = 0; l < L; ++l) {
     scale[l] = RoundToF16(LimitScale(base[l] * half / (half - 1), bits));
   }
-  Fit<L>(x, n, scale, zero, -half, half - 1, sums);
+  Fit<L>(x, weights, n, scale, zero, -half, half - 1, sums);
   KeepBetter<L>(sums, scale, zero, best_error, best_scale, ignored);
-  Fit<L>(x, n, best_scale, zero, -half, half - 1, sums);
+  Fit<L>(x, weights, n, best_scale, zero, -half, half - 1, sums);
   for (int l = 0; l < L; ++l) {
     const float exact = sums.qq[l] > 0 ? sums.xq[l] / sums.qq[l] : best_scale[l];
     scale[l] = RoundToF16(LimitScale(exact, bits));
   }
-  Fit<L>(x, n, scale, zero, -half, half - 1, sums);
+  Fit<L>(x, weights, n, scale, zero, -half, half - 1, sums);
   KeepBetter<L>(sums, scale, zero, best_error, best_scale, ignored);
 }
 
 // Fitted asymmetric: codes in [0, 2^bits - 1]. Returns scale, zero, error.
 template <int L>
-INNERQ_INLINE void FitAsymmetric(const float* x, int n, int bits, float* best_scale,
-                                 float* best_zero, float* best_error) {
+INNERQ_INLINE void FitAsymmetric(const float* x, const float* weights, int n, int bits,
+                                 float* best_scale, float* best_zero, float* best_error) {
   const float top = static_cast<float>((1 << bits) - 1);
   float low[L], high[L], scale[L], zero[L];
   MinMax<L>(x, n, low, high);
@@ -219,10 +226,10 @@ INNERQ_INLINE void FitAsymmetric(const float* x, int n, int bits, float* best_sc
       scale[l] = RoundToF16(LimitScale(2.0f * reach / top, bits));
       zero[l] = LimitZero(center - reach);
     }
-    Fit<L>(x, n, scale, zero, 0, top, sums);
+    Fit<L>(x, weights, n, scale, zero, 0, top, sums);
     KeepBetter<L>(sums, scale, zero, best_error, best_scale, best_zero);
     for (int l = 0; l < L; ++l) {
-      const float count = static_cast<float>(n);
+      const float count = sums.weight;
       const float determinant = count * sums.qq[l] - sums.q[l] * sums.q[l];
       const bool solvable = determinant > 0;
       const float slope =
@@ -232,23 +239,25 @@ INNERQ_INLINE void FitAsymmetric(const float* x, int n, int bits, float* best_sc
       scale[l] = usable ? RoundToF16(LimitScale(slope, bits)) : scale[l];
       zero[l] = LimitZero(intercept);
     }
-    Fit<L>(x, n, scale, zero, 0, top, sums);
+    Fit<L>(x, weights, n, scale, zero, 0, top, sums);
     KeepBetter<L>(sums, scale, zero, best_error, best_scale, best_zero);
   }
 }
 
 // Fitted codec of L groups; see EncodeGroups.
 template <int L>
-INNERQ_INLINE void EncodeFitted(const QuantSpec& spec, const float* x, int n, uint8_t* codes,
-                                GroupParams* params) {
+INNERQ_INLINE void EncodeFitted(const QuantSpec& spec, const float* x, const float* weights, int n,
+                                uint8_t* codes, GroupParams* params) {
   const int bits = spec.bits;
   const float half = static_cast<float>(1 << (bits - 1));
   const float top = static_cast<float>((1 << bits) - 1);
   float sym_scale[L] = {}, sym_error[L] = {};
   float asym_scale[L] = {}, asym_zero[L] = {}, asym_error[L] = {};
-  if (spec.mode != QuantMode::kAsymmetric) FitSymmetric<L>(x, n, bits, sym_scale, sym_error);
+  if (spec.mode != QuantMode::kAsymmetric) {
+    FitSymmetric<L>(x, weights, n, bits, sym_scale, sym_error);
+  }
   if (spec.mode != QuantMode::kSymmetric) {
-    FitAsymmetric<L>(x, n, bits, asym_scale, asym_zero, asym_error);
+    FitAsymmetric<L>(x, weights, n, bits, asym_scale, asym_zero, asym_error);
   }
   float inverse[L];
   for (int l = 0; l < L; ++l) {
@@ -323,15 +332,16 @@ INNERQ_INLINE void EncodePaper(const QuantSpec& spec, const float* x, int n, uin
 
 // Chooses scale and zero of L groups and writes their codes.
 //
-// x:      [n][L] F32, finite (the caller checks)
-// codes:  [n][L] one code a byte
-// params: [L]; paper scales and zeros are the unrounded F32 ones (codes are computed from them, as
-//         the authors do; storing rounds them to F16), fitted ones are already on the F16 grid
+// x:       [n][L] F32, finite (the caller checks)
+// weights: [n] F32, finite and positive, of the squared errors, or null: all 1; fitted only
+// codes:   [n][L] one code a byte
+// params:  [L]; paper scales and zeros are the unrounded F32 ones (codes are computed from them, as
+//          the authors do; storing rounds them to F16), fitted ones are already on the F16 grid
 template <int L>
-INNERQ_INLINE void EncodeGroups(const QuantSpec& spec, const float* x, int n, uint8_t* codes,
-                                GroupParams* params) {
+INNERQ_INLINE void EncodeGroups(const QuantSpec& spec, const float* x, const float* weights, int n,
+                                uint8_t* codes, GroupParams* params) {
   if (spec.codec == QuantCodec::kFitted) {
-    quant_internal::EncodeFitted<L>(spec, x, n, codes, params);
+    quant_internal::EncodeFitted<L>(spec, x, weights, n, codes, params);
   } else {
     quant_internal::EncodePaper<L>(spec, x, n, codes, params);
   }

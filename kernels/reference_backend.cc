@@ -208,24 +208,26 @@ class ReferenceBackend final : public Backend {
     }
   }
 
-  // Encodes the groups of one side. `element(i, j)` is value i of group j, `code_index` and
-  // `scale_index` say where its code and its parameters go.
-  template <typename Element, typename CodeIndex, typename ScaleIndex>
+  // Encodes the groups of one side. `element(i, j)` is value i of group j, `weight(i, j)` that of
+  // its error, `code_index` and `scale_index` say where its code and its parameters go.
+  template <typename Element, typename ErrorWeight, typename CodeIndex, typename ScaleIndex>
   void SealGroups(const QuantSpec& spec, int64_t num_groups, std::byte* codes, std::byte* scales,
-                  std::byte* zeros, Element element, CodeIndex code_index, ScaleIndex scale_index) {
+                  std::byte* zeros, Element element, ErrorWeight weight, CodeIndex code_index,
+                  ScaleIndex scale_index) {
     constexpr int kMaxGroup = 128;
-    float x[kMaxGroup];
+    float x[kMaxGroup], weights[kMaxGroup];
     uint8_t group_codes[kMaxGroup];
     for (int64_t j = 0; j < num_groups; ++j) {
       bool finite = true;
       for (int i = 0; i < spec.group_size; ++i) {
         x[i] = element(i, j);
+        weights[i] = weight(i, j);
         finite &= std::isfinite(x[i]);
       }
       failed_ |= !finite;
       if (!finite) continue;  // EncodeGroups takes finite values only
       GroupParams params;
-      EncodeGroups<1>(spec, x, spec.group_size, group_codes, &params);
+      EncodeGroups<1>(spec, x, weights, spec.group_size, group_codes, &params);
       const StoredParams stored = StoreParams(params, spec.bits);
       for (int i = 0; i < spec.group_size; ++i) {
         WriteCode(reinterpret_cast<uint8_t*>(codes), spec.bits, code_index(i, j), group_codes[i]);
@@ -268,6 +270,10 @@ class ReferenceBackend final : public Backend {
         },
         [&](int64_t i, int64_t j) {
           const auto [t, d] = place(i, j);
+          return norm != nullptr && inner ? norm[d] * norm[d] : 1.0f;
+        },
+        [&](int64_t i, int64_t j) {
+          const auto [t, d] = place(i, j);
           return layout.KeyCodeIndex(t, d);
         },
         [&](int64_t j) {
@@ -302,6 +308,7 @@ class ReferenceBackend final : public Backend {
           const auto [t, c] = place(i, j);
           return F16ToF32(from[layout.OpenValueIndex(t, c)]);
         },
+        [](int64_t, int64_t) { return 1.0f; },
         [&](int64_t i, int64_t j) {
           const auto [t, c] = place(i, j);
           return layout.ValueCodeIndex(t, c);

@@ -63,7 +63,8 @@ class ThreadedHttpServer : public HttpServer {
 
   bool WaitUntilIdle(std::chrono::milliseconds timeout) override {
     std::unique_lock lock(mutex_);
-    return idle_.wait_for(lock, timeout, [this] { return active_ == 0; });
+    return idle_.wait_for(lock, timeout,
+                          [this] { return active_ == 0 && (!stopping_ || open_ == 0); });
   }
 
  private:
@@ -131,7 +132,7 @@ class ThreadedHttpServer : public HttpServer {
     if (dialogue.must_linger()) socket.Linger();
     const std::lock_guard lock(mutex_);
     connection.socket.reset();
-    --open_;
+    if (--open_ == 0) idle_.notify_all();
   }
 
   void BeginRequest() {

@@ -67,7 +67,8 @@ class HttpServer {
   // Accepts and waits for nothing more: idle connections end, requests that have not arrived whole
   // are answered 503. What has arrived is answered.
   virtual void StopReading() = 0;
-  // Waits until no request is being read or answered; false if some still were after `timeout`.
+  // Waits until no request is being read or answered and, after StopReading, until all connections
+  // have ended, as their threads may still find what had arrived; false if `timeout` was too short.
   virtual bool WaitUntilIdle(std::chrono::milliseconds timeout) = 0;
 };
 

@@ -35,11 +35,12 @@ struct SealTarget {
 };
 
 // Encodes x [T][D] and stores codes, scales and zeros. Groups run along tokens or channels; the
-// other axis gives the lanes. `code_index(t, d)` and `scale_index(t, d)` are the layout's.
+// other axis gives the lanes. `weights`, of errors along the groups' axis, or null: all 1.
+// `code_index(t, d)` and `scale_index(t, d)` are the layout's.
 template <typename CodeIndex, typename ScaleIndex>
 void SealSide(EncodeFunction encode, const QuantSpec& spec, bool groups_of_tokens, int64_t tokens,
-              int64_t dim, const float* x, uint8_t* codes, const SealTarget& target,
-              CodeIndex code_index, ScaleIndex scale_index) {
+              int64_t dim, const float* x, const float* weights, uint8_t* codes,
+              const SealTarget& target, CodeIndex code_index, ScaleIndex scale_index) {
   constexpr int kMaxGroup = 128;
   float group_x[kMaxGroup * kSealLanes];
   uint8_t group_codes[kMaxGroup * kSealLanes];
@@ -57,7 +58,8 @@ void SealSide(EncodeFunction encode, const QuantSpec& spec, bool groups_of_token
         for (int64_t l = 0; l < lanes; ++l) to[l] = from[l * other_stride];
         std::fill(to + lanes, to + kSealLanes, 0.0f);
       }
-      encode(spec, group_x, spec.group_size, group_codes, params);
+      encode(spec, group_x, weights == nullptr ? nullptr : weights + begin, spec.group_size,
+             group_codes, params);
       for (int64_t l = 0; l < lanes; ++l) {
         const StoredParams stored = StoreParams(params[l], spec.bits);
         const int64_t at =
@@ -98,9 +100,12 @@ bool SealKeys(EncodeFunction encode, const PagedKvView& kv, const SealItem& item
     std::memcpy(to + layout.key_codes, keys, static_cast<size_t>(tokens * dim * 2));
     return true;
   }
+  // Groups of tokens share one channel: the weights would all be the same.
+  const bool weighted = norm != nullptr && layout.key.axis == QuantAxis::kInner;
+  for (int64_t d = 0; weighted && d < dim; ++d) scratch.weights[d] = norm[d] * norm[d];
   SealSide(
       encode, layout.key, layout.key.axis == QuantAxis::kOuter, tokens, dim, scratch.x,
-      scratch.codes,
+      weighted ? scratch.weights : nullptr, scratch.codes,
       {reinterpret_cast<uint8_t*>(to + layout.key_codes),
        reinterpret_cast<uint16_t*>(to + layout.key_scales),
        reinterpret_cast<uint16_t*>(to + layout.key_zeros)},
@@ -132,7 +137,7 @@ bool SealValues(EncodeFunction encode, const PagedKvView& kv, const SealItem& it
   std::memset(to + layout.value_scales, 0,
               static_cast<size_t>(layout.sealed_head_bytes - layout.value_scales));
   SealSide(
-      encode, layout.value, layout.value.axis == QuantAxis::kInner, tokens, dim, scratch.x,
+      encode, layout.value, layout.value.axis == QuantAxis::kInner, tokens, dim, scratch.x, nullptr,
       scratch.codes,
       {reinterpret_cast<uint8_t*>(to + layout.value_codes),
        reinterpret_cast<uint16_t*>(to + layout.value_scales),
@@ -144,20 +149,22 @@ bool SealValues(EncodeFunction encode, const PagedKvView& kv, const SealItem& it
   return true;
 }
 
-void EncodeBaseline(const QuantSpec& spec, const float* x, int n, uint8_t* codes,
-                    GroupParams* params) {
-  EncodeGroups<kSealLanes>(spec, x, n, codes, params);
+void EncodeBaseline(const QuantSpec& spec, const float* x, const float* weights, int n,
+                    uint8_t* codes, GroupParams* params) {
+  EncodeGroups<kSealLanes>(spec, x, weights, n, codes, params);
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) void EncodeAvx2(const QuantSpec& spec, const float* x, int n,
-                                                uint8_t* codes, GroupParams* params) {
-  EncodeGroups<kSealLanes>(spec, x, n, codes, params);
+__attribute__((target("avx2"))) void EncodeAvx2(const QuantSpec& spec, const float* x,
+                                                const float* weights, int n, uint8_t* codes,
+                                                GroupParams* params) {
+  EncodeGroups<kSealLanes>(spec, x, weights, n, codes, params);
 }
 
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void EncodeAvx512(
-    const QuantSpec& spec, const float* x, int n, uint8_t* codes, GroupParams* params) {
-  EncodeGroups<kSealLanes>(spec, x, n, codes, params);
+    const QuantSpec& spec, const float* x, const float* weights, int n, uint8_t* codes,
+    GroupParams* params) {
+  EncodeGroups<kSealLanes>(spec, x, weights, n, codes, params);
 }
 #endif
 

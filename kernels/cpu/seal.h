@@ -11,13 +11,14 @@ namespace innerq {
 constexpr int kSealLanes = 16;  // groups that are encoded together
 
 // EncodeGroups<kSealLanes>, compiled for one instruction set.
-using EncodeFunction = void (*)(const QuantSpec& spec, const float* x, int n, uint8_t* codes,
-                                GroupParams* params);
+using EncodeFunction = void (*)(const QuantSpec& spec, const float* x, const float* weights, int n,
+                                uint8_t* codes, GroupParams* params);
 EncodeFunction EncodeFunctionFor(CpuIsa isa);
 
 // Scratch memory of one thread for SealHead.
 struct SealScratch {
   float x[128 * 256];        // [T][D], one side of the page
+  float weights[256];        // [D], of errors in keys
   uint8_t codes[128 * 256];  // in page order, one a byte
 };
 
