@@ -247,6 +247,9 @@ TEST(Evaluate, SpareMemoryIsWhatNoSequenceNeeds) {
 
 // As models/perplexity_test.cc, but in the steps that serve.
 TEST(Evaluate, Stories260KOnTinyStoriesIsWhatOthersMeasure) {
+#if defined(INNERQ_SANITIZED)
+  GTEST_SKIP() << "minutes under a sanitizer, for steps that the other tests show it";
+#endif
   const std::filesystem::path directory = SharedPath("assets/models/stories260K-hf");
   const std::filesystem::path sample =
       SharedPath("assets/eval/tinystories/tinystories_sample_2MiB.txt");
