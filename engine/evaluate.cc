@@ -101,7 +101,8 @@ Result<void> ScoreText(ModelRunner& runner, const EvalText& text, const LogitSin
       {.max_sequences = 1,
        .max_batch_tokens = runner.engine_options().max_batch_tokens,
        .pools = {runner.num_open_pages(), runner.num_sealed_pages(), runner.num_norm_slots()},
-       .max_logit_rows = runner.max_logit_rows()},
+       .max_logit_rows = runner.max_logit_rows(),
+       .prefix_cache = false},
       layout);
   auto admitted = SequenceToScore(text, runner.engine_options().exact_prefill);
   Sequence& sequence = *admitted;

@@ -31,6 +31,7 @@ Result<void> PlanCache(const ModelConfig& config, const KvCacheOptions& kv_cache
                        ModelPlan* plan) {
   EngineOptions& engine = plan->engine;
   engine.exact_prefill = kv_cache.exact_prefill;
+  engine.prefix_cache = kv_cache.prefix_cache && !kv_cache.exact_prefill;
   if (engine.max_context > config.max_positions) {
     return InvalidArgument("max_context is " + std::to_string(engine.max_context) +
                                ", the model's longest context is " +

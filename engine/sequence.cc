@@ -24,9 +24,11 @@ void Sequence::Append(int32_t token) {
 
 void Sequence::End(FinishReason reason, std::optional<Error> error) {
   if (finish.has_value()) return;
-  finish =
-      Finish{reason, Usage{.prompt_tokens = prompt_length(), .completion_tokens = num_generated()},
-             std::move(error)};
+  finish = Finish{reason,
+                  Usage{.prompt_tokens = prompt_length(),
+                        .completion_tokens = num_generated(),
+                        .cached_tokens = num_cached.value_or(0)},
+                  std::move(error)};
 }
 
 }  // namespace innerq

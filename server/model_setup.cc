@@ -153,6 +153,9 @@ std::vector<std::string> DescribeModel(const Options& options, const ModelConfig
   lines.push_back(fmt::format("context {} tokens, up to {} sequences at once, prefill {}",
                               report.max_context, options.runner.engine.max_sequences,
                               kv.exact_prefill ? "exact" : "served"));
+  lines.push_back(fmt::format(
+      "prefix cache {}{}", options.runner.engine.prefix_cache ? "on" : "off",
+      kv.prefix_cache && kv.exact_prefill ? ": nothing can be shared with prefill exact" : ""));
   return lines;
 }
 

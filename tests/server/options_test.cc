@@ -45,6 +45,7 @@ TEST(Options, AnEmptyConfigurationHasTheDefaultsOfTheEnginesStructs) {
   EXPECT_EQ(options.runner.engine.max_queue, engine.max_queue);
   EXPECT_EQ(options.runner.engine.max_context, engine.max_context);
   EXPECT_FALSE(options.runner.engine.exact_prefill);
+  EXPECT_TRUE(options.runner.engine.prefix_cache);
   const BackendOptions backend;
   EXPECT_EQ(options.runner.backend.device, backend.device);
   EXPECT_EQ(options.runner.backend.variant, backend.variant);
@@ -123,10 +124,16 @@ TEST(Options, WrongTypesRangesAndChoicesAreRefusedWithTheirPath) {
             std::string::npos);
 }
 
+TEST(Options, PrefixesAreSharedUnlessSwitchedOffOrExact) {
+  const auto shares = [](const std::string& kv_cache) {
+    return Accepted(R"({"kv_cache": )" + kv_cache + "}").runner.engine.prefix_cache;
+  };
+  EXPECT_TRUE(shares(R"({"prefix_cache": true})"));
+  EXPECT_FALSE(shares(R"({"prefix_cache": false})"));
+  EXPECT_FALSE(shares(R"({"prefill": "exact"})"));
+}
+
 TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
-  const Error error = Refusal(R"({"kv_cache": {"prefix_cache": true}})");
-  EXPECT_EQ(error.param, "kv_cache.prefix_cache");
-  EXPECT_NE(error.message.find("not supported by this build"), std::string::npos);
   EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "variant": "avx2"}})").param,
             "backend.variant");
   EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "threads": 2}})").param,
