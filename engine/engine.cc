@@ -134,8 +134,10 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
     const int64_t capacity = MaxEvents(request);
     auto stream = std::make_shared<ResponseStream>(capacity, group.signal);
     group.readers.emplace_back(stream);
+    const auto exact_before =
+        options_.exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0;
     sequences.push_back(
-        std::make_unique<Sequence>(std::move(request), std::move(stream), options_.exact_prefill));
+        std::make_unique<Sequence>(std::move(request), std::move(stream), exact_before));
   }
   {
     const Lock lock(mutex_);

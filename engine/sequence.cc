@@ -4,10 +4,10 @@
 
 namespace innerq {
 
-Sequence::Sequence(Request from, std::shared_ptr<ResponseStream> to, bool exact_prefill)
+Sequence::Sequence(Request from, std::shared_ptr<ResponseStream> to, int64_t exact)
     : request(std::move(from)),
       stream(std::move(to)),
-      exact_before(exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0),
+      exact_before(exact),
       tokens(request.prompt),
       seen(UsesPenalties(request.sampling) ? SeenTokens::InPrompt(request.prompt) : SeenTokens()) {
   if (num_to_compute() == 0) End(FinishReason::kLength);

@@ -17,9 +17,10 @@ namespace innerq {
 // then used by the engine thread alone. The scheduler changes `num_computed` and pages, the engine
 // the rest.
 struct Sequence {
-  // `exact_prefill`: the prompt attends to unquantized K and V. Ended at once if the request asks
-  // for nothing that must be computed.
-  Sequence(Request request, std::shared_ptr<ResponseStream> stream, bool exact_prefill);
+  // Positions [0, exact_before) attend to unquantized K and V. `stream` may be null for whoever
+  // takes results elsewhere. Ended at once if the request asks for nothing that must be computed.
+  Sequence(Request request, std::shared_ptr<ResponseStream> stream, int64_t exact_before);
+  Sequence(Request, std::shared_ptr<ResponseStream>, bool) = delete;  // a length, not a choice
 
   const Request request;
   const std::shared_ptr<ResponseStream> stream;  // written until `finish` is delivered

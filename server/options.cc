@@ -190,6 +190,10 @@ Result<Options> ParseOptions(std::string_view text, const std::vector<std::strin
   const KvCacheOptions& cache = options.runner.kv_cache;
   options.runner.engine.exact_prefill = cache.exact_prefill;
   options.runner.engine.prefix_cache = cache.prefix_cache && !cache.exact_prefill;
+  const Json& self_check = json.at("self_check");
+  options.self_check = {.enabled = self_check.at("enabled").get<bool>(),
+                        .seconds = self_check.at("seconds").get<double>(),
+                        .warn_kl = self_check.at("warn_kl").get<double>()};
   ASSIGN_OR_RETURN(options.server, ReadServer(json.at("server")));
   options.log.level = json.at("log").at("level").get<std::string>();
   options.log.json = json.at("log").at("format") == "json";

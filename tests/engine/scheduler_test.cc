@@ -35,8 +35,9 @@ class Simulation {
     request.prompt.assign(static_cast<size_t>(prompt_length), 7);
     request.max_tokens = max_tokens;
     request.prompt_logprobs = scores ? 0 : -1;
-    auto sequence = std::make_unique<Sequence>(
-        std::move(request), std::make_shared<ResponseStream>(max_tokens), exact_prefill_);
+    auto sequence =
+        std::make_unique<Sequence>(std::move(request), std::make_shared<ResponseStream>(max_tokens),
+                                   exact_prefill_ ? prompt_length : 0);
     arrivals_[sequence.get()] = num_arrivals_;
     scheduler_.Admit(std::move(sequence));
     Collect();  // what has nothing to compute

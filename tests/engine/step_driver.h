@@ -36,8 +36,9 @@ class StepDriver {
 
   // Valid until it has finished.
   Sequence* Add(Request request, bool exact_prefill = false) {
+    const auto exact_before = exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0;
     auto sequence = std::make_unique<Sequence>(std::move(request),
-                                               std::make_shared<ResponseStream>(0), exact_prefill);
+                                               std::make_shared<ResponseStream>(0), exact_before);
     sequence->number = ++num_added_;
     Sequence* const added = sequence.get();
     scheduler_.Admit(std::move(sequence));

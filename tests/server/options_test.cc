@@ -51,6 +51,10 @@ TEST(Options, AnEmptyConfigurationHasTheDefaultsOfTheEnginesStructs) {
   EXPECT_EQ(options.runner.backend.variant, backend.variant);
   EXPECT_EQ(options.runner.backend.deterministic, backend.deterministic);
   EXPECT_EQ(options.runner.dtype, std::nullopt);
+  const SelfCheckOptions self_check;
+  EXPECT_EQ(options.self_check.enabled, self_check.enabled);
+  EXPECT_EQ(options.self_check.seconds, self_check.seconds);
+  EXPECT_EQ(options.self_check.warn_kl, self_check.warn_kl);
   EXPECT_EQ(options.model.alias, "demo");
   EXPECT_EQ(options.server.host, "127.0.0.1");
   EXPECT_EQ(options.server.max_body_bytes, 8 << 20);
