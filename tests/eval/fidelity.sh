@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What each preset's cache costs a model: every task of `innerq eval` over all presets.
+# What each preset's cache, and the paper's codec, cost a model: every task of `innerq eval`.
 #
 #   tests/eval/fidelity.sh [OUT_DIR [--set a.b.c=value ...]]
 #
@@ -26,6 +26,8 @@ caches=()
 for preset in fp16 int8 int4 innerq_base innerq_small innerq_hybrid kivi kivi_sink; do
   caches+=(--cache "configs/$preset.json")
 done
+# The paper's codec at the bits of innerq_base.
+caches+=(--cache configs/innerq_base.json,key.codec=paper,value.codec=paper)
 
 # The options that give a list of files.
 text_options() {
