@@ -25,27 +25,20 @@ int64_t PoolBytes(const KvLayout& layout, const PageCounts& pools) {
          pools.norms * layout.key_norm_bytes();
 }
 
-// Key norms for cached prefixes, beyond those of running sequences: a few per sequence, but no more
-// than a small share of the memory.
-int64_t NumCachedNorms(const KvLayout& layout, const KvCacheOptions& options, int64_t memory,
-                       int64_t max_sequences) {
-  if (!options.prefix_cache || options.exact_prefill) return 0;
-  return std::min(3 * max_sequences, memory / 64 / layout.key_norm_bytes());
-}
-
 // Splits `memory` bytes, of which `need` takes no more than there are.
 PageCounts Split(const KvLayout& layout, const KvCacheOptions& options, int64_t memory,
                  const PageCounts& need, int64_t max_sequences, int64_t max_batch_tokens) {
   constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();  // block ids are 32-bit
+  const bool shares = options.prefix_cache && !options.exact_prefill;
   const int64_t open_bytes = layout.open_page_bytes();
   const int64_t sealed_bytes = layout.sealed_page_bytes();
   PageCounts pools;
   if (layout.normalizes_keys()) {
-    // Not more than the sequences that could hold their windows if all memory were open pages.
-    const int64_t windows = memory / open_bytes / (OpenWindowPages(layout) - 1);
+    // Not more than the states that could hold their windows if all memory were open pages.
+    const int64_t states = memory / open_bytes / (OpenWindowPages(layout) - 1);
     const int64_t spare = (memory - PoolBytes(layout, need)) / layout.key_norm_bytes();
-    pools.norms = std::min({max_sequences + NumCachedNorms(layout, options, memory, max_sequences),
-                            std::max(windows, need.norms), need.norms + spare});
+    pools.norms = std::min({max_sequences + (shares ? states : 0), std::max(states, need.norms),
+                            need.norms + spare, kMaxPages});
   }
   const int64_t bytes = memory - PoolBytes(layout, {0, 0, pools.norms});
   if (!layout.quantized()) {
@@ -53,11 +46,14 @@ PageCounts Split(const KvLayout& layout, const KvCacheOptions& options, int64_t 
     return pools;
   }
   // Under exact prefill a prompt is open as a whole before it is sealed as a whole. Otherwise open
-  // pages beyond all windows and one step's rows are of no use, and never get more than half.
+  // pages beyond all windows and one step's rows only hold states of cached prefixes. Each has a
+  // window of its own, in bytes some 700 tokens of 3 bits: these get a quarter of what is left. All
+  // open pages together never get more than half.
   const int64_t windows =
       max_sequences * OpenWindowPages(layout) + CeilDiv(max_batch_tokens, layout.page_tokens());
+  const int64_t cached = shares ? std::max<int64_t>(bytes / open_bytes - windows, 0) / 4 : 0;
   const int64_t share = options.exact_prefill ? bytes / (open_bytes + sealed_bytes)
-                                              : std::min(windows, bytes / 2 / open_bytes);
+                                              : std::min(windows + cached, bytes / 2 / open_bytes);
   const int64_t most = (bytes - need.sealed * sealed_bytes) / open_bytes;
   pools.open = std::min({std::max(share, need.open), most, kMaxPages});
   pools.sealed = std::min((bytes - pools.open * open_bytes) / sealed_bytes, kMaxPages);

@@ -59,9 +59,10 @@ struct KvPoolPlan {
 
 // Splits the memory: every one of `max_sequences` should find its F16 window and one step's rows
 // their open pages, the rest is for sealed pages; when memory is short both pools shrink together.
-// With a prefix cache there are more key norms than sequences: prefixes that nobody uses keep
-// theirs. Errors: resource exhausted, with bytes needed and given, if not even one sequence of
-// `min_context` tokens fits.
+// With a prefix cache a quarter of that rest is open pages as well, and there are key norms for as
+// many states as could fill the memory with windows: prefixes that nobody uses keep theirs. So a
+// sequence that grows alone reaches less; who needs more says so by `min_context`. Errors: resource
+// exhausted, with bytes needed and given, if not even one sequence of `min_context` tokens fits.
 Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& options,
                                int64_t max_sequences, int64_t max_batch_tokens,
                                int64_t min_context);

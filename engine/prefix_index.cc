@@ -126,6 +126,7 @@ PrefixIndex::Node* PrefixIndex::Insert(const Progress& progress, int64_t num_pag
               .first;
       child->second->parent = node;
       child->second->tokens = &child->first;
+      child->second->num_pages = node->num_pages + 1;
     }
     node = child->second.get();
     path.push_back(node);
@@ -184,15 +185,32 @@ void PrefixIndex::Touch(Node* node) {
   by_use_.emplace(node->last_use, node);
 }
 
-bool PrefixIndex::Frees(Node* node, const PageCounts& lack) const {
-  bool frees = false;
-  ForEachBlock(PathTo(node), [&](const Slot& slot, Kind kind, int64_t) {
-    const int64_t lacking = kind == Kind::kOpen     ? lack.open
-                            : kind == Kind::kSealed ? lack.sealed
-                                                    : lack.norms;
-    frees |= lacking > 0 && slot.users == 1 && slot.block.idle();
-  });
-  return frees;
+bool PrefixIndex::Frees(const Node* node, const PageCounts& lack) const {
+  const auto sealed_pages = [this](const Node* end) {
+    return layout_.SealedPages(end->num_pages * layout_.page_tokens() - 1);
+  };
+  const auto frees = [](const Slot& slot, int64_t lacking) {
+    return lacking > 0 && slot.users == 1 && slot.block.idle();
+  };
+  const PageRange sealed = sealed_pages(node);
+  // A checkpoint at or below a node has all pages before the node's window in the same form.
+  int64_t in_common = 0;
+  for (; node->num_pages > in_common; node = node->parent) {
+    if (in_common == 0 && node->num_checkpoints > 1) {
+      in_common = layout_.quantized() ? sealed_pages(node).end : node->num_pages;
+    }
+    const int64_t page = node->num_pages - 1;
+    const bool is_sealed = page >= sealed.begin && page < sealed.end;  // in the span: see below
+    if (is_sealed ? frees(node->sealed, lack.sealed) : frees(node->open, lack.open)) return true;
+    if (page != norm_end_ - 1 || sealed.size() == 0) continue;
+    if (frees(node->norm, lack.norms)) return true;
+    const auto num_sealed =
+        static_cast<size_t>(std::min(sealed.end, norm_end_) - layout_.KeyNormPages().begin);
+    for (size_t i = 0; i < num_sealed; ++i) {
+      if (frees(node->span_sealed[i], lack.sealed)) return true;
+    }
+  }
+  return false;
 }
 
 bool PrefixIndex::Evict(const PageCounts& lack) {
@@ -212,6 +230,15 @@ void PrefixIndex::CheckIntegrity() const {
     const std::vector<Node*> path = PathTo(node);
     ForEachBlock(path, [&](const Slot& slot, Kind, int64_t) { ++users[&slot]; });
     for (const Node* on_path : path) ++checkpoints[on_path];
+    PageCounts frees;
+    ForEachBlock(path, [&](const Slot& slot, Kind kind, int64_t) {
+      if (slot.users > 1 || !slot.block.idle()) return;
+      ++(kind == Kind::kOpen ? frees.open : kind == Kind::kSealed ? frees.sealed : frees.norms);
+    });
+    CHECK(Frees(node, {1, 0, 0}) == (frees.open > 0) &&
+              Frees(node, {0, 1, 0}) == (frees.sealed > 0) &&
+              Frees(node, {0, 0, 1}) == (frees.norms > 0),
+          "a checkpoint frees other blocks than it says");
   }
   std::vector<const Node*> nodes;
   for (const auto& [salt, root] : roots_) nodes.push_back(&root);

@@ -71,10 +71,13 @@ class PrefixIndex {
 
   // Gives up the least recently used checkpoint of those that free any of the `lack`ing blocks;
   // where each needs others to go as well, the least recently used of all. False: there is none.
+  // Passes over checkpoints that free nothing, at the cost of a window each, and allocates no more
+  // than the path of the one that goes.
   bool Evict(const PageCounts& lack);
 
   int64_t num_checkpoints() const { return static_cast<int64_t>(by_use_.size()); }
-  // CHECKs that exactly what checkpoints contain is held. Linear in their pages.
+  // CHECKs that exactly what checkpoints contain is held, and what Frees says. Linear in their
+  // pages.
   void CheckIntegrity() const;
 
  private:
@@ -90,6 +93,7 @@ class PrefixIndex {
   struct Node {
     Node* parent = nullptr;                        // null for a root
     const std::vector<int32_t>* tokens = nullptr;  // [T], the key in the parent's children
+    int64_t num_pages = 0;                         // of the path to it
     std::map<std::vector<int32_t>, std::unique_ptr<Node>, TokenOrder> children{};
     Slot open{};
     Slot sealed{};
@@ -111,7 +115,9 @@ class PrefixIndex {
   void AddCheckpoint(std::span<Node* const> path);
   void RemoveCheckpoint(Node* node);
   void Touch(Node* node);
-  bool Frees(Node* node, const PageCounts& lack) const;
+  // Whether giving up the checkpoint frees any of the lacking blocks. Looks at what it may have for
+  // itself: pages after those of others, and a window before.
+  bool Frees(const Node* node, const PageCounts& lack) const;
 
   const KvLayout& layout_;
   // Where the span of the key norm ends, in pages; 0 if keys are not normalized.

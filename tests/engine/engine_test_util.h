@@ -85,11 +85,12 @@ class Gate {
 };
 
 // A prompt that no other `seed` shares.
-inline std::vector<int32_t> PromptOf(int64_t length, uint64_t seed) {
+inline std::vector<int32_t> PromptOf(int64_t length, uint64_t seed,
+                                     int64_t vocab_size = hash_decoder::kVocab) {
   std::vector<int32_t> prompt;
   for (int64_t i = 0; i < length; ++i) {
-    prompt.push_back(
-        static_cast<int32_t>(HashOf(seed, static_cast<uint64_t>(i)) % hash_decoder::kVocab));
+    prompt.push_back(static_cast<int32_t>(HashOf(seed, static_cast<uint64_t>(i)) %
+                                          static_cast<uint64_t>(vocab_size)));
   }
   return prompt;
 }

@@ -139,7 +139,8 @@ TEST(PlanKvPools, KeepsToTheMemoryAndReportsWhatASequenceReaches) {
           EXPECT_EQ(plan.bytes, Bytes(layout, plan.open_pages, plan.sealed_pages, plan.norm_slots));
           EXPECT_GE(plan.tokens_that_fit, min_context);
           const bool shares = options.prefix_cache && !options.exact_prefill;
-          EXPECT_LE(plan.norm_slots, max_sequences * (shares ? 4 : 1));
+          const int64_t states = memory / layout.open_page_bytes() / (OpenWindowPages(layout) - 1);
+          EXPECT_LE(plan.norm_slots, std::max(need.norms, shares ? states : max_sequences));
           const int64_t grown = Grow(layout, plan, 0);
           const int64_t all_prompt =
               options.exact_prefill ? Grow(layout, plan, std::numeric_limits<int64_t>::max() / 2)
@@ -158,14 +159,30 @@ TEST(PlanKvPools, KeepsToTheMemoryAndReportsWhatASequenceReaches) {
 
 TEST(PlanKvPools, GivesEverySequenceItsWindowBeforeItBuysSealedPages) {
   KvCacheOptions options;
+  options.prefix_cache = false;
   const KvLayout layout = LayoutOf(options, OneBillion());
   EXPECT_EQ(layout.open_page_bytes(), kMiB);
   const KvPoolPlan plan = PlanKvPools(layout, options, 64, 512, 192).value();
   EXPECT_EQ(plan.open_pages, 64 * 6 + 512 / 32);
-  EXPECT_EQ(plan.norm_slots, 204) << "the windows that all memory would hold, not 4 * 64";
+  EXPECT_EQ(plan.norm_slots, 64);
   EXPECT_GT(plan.tokens_that_fit, 80000);
-  options.prefix_cache = false;
-  EXPECT_EQ(PlanKvPools(layout, options, 64, 512, 192).value().norm_slots, 64);
+}
+
+TEST(PlanKvPools, GivesCachedPrefixesAQuarterOfWhatTheWindowsLeave) {
+  KvCacheOptions options;
+  const KvLayout layout = LayoutOf(options, OneBillion());
+  const KvPoolPlan plan = PlanKvPools(layout, options, 1, 512, 192).value();
+  const int64_t windows = 6 + 512 / 32;
+  EXPECT_EQ(plan.norm_slots, 204) << "a state has five open pages of 1 MiB";
+  EXPECT_EQ(plan.open_pages, windows + (1024 - 204 / 32 - 1 - windows) / 4);
+  EXPECT_GT(plan.tokens_that_fit, 100000);
+  // But not more than half: the windows of 64 sequences leave 617 MiB.
+  EXPECT_EQ(PlanKvPools(layout, options, 64, 512, 192).value().open_pages, 1017 / 2);
+  // Contexts that must fit come first.
+  const int64_t long_context = 140000;
+  EXPECT_LT(plan.tokens_that_fit, long_context);
+  EXPECT_GE(PlanKvPools(layout, options, 1, 512, long_context).value().tokens_that_fit,
+            long_context);
 }
 
 TEST(PlanKvPools, ShrinksBothPoolsWhenMemoryIsShort) {

@@ -1,6 +1,7 @@
-// LlamaStepModel: a small random Llama with its cache as the engine's StepModel.
+// LlamaStepModel: a Llama, small and random or given, with its cache as the engine's StepModel.
 #pragma once
 
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
@@ -25,28 +26,64 @@ inline ModelConfig TinyLlama() {
   return config;
 }
 
+// What step models may share, if they take turns. Steps have up to 512 rows.
+struct LlamaWeights {
+  std::unique_ptr<Backend> backend;  // outlives what it allocated
+  std::unique_ptr<LlamaModel> model;
+};
+
+inline std::shared_ptr<LlamaWeights> WeightsOn(const std::string& variant) {
+  auto weights = std::make_shared<LlamaWeights>();
+  weights->backend =
+      CreateBackend({.device = "cpu", .variant = variant, .threads = 2, .deterministic = true})
+          .value();
+  return weights;
+}
+
+inline std::shared_ptr<LlamaWeights> RandomWeights(const std::string& variant, WeightFormat format,
+                                                   int64_t max_logit_rows) {
+  auto weights = WeightsOn(variant);
+  weights->model = LlamaModel::Random(TinyLlama(), format, /*seed=*/11, weights->backend.get(), 512,
+                                      max_logit_rows)
+                       .value();
+  return weights;
+}
+
+// Of a Hugging Face model directory, in the format in which they are stored.
+inline std::shared_ptr<LlamaWeights> GivenWeights(const std::string& variant,
+                                                  const std::filesystem::path& directory,
+                                                  int64_t max_logit_rows) {
+  auto weights = WeightsOn(variant);
+  weights->model = LlamaModel::Load(Checkpoint::Open(directory).value(), weights->backend.get(),
+                                    {.max_rows = 512,
+                                     .max_logit_rows = max_logit_rows,
+                                     .format = std::nullopt,
+                                     .progress = nullptr})
+                       .value();
+  return weights;
+}
+
 class LlamaStepModel : public StepModel {
  public:
   struct Config {
-    std::string variant;
-    WeightFormat format;
-    KvCacheOptions cache;
+    std::string variant{};
+    WeightFormat format{};
+    KvCacheOptions cache{};
     PageCounts pools;
-    int64_t max_logit_rows;
+    int64_t max_logit_rows = 512;
   };
 
-  explicit LlamaStepModel(const Config& config) : max_logit_rows_(config.max_logit_rows) {
-    backend_ =
-        CreateBackend(
-            {.device = "cpu", .variant = config.variant, .threads = 2, .deterministic = true})
+  explicit LlamaStepModel(const Config& config)
+      : LlamaStepModel(RandomWeights(config.variant, config.format, config.max_logit_rows),
+                       config) {}
+  // Of the variant and format of `weights`, whatever the others say.
+  LlamaStepModel(std::shared_ptr<LlamaWeights> weights, const Config& config)
+      : weights_(std::move(weights)), max_logit_rows_(config.max_logit_rows) {
+    Backend* backend = weights_->backend.get();
+    KvLayout layout =
+        KvLayout::Create(ResolveKvCacheSpec(config.cache, weights_->model->config()).value(),
+                         backend->code_order())
             .value();
-    Backend* backend = backend_.get();
-    model_ =
-        LlamaModel::Random(TinyLlama(), config.format, /*seed=*/11, backend, 512, max_logit_rows_)
-            .value();
-    KvLayout layout = KvLayout::Create(ResolveKvCacheSpec(config.cache, TinyLlama()).value(),
-                                       backend->code_order())
-                          .value();
     KvPoolPlan plan;
     plan.open_pages = config.pools.open;
     plan.sealed_pages = config.pools.sealed;
@@ -54,7 +91,7 @@ class LlamaStepModel : public StepModel {
     cache_ = KvCache::Create(backend, std::move(layout), plan).value();
   }
 
-  int64_t vocab_size() const override { return TinyLlama().vocab_size; }
+  int64_t vocab_size() const override { return weights_->model->config().vocab_size; }
   const KvLayout& layout() const override { return cache_->layout(); }
   int64_t num_open_pages() const override { return cache_->plan().open_pages; }
   int64_t num_sealed_pages() const override { return cache_->plan().sealed_pages; }
@@ -62,14 +99,13 @@ class LlamaStepModel : public StepModel {
   int64_t max_logit_rows() const override { return max_logit_rows_; }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
-    const ConstTensorView view = model_->Forward(batch, layout(), cache_->layers());
-    RETURN_IF_ERROR(backend_->Synchronize());
+    const ConstTensorView view = weights_->model->Forward(batch, layout(), cache_->layers());
+    RETURN_IF_ERROR(weights_->backend->Synchronize());
     return std::span(view.As<float>(), static_cast<size_t>(view.shape.num_elements()));
   }
 
  private:
-  std::unique_ptr<Backend> backend_;  // outlives what it allocated
-  std::unique_ptr<LlamaModel> model_;
+  const std::shared_ptr<LlamaWeights> weights_;  // first: their device outlives the cache
   std::unique_ptr<KvCache> cache_;
   const int64_t max_logit_rows_;
 };

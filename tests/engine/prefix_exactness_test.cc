@@ -1,6 +1,7 @@
 // The promise of the prefix cache: whatever of a prompt was found, however long ago it was computed
 // and whoever uses it as well, every row that is computed has the logits of an engine without a
 // cache, bit for bit.
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/kv_cache.h"
 #include "gtest/gtest.h"
 #include "tests/engine/engine_test_util.h"
 #include "tests/engine/llama_step_model.h"
@@ -163,6 +165,53 @@ TEST(PrefixCache, RandomCrowdsGetTheLogitsOfAnEngineWithoutACache) {
   EXPECT_GT(preemptions, 100);
 }
 
+struct Turn {
+  int64_t found = 0;  // tokens
+  int64_t known = 0;  // of the chat, computed in earlier turns, in whole pages
+};
+
+// Lets chats take turns, one request at a time, in pools as they are planned. Every prompt takes
+// two steps, every answer begins a page: so a chat leaves two states with a window each.
+std::vector<Turn> TakeTurns(int64_t memory_bytes, uint64_t num_chats, int num_turns) {
+  const KvLayout layout = TestLayout();
+  KvCacheOptions cache;
+  cache.memory_bytes = memory_bytes;
+  const KvPoolPlan plan = PlanKvPools(layout, cache, 1, 512, 2000).value();
+  const PageCounts pools{plan.open_pages, plan.sealed_pages, plan.norm_slots};
+  std::vector<int32_t> text;
+  std::vector<Turn> turns;
+  StepDriver driver({.max_sequences = 1, .max_batch_tokens = 512, .pools = pools},
+                    std::make_unique<HashModel>(layout, pools, nullptr, 512), nullptr,
+                    [&](const Sequence& sequence) {
+                      text = sequence.tokens;
+                      turns.back().found = *sequence.num_cached;
+                    });
+  std::vector<std::vector<int32_t>> chats(num_chats);
+  for (int turn = 0; turn < num_turns; ++turn) {
+    for (uint64_t chat = 0; chat < num_chats; ++chat) {
+      std::vector<int32_t>& history = chats[chat];
+      turns.push_back({.known = std::max<int64_t>(std::ssize(history) - 1, 0) / 32 * 32});
+      const std::vector<int32_t> question = PromptOf(630, chat * 100 + static_cast<uint64_t>(turn));
+      Request request;
+      request.prompt = history;
+      request.max_tokens = 12;
+      request.prompt.insert(request.prompt.end(), question.begin(), question.end());
+      driver.Add(std::move(request));
+      driver.RunToEnd();
+      history = text;
+    }
+  }
+  return turns;
+}
+
+TEST(PrefixCache, ChatsThatAlternateFindAllTheyKnowThoughOneRunsAtATime) {
+  for (const Turn& turn : TakeTurns(int64_t{1} << 20, 2, 3)) EXPECT_EQ(turn.found, turn.known);
+}
+
+TEST(PrefixCache, WithMoreMemoryMoreChatsAreKept) {
+  for (const Turn& turn : TakeTurns(int64_t{16} << 20, 40, 2)) EXPECT_EQ(turn.found, turn.known);
+}
+
 // A model whose sequences' rows are kept, by the number of the sequence and position.
 class Recorder {
  public:
@@ -206,6 +255,7 @@ class Recorder {
 // A kind of model, and the pools that one gets.
 struct Maker {
   std::string name;
+  // Empty if there is no such model. Of what it made only one may step at a time.
   std::function<std::unique_ptr<StepModel>(const PageCounts&)> make;
 };
 
@@ -215,15 +265,19 @@ class ExactnessOfPrefixes : public testing::TestWithParam<Maker> {};
 
 // Prompts of ten pages less a little: at the end of one, five (or more) pages are sealed.
 TEST_P(ExactnessOfPrefixes, HitsOfAllKindsGiveTheLogitsOfAColdRun) {
+  if (!GetParam().make) GTEST_SKIP() << "set INNERQ_MODEL to a Hugging Face model directory";
   const PageCounts plenty{200, 100, 16};
-  const auto prompt_of = [](int64_t shared, uint64_t seed) {
-    std::vector<int32_t> prompt = PromptOf(shared, 1);
-    for (const int32_t token : PromptOf(310 - shared, seed)) prompt.push_back(token);
+  Recorder cold(GetParam().make(plenty), plenty, /*prefix_cache=*/false);
+  const auto random = [&](int64_t length, uint64_t seed) {
+    return PromptOf(length, seed, cold.driver().vocab_size());
+  };
+  const auto prompt_of = [&](int64_t shared, uint64_t seed) {
+    std::vector<int32_t> prompt = random(shared, 1);
+    for (const int32_t token : random(310 - shared, seed)) prompt.push_back(token);
     return prompt;
   };
   const std::vector<int32_t> first = prompt_of(310, 1), second = prompt_of(200, 2),
                              third = prompt_of(200, 3);
-  Recorder cold(GetParam().make(plenty), plenty, /*prefix_cache=*/false);
   std::map<std::vector<int32_t>, int64_t> alone;
   for (const auto& prompt : {first, second, third}) alone[prompt] = cold.Run(prompt);
   const auto expect_same = [&](const Recorder& warm, int64_t number,
@@ -266,13 +320,13 @@ TEST_P(ExactnessOfPrefixes, HitsOfAllKindsGiveTheLogitsOfAColdRun) {
   Recorder pressed(GetParam().make(one + one), one + one, true);
   expect_same(pressed, pressed.Run(first), first, 0);
   for (uint64_t seed = 10; seed < 14; ++seed) {
-    pressed.Run(PromptOf(150, seed), 2);
+    pressed.Run(random(150, seed), 2);
     expect_same(pressed, pressed.Run(first), first, 9 * 32);
   }
   EXPECT_GT(pressed.driver().scheduler().num_prefix_evictions(), 1);
   // Until one needs nearly all.
-  pressed.Run(PromptOf(310, 20));
-  pressed.Run(PromptOf(310, 21));
+  pressed.Run(random(310, 20));
+  pressed.Run(random(310, 21));
   const int64_t last = pressed.Run(first);
   expect_same(pressed, last, first, pressed.cached(last));
   EXPECT_LT(pressed.cached(last), 9 * 32);
@@ -309,6 +363,15 @@ std::vector<Maker> Makers() {
   llama(best, "plain", plain);
   llama(best, "small", small);
   llama(best, "outer", outer);
+  Maker& given = makers.emplace_back(Maker{"given", nullptr});
+  if (const char* directory = std::getenv("INNERQ_MODEL"); directory != nullptr) {
+    given.make = [best, directory,
+                  weights = std::shared_ptr<LlamaWeights>()](const PageCounts& pools) mutable {
+      if (weights == nullptr) weights = GivenWeights(best, directory, 512);
+      return std::make_unique<LlamaStepModel>(
+          weights, LlamaStepModel::Config{.pools = pools, .max_logit_rows = 512});
+    };
+  }
   return makers;
 }
 

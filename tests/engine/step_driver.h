@@ -93,6 +93,7 @@ class StepDriver {
   }
 
   const KvLayout& layout() const { return model_->layout(); }
+  int64_t vocab_size() const { return model_->vocab_size(); }
   const Scheduler& scheduler() const { return scheduler_; }
   int64_t num_steps() const { return num_steps_; }
 
