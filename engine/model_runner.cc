@@ -20,6 +20,10 @@ int64_t MaxLogitRows(const EngineOptions& options) {
   return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
 }
 
+bool HasHybridGroups(const KvLayerLayout& layer) {
+  return layer.key.mode == QuantMode::kHybrid || layer.value.mode == QuantMode::kHybrid;
+}
+
 class LlamaRunner final : public ModelRunner {
  public:
   // The backend first, so that it outlives what it allocated.
@@ -27,6 +31,7 @@ class LlamaRunner final : public ModelRunner {
     std::unique_ptr<Backend> backend;
     std::unique_ptr<LlamaModel> model;
     std::unique_ptr<KvCache> cache;
+    Buffer page;  // one sealed page of all layers, for the host; empty if it can read the cache
   };
 
   LlamaRunner(Parts parts, const EngineOptions& options, ModelReport report)
@@ -45,21 +50,45 @@ class LlamaRunner final : public ModelRunner {
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
     const ConstTensorView logits = parts_.model->Forward(batch, layout(), parts_.cache->layers());
     RETURN_IF_ERROR(parts_.backend->Synchronize());
-    CountGroups(batch);
+    RETURN_IF_ERROR(CountGroups(batch));
     return std::span(logits.As<float>(), static_cast<size_t>(logits.shape.num_elements()));
   }
 
  private:
-  void CountGroups(const ForwardBatch& batch) {
+  Result<void> CountGroups(const ForwardBatch& batch) {
     const std::vector<PagedKvView>& layers = parts_.cache->layers();
     sealed_groups_.resize(layers.size());
-    for (size_t i = 0; i < layers.size(); ++i) {
-      for (const SealItem& seal : batch.seals) {
-        const LayerGroups page = CountSealedGroups(layers[i], seal.sealed_id);
+    for (const SealItem& seal : batch.seals) {
+      if (parts_.page.bytes() > 0) RETURN_IF_ERROR(ReadPage(seal.sealed_id));
+      std::byte* read = parts_.page.data();
+      for (size_t i = 0; i < layers.size(); ++i) {
+        PagedKvView view = layers[i];
+        int64_t id = seal.sealed_id;
+        if (parts_.page.bytes() > 0) {
+          view.sealed_pages = read;
+          read += view.layout->sealed_page_bytes();
+          id = 0;
+        }
+        const LayerGroups page = CountSealedGroups(view, id);
         sealed_groups_[i].key.Add(page.key);
         sealed_groups_[i].value.Add(page.value);
       }
     }
+    return {};
+  }
+
+  // Copies a sealed page to host memory, layer after layer. Only hybrid layers have anything in it
+  // that must be counted.
+  Result<void> ReadPage(int64_t sealed_id) {
+    std::byte* to = parts_.page.data();
+    for (const PagedKvView& layer : parts_.cache->layers()) {
+      const int64_t bytes = layer.layout->sealed_page_bytes();
+      if (HasHybridGroups(*layer.layout)) {
+        parts_.backend->ReadToHost(layer.SealedHead(sealed_id, 0), bytes, to);
+      }
+      to += bytes;
+    }
+    return parts_.backend->Synchronize();
   }
 
   Parts parts_;
@@ -103,14 +132,19 @@ Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
   LlamaRunner::Parts parts;
   parts.backend = std::move(plan.backend);
   Backend* backend = parts.backend.get();
+  const int64_t max_pages = CeilDiv(engine.max_context, plan.layout.page_tokens());
   ASSIGN_OR_RETURN(parts.cache, KvCache::Create(backend, std::move(plan.layout), plan.pools));
   ASSIGN_OR_RETURN(parts.model, LlamaModel::Load(std::move(checkpoint), backend,
                                                  {.max_rows = engine.max_batch_tokens,
                                                   .max_logit_rows = MaxLogitRows(engine),
                                                   .format = options.dtype,
-                                                  .progress = options.progress}));
+                                                  .progress = options.progress,
+                                                  .max_pages = engine.max_sequences * max_pages}));
 
   const KvLayout& shape = parts.cache->layout();
+  if (shape.quantized() && !backend->host_visible()) {
+    ASSIGN_OR_RETURN(parts.page, backend->AllocateForHost(shape.sealed_page_bytes()));
+  }
   const auto page_tokens = static_cast<double>(shape.page_tokens());
   ModelReport report{
       .backend = std::string(backend->name()),

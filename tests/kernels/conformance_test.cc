@@ -14,6 +14,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/float16.h"
+#include "tests/kernels/host_mirror.h"
 
 namespace innerq::testing {
 namespace {
@@ -655,6 +656,26 @@ TEST_P(Conformance, EveryOperationMatchesTheReference) {
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Conformance, ::testing::ValuesIn(CpuVariants()),
                          [](const auto& variant) { return variant.param; });
+
+class ConformanceOfCuda : public ::testing::TestWithParam<bool> {};
+
+TEST_P(ConformanceOfCuda, EveryOperationMatchesTheReference) {
+  Result<std::unique_ptr<Backend>> device =
+      CreateBackend({.device = "cuda", .deterministic = GetParam()});
+  if (!device.ok()) {
+    ASSERT_EQ(device.error().code, ErrorCode::kUnavailable) << device.error().message;
+    GTEST_SKIP() << device.error().message;
+  }
+  ASSERT_EQ((*device)->name().substr(0, 8), "cuda/sm_");
+  ASSERT_EQ((*device)->deterministic(), GetParam());
+  HostMirror mirror(std::move(*device));
+  ASSERT_TRUE(mirror.Reserve({.max_rows = 128, .max_features = 2048}).ok());
+  ExpectConformance(mirror);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cuda, ConformanceOfCuda, ::testing::Bool(), [](const auto& chosen) {
+  return chosen.param ? "deterministic" : "not_deterministic";
+});
 
 // The ways in which BrokenBackend damages what the reference computed.
 enum class Damage { kOneElement, kOneNaN, kShiftedRow, kAllSlightly, kBeyondTheEnd };

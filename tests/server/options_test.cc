@@ -123,11 +123,12 @@ TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
   const Error error = Refusal(R"({"kv_cache": {"prefix_cache": true}})");
   EXPECT_EQ(error.param, "kv_cache.prefix_cache");
   EXPECT_NE(error.message.find("not supported by this build"), std::string::npos);
-  EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "variant": "avx2"}})").param,
-            "backend.variant");
-  EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "threads": 2}})").param,
-            "backend.threads");
-  Accepted(R"({"backend": {"device": "reference", "threads": 1}})");
+  for (const std::string device : {"reference", "cuda"}) {
+    const std::string backend = R"({"backend": {"device": ")" + device + R"(", )";
+    EXPECT_EQ(Refusal(backend + R"("variant": "avx2"}})").param, "backend.variant");
+    EXPECT_EQ(Refusal(backend + R"("threads": 2}})").param, "backend.threads");
+    Accepted(backend + R"("threads": 1}})");
+  }
   EXPECT_EQ(Refusal(R"({"scheduler": {"max_sequences": 64, "max_batch_tokens": 63}})").param,
             "scheduler.max_batch_tokens");
   EXPECT_EQ(Refusal(R"({"server": {"max_body": "2GiB"}})").param, "server.max_body");
