@@ -16,8 +16,8 @@ namespace innerq {
 
 // How to build a model.
 struct LoadOptions {
-  int64_t max_rows = 0;                        // of a step
-  int64_t max_logit_rows = 0;                  // of a step, those that need logits
+  int64_t max_rows = 0;        // of a step
+  int64_t max_logit_rows = 0;  // of a step, those that need logits
   // nullopt: as stored (F32 stays F32, F16 F16, BF16 BF16).
   std::optional<WeightFormat> format;
   // Called with (tensors done, tensors in all) as weights are packed; may be empty.
