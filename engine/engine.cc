@@ -67,7 +67,8 @@ class ThreadedEngine final : public Engine {
         scheduler_({.max_sequences = options.max_sequences,
                     .max_batch_tokens = options.max_batch_tokens,
                     .pools = pools,
-                    .max_logit_rows = model_->max_logit_rows()},
+                    .max_logit_rows = model_->max_logit_rows(),
+                    .prefix_cache = options.prefix_cache},
                    model_->layout()),
         stats_(EmptyStats(pools)),
         finish_rate_(/*seconds=*/60, Clock::now()),
@@ -133,8 +134,10 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
     const int64_t capacity = MaxEvents(request);
     auto stream = std::make_shared<ResponseStream>(capacity, group.signal);
     group.readers.emplace_back(stream);
+    const auto exact_before =
+        options_.exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0;
     sequences.push_back(
-        std::make_unique<Sequence>(std::move(request), std::move(stream), options_.exact_prefill));
+        std::make_unique<Sequence>(std::move(request), std::move(stream), exact_before));
   }
   {
     const Lock lock(mutex_);
@@ -227,7 +230,10 @@ Result<void> ThreadedEngine::Step() {
   const ScheduledBatch batch = scheduler_.Schedule();
   const Clock::time_point begin = Clock::now();
   for (const ScheduledChunk& chunk : batch.chunks) {
-    if (!chunk.sequence->started_at) chunk.sequence->started_at = begin;
+    Sequence& sequence = *chunk.sequence;
+    if (sequence.started_at) continue;
+    sequence.started_at = begin;
+    sequence.stream->SetCachedTokens(*sequence.num_cached);
   }
   {
     const Lock lock(mutex_);
@@ -353,11 +359,17 @@ void ThreadedEngine::Stop(const Error& error) {
 
 void ThreadedEngine::PublishGauges(const Lock&) {
   const PageCounts used = scheduler_.used();
+  const PageCounts cached = scheduler_.cached();
   stats_.running = static_cast<int64_t>(scheduler_.running().size());
   stats_.waiting = static_cast<int64_t>(scheduler_.waiting().size());
   stats_.preemptions = scheduler_.num_preemptions();
   stats_.open_pages_used = used.open;
   stats_.sealed_pages_used = used.sealed;
+  stats_.open_pages_cached = cached.open;
+  stats_.sealed_pages_cached = cached.sealed;
+  stats_.prefix_cache_queries = scheduler_.num_prefix_queries();
+  stats_.prefix_cache_hits = scheduler_.num_prefix_hits();
+  stats_.prefix_cache_evictions = scheduler_.num_prefix_evictions();
   running_.clear();
   for (const auto& sequence : scheduler_.running()) {
     running_.push_back({.number = sequence->number,

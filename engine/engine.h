@@ -14,13 +14,15 @@
 
 namespace innerq {
 
-// Limits of the scheduler (configuration: "scheduler", "kv_cache.prefill").
+// Limits of the scheduler (configuration: "scheduler", "kv_cache.prefill",
+// "kv_cache.prefix_cache").
 struct EngineOptions {
   int64_t max_sequences = 64;      // running at once
   int64_t max_batch_tokens = 512;  // rows of one step
   int64_t max_queue = 256;         // accepted but not yet running
   int64_t max_context = 0;         // prompt + answer, tokens; must be positive here
-  bool exact_prefill = false;      // prompts attend to unquantized K and V
+  bool exact_prefill = false;      // prompts attend to unquantized K and V; nothing is shared
+  bool prefix_cache = true;        // prompts begin with what is cached of them
 };
 
 // Counters since start and gauges of now; a consistent-enough snapshot for metrics.
@@ -31,12 +33,17 @@ struct EngineStats {
   int64_t running = 0;
   int64_t waiting = 0;
   int64_t preemptions = 0;
-  int64_t prompt_tokens = 0;  // computed
+  int64_t prompt_tokens = 0;           // computed
+  int64_t prefix_cache_queries = 0;    // prompt tokens looked up
+  int64_t prefix_cache_hits = 0;       // of those, found
+  int64_t prefix_cache_evictions = 0;  // states given up for others' pages
   int64_t generation_tokens = 0;
   int64_t steps = 0;
-  int64_t open_pages_used = 0;
+  int64_t open_pages_used = 0;    // by requests
+  int64_t open_pages_cached = 0;  // kept for their tokens alone, free for whoever needs them
   int64_t open_pages = 0;
   int64_t sealed_pages_used = 0;
+  int64_t sealed_pages_cached = 0;
   int64_t sealed_pages = 0;
   double finish_per_second = 0;  // requests, over the last minute: for Retry-After
 

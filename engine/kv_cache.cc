@@ -25,6 +25,14 @@ int64_t PoolBytes(const KvLayout& layout, const PageCounts& pools) {
          pools.norms * layout.key_norm_bytes();
 }
 
+// Key norms for cached prefixes, beyond those of running sequences: a few per sequence, but no more
+// than a small share of the memory.
+int64_t NumCachedNorms(const KvLayout& layout, const KvCacheOptions& options, int64_t memory,
+                       int64_t max_sequences) {
+  if (!options.prefix_cache || options.exact_prefill) return 0;
+  return std::min(3 * max_sequences, memory / 64 / layout.key_norm_bytes());
+}
+
 // Splits `memory` bytes, of which `need` takes no more than there are.
 PageCounts Split(const KvLayout& layout, const KvCacheOptions& options, int64_t memory,
                  const PageCounts& need, int64_t max_sequences, int64_t max_batch_tokens) {
@@ -36,7 +44,8 @@ PageCounts Split(const KvLayout& layout, const KvCacheOptions& options, int64_t 
     // Not more than the sequences that could hold their windows if all memory were open pages.
     const int64_t windows = memory / open_bytes / (OpenWindowPages(layout) - 1);
     const int64_t spare = (memory - PoolBytes(layout, need)) / layout.key_norm_bytes();
-    pools.norms = std::min({max_sequences, std::max(windows, need.norms), need.norms + spare});
+    pools.norms = std::min({max_sequences + NumCachedNorms(layout, options, memory, max_sequences),
+                            std::max(windows, need.norms), need.norms + spare});
   }
   const int64_t bytes = memory - PoolBytes(layout, {0, 0, pools.norms});
   if (!layout.quantized()) {

@@ -37,6 +37,7 @@ struct KvCacheOptions {
   int64_t sink_tokens = 32;
   int64_t recent_tokens = 96;
   bool exact_prefill = false;
+  bool prefix_cache = true;  // of no effect under exact prefill
   QuantSpec key{.bits = 3};
   QuantSpec value{.bits = 3};
   bool normalize_keys = true;
@@ -58,7 +59,8 @@ struct KvPoolPlan {
 
 // Splits the memory: every one of `max_sequences` should find its F16 window and one step's rows
 // their open pages, the rest is for sealed pages; when memory is short both pools shrink together.
-// Errors: resource exhausted, with bytes needed and given, if not even one sequence of
+// With a prefix cache there are more key norms than sequences: prefixes that nobody uses keep
+// theirs. Errors: resource exhausted, with bytes needed and given, if not even one sequence of
 // `min_context` tokens fits.
 Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& options,
                                int64_t max_sequences, int64_t max_batch_tokens,

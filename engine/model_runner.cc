@@ -16,55 +16,127 @@ namespace {
 // cost more than reading the weights once.
 constexpr int64_t kScoreRows = 128;
 
+constexpr int64_t kLeastPageTokens = 32;  // of any layout
+
 int64_t MaxLogitRows(const EngineOptions& options) {
   return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
+}
+
+// What runners share: a loaded model and the device that holds it.
+struct Weights {
+  std::unique_ptr<Backend> backend;  // first: outlives what it allocated
+  std::unique_ptr<LlamaModel> model;
+};
+
+// The device's part of a plan is given: its order of codes.
+Result<void> PlanCache(const ModelConfig& config, const KvCacheOptions& kv_cache, CodeOrder order,
+                       ModelPlan* plan) {
+  EngineOptions& engine = plan->engine;
+  engine.exact_prefill = kv_cache.exact_prefill;
+  engine.prefix_cache = kv_cache.prefix_cache && !kv_cache.exact_prefill;
+  if (engine.max_context > config.max_positions) {
+    return InvalidArgument("max_context is " + std::to_string(engine.max_context) +
+                               ", the model's longest context is " +
+                               std::to_string(config.max_positions),
+                           "scheduler.max_context");
+  }
+  ASSIGN_OR_RETURN(const KvCacheSpec spec, ResolveKvCacheSpec(kv_cache, config));
+  ASSIGN_OR_RETURN(plan->layout, KvLayout::Create(spec, order));
+  // Without a wish of the user, at least a context that reaches the first sealed page.
+  const int64_t windows = OpenWindowPages(plan->layout) * plan->layout.page_tokens();
+  const int64_t min_context =
+      engine.max_context > 0 ? engine.max_context : std::min(config.max_positions, windows);
+  ASSIGN_OR_RETURN(plan->pools, PlanKvPools(plan->layout, kv_cache, engine.max_sequences,
+                                            engine.max_batch_tokens, min_context));
+  if (engine.max_context == 0) {
+    engine.max_context = std::min(config.max_positions, plan->pools.tokens_that_fit);
+  }
+  return {};
+}
+
+ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_context) {
+  const KvLayout& shape = cache.layout();
+  const auto page_tokens = static_cast<double>(shape.page_tokens());
+  return {.backend = std::string(weights.backend->name()),
+          .parameters = weights.model->config().num_parameters(),
+          .weight_bytes = weights.model->weight_bytes(),
+          .open_page_bytes = shape.open_page_bytes(),
+          .sealed_page_bytes = shape.sealed_page_bytes(),
+          .pools = cache.plan(),
+          .sealed_bits_per_element = shape.sealed_bits_per_element(),
+          .open_bytes_per_token = static_cast<double>(shape.open_page_bytes()) / page_tokens,
+          .sealed_bytes_per_token = static_cast<double>(shape.sealed_page_bytes()) / page_tokens,
+          .max_context = max_context};
 }
 
 bool HasHybridGroups(const KvLayerLayout& layer) {
   return layer.key.mode == QuantMode::kHybrid || layer.value.mode == QuantMode::kHybrid;
 }
 
+// A cache on its device.
+struct CacheMemory {
+  std::unique_ptr<KvCache> cache;
+  Buffer page;  // a sealed page of all layers, for the host; empty if it can read the cache
+};
+
+Result<CacheMemory> AllocateCache(Backend* backend, ModelPlan* plan) {
+  CacheMemory memory;
+  ASSIGN_OR_RETURN(memory.cache, KvCache::Create(backend, std::move(plan->layout), plan->pools));
+  const KvLayout& layout = memory.cache->layout();
+  if (layout.quantized() && !backend->host_visible()) {
+    ASSIGN_OR_RETURN(memory.page, backend->AllocateForHost(layout.sealed_page_bytes()));
+  }
+  return memory;
+}
+
 class LlamaRunner final : public ModelRunner {
  public:
-  // The backend first, so that it outlives what it allocated.
-  struct Parts {
-    std::unique_ptr<Backend> backend;
-    std::unique_ptr<LlamaModel> model;
-    std::unique_ptr<KvCache> cache;
-    Buffer page;  // one sealed page of all layers, for the host; empty if it can read the cache
-  };
+  LlamaRunner(std::shared_ptr<Weights> weights, CacheMemory memory, const EngineOptions& options)
+      : weights_(std::move(weights)),
+        cache_(std::move(memory.cache)),
+        page_(std::move(memory.page)),
+        options_(options),
+        report_(Report(*weights_, *cache_, options.max_context)) {}
 
-  LlamaRunner(Parts parts, const EngineOptions& options, ModelReport report)
-      : parts_(std::move(parts)), options_(options), report_(std::move(report)) {}
-
-  int64_t vocab_size() const override { return parts_.model->config().vocab_size; }
-  const KvLayout& layout() const override { return parts_.cache->layout(); }
-  int64_t num_open_pages() const override { return parts_.cache->plan().open_pages; }
-  int64_t num_sealed_pages() const override { return parts_.cache->plan().sealed_pages; }
-  int64_t num_norm_slots() const override { return parts_.cache->plan().norm_slots; }
+  int64_t vocab_size() const override { return weights_->model->config().vocab_size; }
+  const KvLayout& layout() const override { return cache_->layout(); }
+  int64_t num_open_pages() const override { return cache_->plan().open_pages; }
+  int64_t num_sealed_pages() const override { return cache_->plan().sealed_pages; }
+  int64_t num_norm_slots() const override { return cache_->plan().norm_slots; }
   int64_t max_logit_rows() const override { return MaxLogitRows(options_); }
   std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
   const ModelReport& report() const override { return report_; }
   const EngineOptions& engine_options() const override { return options_; }
 
+  Result<std::unique_ptr<ModelRunner>> WithCache(const KvCacheOptions& kv_cache,
+                                                 int64_t max_context) const override {
+    ModelPlan plan{.engine = options_};
+    plan.engine.max_context = max_context;
+    RETURN_IF_ERROR(
+        PlanCache(weights_->model->config(), kv_cache, weights_->backend->code_order(), &plan));
+    ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights_->backend.get(), &plan));
+    return std::unique_ptr<ModelRunner>(
+        std::make_unique<LlamaRunner>(weights_, std::move(memory), plan.engine));
+  }
+
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
-    const ConstTensorView logits = parts_.model->Forward(batch, layout(), parts_.cache->layers());
-    RETURN_IF_ERROR(parts_.backend->Synchronize());
+    const ConstTensorView logits = weights_->model->Forward(batch, layout(), cache_->layers());
+    RETURN_IF_ERROR(weights_->backend->Synchronize());
     RETURN_IF_ERROR(CountGroups(batch));
     return std::span(logits.As<float>(), static_cast<size_t>(logits.shape.num_elements()));
   }
 
  private:
   Result<void> CountGroups(const ForwardBatch& batch) {
-    const std::vector<PagedKvView>& layers = parts_.cache->layers();
+    const std::vector<PagedKvView>& layers = cache_->layers();
     sealed_groups_.resize(layers.size());
     for (const SealItem& seal : batch.seals) {
-      if (parts_.page.bytes() > 0) RETURN_IF_ERROR(ReadPage(seal.sealed_id));
-      std::byte* read = parts_.page.data();
+      if (page_.bytes() > 0) RETURN_IF_ERROR(ReadPage(seal.sealed_id));
+      std::byte* read = page_.data();
       for (size_t i = 0; i < layers.size(); ++i) {
         PagedKvView view = layers[i];
         int64_t id = seal.sealed_id;
-        if (parts_.page.bytes() > 0) {
+        if (page_.bytes() > 0) {
           view.sealed_pages = read;
           read += view.layout->sealed_page_bytes();
           id = 0;
@@ -80,18 +152,20 @@ class LlamaRunner final : public ModelRunner {
   // Copies a sealed page to host memory, layer after layer. Only hybrid layers have anything in it
   // that must be counted.
   Result<void> ReadPage(int64_t sealed_id) {
-    std::byte* to = parts_.page.data();
-    for (const PagedKvView& layer : parts_.cache->layers()) {
+    std::byte* to = page_.data();
+    for (const PagedKvView& layer : cache_->layers()) {
       const int64_t bytes = layer.layout->sealed_page_bytes();
       if (HasHybridGroups(*layer.layout)) {
-        parts_.backend->ReadToHost(layer.SealedHead(sealed_id, 0), bytes, to);
+        weights_->backend->ReadToHost(layer.SealedHead(sealed_id, 0), bytes, to);
       }
       to += bytes;
     }
-    return parts_.backend->Synchronize();
+    return weights_->backend->Synchronize();
   }
 
-  Parts parts_;
+  const std::shared_ptr<Weights> weights_;  // first: their device outlives the cache
+  const std::unique_ptr<KvCache> cache_;
+  Buffer page_;
   const EngineOptions options_;
   const ModelReport report_;
   std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
@@ -101,64 +175,30 @@ class LlamaRunner final : public ModelRunner {
 
 Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options) {
   ModelPlan plan{.engine = options.engine};
-  plan.engine.exact_prefill = options.kv_cache.exact_prefill;
-  if (plan.engine.max_context > config.max_positions) {
-    return InvalidArgument("max_context is " + std::to_string(plan.engine.max_context) +
-                               ", the model's longest context is " +
-                               std::to_string(config.max_positions),
-                           "scheduler.max_context");
-  }
   ASSIGN_OR_RETURN(plan.backend, CreateBackend(options.backend));
-  ASSIGN_OR_RETURN(const KvCacheSpec spec, ResolveKvCacheSpec(options.kv_cache, config));
-  ASSIGN_OR_RETURN(plan.layout, KvLayout::Create(spec, plan.backend->code_order()));
-  // Without a wish of the user, at least a context that reaches the first sealed page.
-  const int64_t windows = OpenWindowPages(plan.layout) * plan.layout.page_tokens();
-  const int64_t min_context = plan.engine.max_context > 0 ? plan.engine.max_context
-                                                          : std::min(config.max_positions, windows);
-  ASSIGN_OR_RETURN(plan.pools, PlanKvPools(plan.layout, options.kv_cache, plan.engine.max_sequences,
-                                           plan.engine.max_batch_tokens, min_context));
-  if (plan.engine.max_context == 0) {
-    plan.engine.max_context = std::min(config.max_positions, plan.pools.tokens_that_fit);
-  }
+  RETURN_IF_ERROR(PlanCache(config, options.kv_cache, plan.backend->code_order(), &plan));
   return plan;
 }
 
 Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
     std::shared_ptr<const Checkpoint> checkpoint, const ModelRunnerOptions& options) {
-  const ModelConfig config = checkpoint->config();
-  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(config, options));
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(checkpoint->config(), options));
   const EngineOptions& engine = plan.engine;
 
-  LlamaRunner::Parts parts;
-  parts.backend = std::move(plan.backend);
-  Backend* backend = parts.backend.get();
-  const int64_t max_pages = CeilDiv(engine.max_context, plan.layout.page_tokens());
-  ASSIGN_OR_RETURN(parts.cache, KvCache::Create(backend, std::move(plan.layout), plan.pools));
-  ASSIGN_OR_RETURN(parts.model, LlamaModel::Load(std::move(checkpoint), backend,
-                                                 {.max_rows = engine.max_batch_tokens,
-                                                  .max_logit_rows = MaxLogitRows(engine),
-                                                  .format = options.dtype,
-                                                  .progress = options.progress,
-                                                  .max_pages = engine.max_sequences * max_pages}));
-
-  const KvLayout& shape = parts.cache->layout();
-  if (shape.quantized() && !backend->host_visible()) {
-    ASSIGN_OR_RETURN(parts.page, backend->AllocateForHost(shape.sealed_page_bytes()));
-  }
-  const auto page_tokens = static_cast<double>(shape.page_tokens());
-  ModelReport report{
-      .backend = std::string(backend->name()),
-      .parameters = config.num_parameters(),
-      .weight_bytes = parts.model->weight_bytes(),
-      .open_page_bytes = shape.open_page_bytes(),
-      .sealed_page_bytes = shape.sealed_page_bytes(),
-      .pools = plan.pools,
-      .sealed_bits_per_element = shape.sealed_bits_per_element(),
-      .open_bytes_per_token = static_cast<double>(shape.open_page_bytes()) / page_tokens,
-      .sealed_bytes_per_token = static_cast<double>(shape.sealed_page_bytes()) / page_tokens,
-      .max_context = engine.max_context};
+  const auto weights = std::make_shared<Weights>();
+  weights->backend = std::move(plan.backend);
+  ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
+  // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
+  const int64_t most_pages = CeilDiv(checkpoint->config().max_positions, kLeastPageTokens);
+  ASSIGN_OR_RETURN(weights->model,
+                   LlamaModel::Load(std::move(checkpoint), weights->backend.get(),
+                                    {.max_rows = engine.max_batch_tokens,
+                                     .max_logit_rows = MaxLogitRows(engine),
+                                     .format = options.dtype,
+                                     .progress = options.progress,
+                                     .max_pages = engine.max_sequences * most_pages}));
   return std::unique_ptr<ModelRunner>(
-      std::make_unique<LlamaRunner>(std::move(parts), engine, std::move(report)));
+      std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
 }
 
 }  // namespace innerq

@@ -55,6 +55,11 @@ class ModelRunner : public StepModel {
   virtual const ModelReport& report() const = 0;
   // `options.engine` with max_context resolved; pass it to Engine::Create.
   virtual const EngineOptions& engine_options() const = 0;
+  // Another runner on the same weights and device, with a cache of its own. `max_context` is as in
+  // the options, the other limits are this runner's. Of all that share weights only one may step at
+  // a time, and its logits last until the next step of any. Errors: as of PlanModel.
+  virtual Result<std::unique_ptr<ModelRunner>> WithCache(const KvCacheOptions& kv_cache,
+                                                         int64_t max_context) const = 0;
 };
 
 }  // namespace innerq

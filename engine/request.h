@@ -45,6 +45,7 @@ struct Request {
                                         // reported as an event with `is_stop`
   int32_t prompt_logprobs = -1;  // -1: none; k >= 0: those of all prompt tokens but the first, each
                                  // with the k best in its place
+  std::string cache_salt{};      // cached prefixes are shared among requests of the same salt
 };
 
 struct TokenLogprob {
@@ -67,7 +68,7 @@ enum class FinishReason { kStop, kLength, kCancelled, kError };
 struct Usage {
   int64_t prompt_tokens = 0;
   int64_t completion_tokens = 0;
-  int64_t cached_tokens = 0;
+  int64_t cached_tokens = 0;  // of the prompt: found in the cache, not computed
 };
 
 // How a request ended. Every accepted request gets exactly one.
@@ -102,12 +103,16 @@ class ResponseStream {
   // Reader: takes all events at hand, waiting for at least one, the end, or the timeout. None: the
   // stream has ended (then `finish()` is set) or the timeout passed (then it is not).
   std::vector<TokenEvent> NextBatch(std::chrono::milliseconds timeout);
+  // Reader: prompt tokens that were found in the cache; known when the first event is there.
+  int64_t cached_tokens() const { return cached_tokens_.load(std::memory_order_acquire); }
   // Reader: how it ended; nullopt while events remain or it goes on.
   std::optional<Finish> finish() const;
   // Reader: gives up; the engine will finish the request as cancelled. Idempotent.
   void Cancel() { cancelled_.store(true, std::memory_order_release); }
 
-  // Writer. CHECK: not finished, within capacity.
+  // Writer.
+  void SetCachedTokens(int64_t count) { cached_tokens_.store(count, std::memory_order_release); }
+  // CHECK: not finished, within capacity.
   void Push(TokenEvent event);
   void Close(Finish finish);
   bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
@@ -118,6 +123,7 @@ class ResponseStream {
   const int64_t capacity_;
   const std::shared_ptr<ResponseSignal> signal_;
   std::atomic<bool> cancelled_{false};
+  std::atomic<int64_t> cached_tokens_{0};
   mutable std::mutex mutex_;
   std::condition_variable ready_;
   std::deque<TokenEvent> events_;

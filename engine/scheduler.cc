@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 namespace innerq {
@@ -30,7 +31,8 @@ Scheduler::Scheduler(const SchedulerLimits& limits, const KvLayout& layout)
       layout_(layout),
       open_(limits.pools.open),
       sealed_(limits.pools.sealed),
-      norms_(limits.pools.norms) {
+      norms_(limits.pools.norms),
+      prefixes_(layout) {
   CHECK(limits.max_sequences > 0 && limits.max_batch_tokens > 0, "a step needs room");
   CHECK(limits.max_logit_rows >= std::min(limits.max_sequences, limits.max_batch_tokens),
         "every sequence may sample");
@@ -78,18 +80,22 @@ ScheduledBatch Scheduler::Schedule() {
   while (!waiting_.empty() && rows > 0 && whole &&
          static_cast<int64_t>(running_.size()) < limits_.max_sequences) {
     Sequence* sequence = waiting_.front().get();
-    const PageCounts need = CommittedPages() + KnownNeed(layout_, *sequence);
-    if (!need.FitsIn(limits_.pools)) break;
+    const PrefixIndex::Match prefix = FindPrefix(*sequence);
+    prefixes_.Restore(prefix, &sequence->pages, &sequence->norm);
+    sequence->num_computed = prefix.num_pages() * layout_.page_tokens();
     const int64_t wanted =
         ChunkWithin(*sequence, std::min(sequence->num_uncomputed(), rows), logit_rows);
-    const int64_t num_tokens = LongestChunk(*sequence, wanted);
-    if (num_tokens == 0) break;
+    const bool fits = CommittedPages(*sequence).FitsIn(limits_.pools);
+    const int64_t num_tokens = fits ? LongestChunk(*sequence, wanted) : 0;
+    if (num_tokens == 0) {
+      GiveUpPages(sequence);
+      break;
+    }
+    Start(prefix);
     whole = num_tokens == sequence->num_uncomputed();
     rows -= num_tokens;
     batch.chunks.push_back(TakePages(sequence, num_tokens));
     logit_rows -= batch.chunks.back().num_logit_rows();
-    running_.push_back(std::move(waiting_.front()));
-    waiting_.pop_front();
   }
   CHECK(!batch.chunks.empty() || empty(), "a step without progress");
   return batch;
@@ -98,6 +104,7 @@ ScheduledBatch Scheduler::Schedule() {
 void Scheduler::Commit(const ScheduledBatch& batch) {
   for (const ScheduledChunk& chunk : batch.chunks) {
     Sequence& sequence = *chunk.sequence;
+    if (Shares(sequence)) KeepCheckpoints(chunk);
     sequence.num_computed += chunk.num_tokens;
     for (int64_t page = chunk.seals.begin; page < chunk.seals.end; ++page) {
       sequence.pages.ReleaseOpen(page);
@@ -123,10 +130,15 @@ PageCounts Scheduler::used() const {
   return {open_.num_used(), sealed_.num_used(), norms_.num_used()};
 }
 
+PageCounts Scheduler::cached() const {
+  return {open_.num_idle(), sealed_.num_idle(), norms_.num_idle()};
+}
+
 void Scheduler::CheckIntegrity() const {
   open_.CheckIntegrity();
   sealed_.CheckIntegrity();
   norms_.CheckIntegrity();
+  prefixes_.CheckIntegrity();
 }
 
 int64_t Scheduler::LongestChunk(const Sequence& sequence, int64_t wanted) const {
@@ -152,6 +164,7 @@ ScheduledChunk Scheduler::TakePages(Sequence* sequence, int64_t num_tokens) {
   const int64_t begin = sequence->num_computed;
   const int64_t end = begin + num_tokens;
   const PageCounts need = ChunkPages(layout_, begin, end, sequence->exact_before);
+  MakeRoom(need);
   ScheduledChunk chunk;
   chunk.sequence = sequence;
   chunk.num_tokens = num_tokens;
@@ -169,19 +182,84 @@ ScheduledChunk Scheduler::TakePages(Sequence* sequence, int64_t num_tokens) {
   return chunk;
 }
 
+PrefixIndex::Match Scheduler::FindPrefix(const Sequence& sequence) const {
+  if (!Shares(sequence)) return {};
+  // What comes next needs the last row, and what scores needs its own.
+  int64_t most = sequence.num_to_compute() - 1;
+  if (sequence.num_scored < sequence.num_to_score()) most = std::min(most, sequence.num_scored);
+  return prefixes_.Find(sequence.request.cache_salt, sequence.tokens, most / layout_.page_tokens());
+}
+
+void Scheduler::Start(const PrefixIndex::Match& prefix) {
+  Sequence& sequence = *waiting_.front();
+  prefixes_.Use(prefix);
+  sequence.passing_pages = 0;
+  sequence.branch_pages = prefix.num_known_pages > prefix.num_pages() ? prefix.num_known_pages : 0;
+  if (!sequence.num_cached) {
+    sequence.num_cached = sequence.num_computed;
+    const bool asked = Shares(sequence) && sequence.num_to_score() == 0;
+    num_prefix_queries_ += asked ? sequence.prompt_length() : 0;
+    num_prefix_hits_ += sequence.num_computed;
+  }
+  running_.push_back(std::move(waiting_.front()));
+  waiting_.pop_front();
+}
+
+void Scheduler::MakeRoom(const PageCounts& need) {
+  const auto lack = [&] {
+    return need - PageCounts{open_.num_free(), sealed_.num_free(), norms_.num_free()};
+  };
+  while (!lack().FitsIn({})) {
+    CHECK(prefixes_.Evict(lack()), "planned pages are not there");
+    ++num_prefix_evictions_;
+  }
+}
+
+void Scheduler::GiveUpPages(Sequence* sequence) {
+  sequence->pages.Clear();
+  sequence->norm.Reset();
+  sequence->num_computed = 0;
+}
+
 void Scheduler::PreemptYoungest() {
-  Sequence& sequence = *running_.back();
-  sequence.pages.Clear();
-  sequence.norm.Reset();
-  sequence.num_computed = 0;
+  GiveUpPages(running_.back().get());
   waiting_.push_front(std::move(running_.back()));
   running_.pop_back();
   ++num_preemptions_;
 }
 
-PageCounts Scheduler::CommittedPages() const {
-  PageCounts sum;
-  for (const auto& sequence : running_) sum = sum + KnownNeed(layout_, *sequence);
+void Scheduler::KeepCheckpoints(const ScheduledChunk& chunk) {
+  Sequence& sequence = *chunk.sequence;
+  const int64_t before = sequence.num_computed / layout_.page_tokens();
+  const int64_t last = (sequence.num_computed + chunk.num_tokens) / layout_.page_tokens();
+  if (last == before) return;  // no boundary was passed
+  const PrefixIndex::Progress progress{sequence.request.cache_salt, sequence.tokens, sequence.pages,
+                                       sequence.norm};
+  const int64_t prompt_pages = (sequence.prompt_length() - 1) / layout_.page_tokens();
+  for (const int64_t pages : {sequence.branch_pages, prompt_pages}) {
+    if (pages > before && pages <= last) prefixes_.Keep(progress, pages);
+  }
+  prefixes_.KeepPassing(progress, last, sequence.passing_pages);
+  sequence.passing_pages = last;
+}
+
+PageCounts Scheduler::CommittedPages(const Sequence& newcomer) const {
+  // Today's pages, shared ones once, and what each sequence will take in addition. But windows are
+  // shared for a while only: of those everyone needs its own.
+  PageCounts sum = used();
+  if (layout_.quantized()) sum.open = 0;
+  std::set<int32_t> sinks;
+  const auto add = [&](const Sequence& sequence) {
+    const BlockTable& pages = sequence.pages;
+    const PageCounts need = KnownNeed(layout_, sequence);
+    sum = sum + need - PageCounts{0, pages.num_sealed(), sequence.norm ? 1 : 0};
+    if (!layout_.quantized()) sum.open -= pages.num_pages();
+    for (int64_t i = 0; layout_.quantized() && i < layout_.sink_pages(); ++i) {
+      if (i < pages.num_pages() && !sinks.insert(pages.page(i).open_id).second) --sum.open;
+    }
+  };
+  for (const auto& sequence : running_) add(*sequence);
+  add(newcomer);
   return sum;
 }
 

@@ -8,6 +8,7 @@
 
 #include "engine/block_allocator.h"
 #include "engine/page_budget.h"
+#include "engine/prefix_index.h"
 #include "engine/sequence.h"
 #include "models/forward_batch.h"
 
@@ -19,6 +20,7 @@ struct SchedulerLimits {
   int64_t max_batch_tokens = 512;  // rows of one step
   PageCounts pools;                // sizes
   int64_t max_logit_rows = 512;    // rows of one step whose logits are wanted
+  bool prefix_cache = true;        // prompts begin with what is cached of them
 };
 
 // One sequence's part of a step: positions [num_computed, num_computed + num_tokens).
@@ -50,9 +52,17 @@ struct ScheduledBatch {
 //     of the waiting and computes its tokens again later.
 //   - A waiting sequence starts if rows are left, no chunk had to shrink, and the pools hold the
 //     tokens known today of all running ones and its own. So only the youngest running one can be
-//     in the middle of a prefill.
+//     in the middle of a prefill. It starts where its longest cached prefix ends, in the state of
+//     a sequence that has computed as much: with its last token and all that it has yet to score
+//     before it.
+//   - Pages that only the index of prefixes holds are free pages: whoever needs one takes it.
 // Hence the oldest sequence computes at least one token in every step, provided that each sequence
-// would fit alone (PeakPages), and every sequence becomes the oldest.
+// would fit alone (PeakPages), and every sequence becomes the oldest: once all others are preempted
+// what it does not hold is free, cached or not, and what it holds is no more than without a cache.
+//
+// The index learns from a step when it is committed. There is a checkpoint where a prompt ends (one
+// page boundary before its last token), where a prompt leaves those known before it, and one that
+// goes with each sequence: after its last full page, wherever it ends or is preempted.
 class Scheduler {
  public:
   // `layout` must outlive the scheduler.
@@ -63,7 +73,8 @@ class Scheduler {
   // Plans the next step and takes its pages. Not empty unless there are no sequences. Must be
   // followed by Commit, unless all its sequences have ended.
   ScheduledBatch Schedule();
-  // The step was computed: counts its tokens and releases the open copies of what it sealed.
+  // The step was computed: counts its tokens, lets the index keep what it may, and releases the
+  // open copies of what it sealed.
   void Commit(const ScheduledBatch& batch);
   // Removes all sequences with a `finish`, wherever they stand; their pages are free afterwards.
   std::vector<std::unique_ptr<Sequence>> TakeFinished();
@@ -72,8 +83,13 @@ class Scheduler {
   const std::deque<std::unique_ptr<Sequence>>& running() const { return running_; }
   const std::deque<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
   int64_t num_preemptions() const { return num_preemptions_; }
-  PageCounts used() const;
-  // CHECKs the three allocators.
+  PageCounts used() const;    // held by sequences; what several share counts once
+  PageCounts cached() const;  // held by the index alone
+  // Prompt tokens of sequences that looked for a prefix at their first start, and those found.
+  int64_t num_prefix_queries() const { return num_prefix_queries_; }
+  int64_t num_prefix_hits() const { return num_prefix_hits_; }
+  int64_t num_prefix_evictions() const { return num_prefix_evictions_; }  // of checkpoints
+  // CHECKs the three allocators and the index.
   void CheckIntegrity() const;
 
  private:
@@ -82,17 +98,34 @@ class Scheduler {
   int64_t LongestChunk(const Sequence& sequence, int64_t wanted) const;
   // The longest chunk of up to `wanted` tokens that wants at most `logit_rows` rows with logits.
   int64_t ChunkWithin(const Sequence& sequence, int64_t wanted, int64_t logit_rows) const;
+  // Whether the sequence's pages are what any sequence with these tokens computes.
+  bool Shares(const Sequence& sequence) const {
+    return limits_.prefix_cache && sequence.exact_before == 0;
+  }
+  PrefixIndex::Match FindPrefix(const Sequence& sequence) const;
+  // Starts the first of the waiting at the end of `prefix`, whose state it is in.
+  void Start(const PrefixIndex::Match& prefix);
+  // Frees that many blocks of those that only the index holds. CHECK: there are enough.
+  void MakeRoom(const PageCounts& need);
   ScheduledChunk TakePages(Sequence* sequence, int64_t num_tokens);
+  void GiveUpPages(Sequence* sequence);
   void PreemptYoungest();
-  // What the tokens known today of all running sequences will need.
-  PageCounts CommittedPages() const;
+  // Lets the index keep what the sequence has computed, to the end of its chunk.
+  void KeepCheckpoints(const ScheduledChunk& chunk);
+  // What the tokens known today of all running sequences and of `newcomer`, which holds its prefix
+  // already, will need.
+  PageCounts CommittedPages(const Sequence& newcomer) const;
 
   const SchedulerLimits limits_;
   const KvLayout& layout_;
-  BlockAllocator open_, sealed_, norms_;           // before the sequences, which hold references
+  BlockAllocator open_, sealed_, norms_;  // before the index and the sequences, which hold blocks
+  PrefixIndex prefixes_;                  // empty without a prefix cache
   std::deque<std::unique_ptr<Sequence>> running_;  // by arrival
   std::deque<std::unique_ptr<Sequence>> waiting_;  // by arrival; all younger than the running
   int64_t num_preemptions_ = 0;
+  int64_t num_prefix_queries_ = 0;
+  int64_t num_prefix_hits_ = 0;
+  int64_t num_prefix_evictions_ = 0;
 };
 
 // Lays a step out for the model.

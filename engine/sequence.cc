@@ -4,10 +4,10 @@
 
 namespace innerq {
 
-Sequence::Sequence(Request from, std::shared_ptr<ResponseStream> to, bool exact_prefill)
+Sequence::Sequence(Request from, std::shared_ptr<ResponseStream> to, int64_t exact)
     : request(std::move(from)),
       stream(std::move(to)),
-      exact_before(exact_prefill ? static_cast<int64_t>(request.prompt.size()) : 0),
+      exact_before(exact),
       tokens(request.prompt),
       seen(UsesPenalties(request.sampling) ? SeenTokens::InPrompt(request.prompt) : SeenTokens()) {
   if (num_to_compute() == 0) End(FinishReason::kLength);
@@ -24,9 +24,11 @@ void Sequence::Append(int32_t token) {
 
 void Sequence::End(FinishReason reason, std::optional<Error> error) {
   if (finish.has_value()) return;
-  finish =
-      Finish{reason, Usage{.prompt_tokens = prompt_length(), .completion_tokens = num_generated()},
-             std::move(error)};
+  finish = Finish{reason,
+                  Usage{.prompt_tokens = prompt_length(),
+                        .completion_tokens = num_generated(),
+                        .cached_tokens = num_cached.value_or(0)},
+                  std::move(error)};
 }
 
 }  // namespace innerq

@@ -17,9 +17,10 @@ namespace innerq {
 // then used by the engine thread alone. The scheduler changes `num_computed` and pages, the engine
 // the rest.
 struct Sequence {
-  // `exact_prefill`: the prompt attends to unquantized K and V. Ended at once if the request asks
-  // for nothing that must be computed.
-  Sequence(Request request, std::shared_ptr<ResponseStream> stream, bool exact_prefill);
+  // Positions [0, exact_before) attend to unquantized K and V. `stream` may be null for whoever
+  // takes results elsewhere. Ended at once if the request asks for nothing that must be computed.
+  Sequence(Request request, std::shared_ptr<ResponseStream> stream, int64_t exact_before);
+  Sequence(Request, std::shared_ptr<ResponseStream>, bool) = delete;  // a length, not a choice
 
   const Request request;
   const std::shared_ptr<ResponseStream> stream;  // written until `finish` is delivered
@@ -31,8 +32,11 @@ struct Sequence {
   int64_t num_scored = 0;  // positions [0, num_scored) have scored the prompt token after them;
                            // survives preemption
   BlockTable pages;
-  BlockRef norm;                 // slot of the key norm, from the first sealed page on
-  SeenTokens seen;               // for penalties
+  BlockRef norm;                      // slot of the key norm, from the first sealed page on
+  std::optional<int64_t> num_cached;  // of the prompt, found in the cache when it first started
+  int64_t branch_pages = 0;   // boundary after which it leaves the prefixes known when it started
+  int64_t passing_pages = 0;  // boundary of its passing checkpoint; 0: it has none
+  SeenTokens seen;            // for penalties
   std::optional<Finish> finish;  // set when it has ended and is to leave the scheduler
 
   // When it was accepted, first took part in a step, and got its first and its latest token.

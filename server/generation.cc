@@ -42,6 +42,7 @@ void Generation::CountFinished(const std::string& reason) const {
 void Generation::Read() {
   if (ended()) return;
   const std::vector<TokenEvent> events = (*reader_)->NextBatch(std::chrono::milliseconds(0));
+  if (options_.prompt_tokens > 0) usage_.cached_tokens = (*reader_)->cached_tokens();
   Measure(std::count_if(events.begin(), events.end(),
                         [](const TokenEvent& event) { return !event.is_prompt; }));
   for (const TokenEvent& event : events) {
@@ -112,7 +113,6 @@ TokenText Generation::Describe(const TokenEvent& event, bool first, int64_t offs
 }
 
 void Generation::End(const Finish& finish) {
-  if (options_.prompt_tokens > 0) usage_.cached_tokens = finish.usage.cached_tokens;
   switch (finish.reason) {
     case FinishReason::kStop:
       return Close("stop");

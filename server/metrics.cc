@@ -79,14 +79,19 @@ void RenderEngine(const EngineStats& stats, Writer* out) {
              static_cast<double>(stats.running));
   out->Gauge("vllm:num_requests_waiting", "Accepted requests that wait to run.",
              static_cast<double>(stats.waiting));
-  out->Gauge("vllm:kv_cache_usage_perc", "Share of the fuller page pool in use, 0 to 1.",
+  out->Gauge("vllm:kv_cache_usage_perc",
+             "Share of the fuller page pool in use by requests, 0 to 1.",
              std::max(Share(stats.open_pages_used, stats.open_pages),
                       Share(stats.sealed_pages_used, stats.sealed_pages)));
   out->Counter("vllm:num_preemptions_total", "Sequences pushed out to be recomputed.",
                stats.preemptions);
-  // True of a server that refuses kv_cache.prefix_cache.
-  out->Counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in a prefix cache.", 0);
-  out->Counter("vllm:prefix_cache_hits_total", "Prompt tokens found there.", 0);
+  out->Counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.",
+               stats.prefix_cache_queries);
+  out->Counter("vllm:prefix_cache_hits_total", "Prompt tokens found there.",
+               stats.prefix_cache_hits);
+  out->Counter("innerq:prefix_cache_evictions_total",
+               "States that the prefix cache gave up for others' pages.",
+               stats.prefix_cache_evictions);
   out->Counter("vllm:prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens);
   out->Counter("vllm:generation_tokens_total", "Tokens generated.", stats.generation_tokens);
   out->Add("vllm:iteration_tokens_total", "Tokens computed by one step.", stats.step_tokens);
@@ -116,20 +121,24 @@ void RenderCache(const CacheInfo& cache, const EngineStats& stats, Writer* out) 
   out->Sample("innerq:kv_bits_per_element", cache.effective_bits, "windows=\"included\"");
   struct Pool {
     const char* label;
-    int64_t pages, used, page_bytes;
+    int64_t pages, used, cached, page_bytes;
   };
-  const Pool pools[] = {
-      {"kind=\"open\"", stats.open_pages, stats.open_pages_used, cache.open_page_bytes},
-      {"kind=\"sealed\"", stats.sealed_pages, stats.sealed_pages_used, cache.sealed_page_bytes}};
+  const Pool pools[] = {{"kind=\"open\"", stats.open_pages, stats.open_pages_used,
+                         stats.open_pages_cached, cache.open_page_bytes},
+                        {"kind=\"sealed\"", stats.sealed_pages, stats.sealed_pages_used,
+                         stats.sealed_pages_cached, cache.sealed_page_bytes}};
   const auto family = [&](const char* name, const char* help, auto value) {
     out->Family(name, "gauge", help);
     for (const Pool& pool : pools) out->Sample(name, static_cast<double>(value(pool)), pool.label);
   };
   family("innerq:kv_pages", "Pages of each kind.", [](const Pool& p) { return p.pages; });
-  family("innerq:kv_pages_used", "Of those, in use.", [](const Pool& p) { return p.used; });
+  family("innerq:kv_pages_used", "Of those, in use by requests.",
+         [](const Pool& p) { return p.used; });
+  family("innerq:kv_pages_cached", "Of those, kept for later prompts, free for whoever needs them.",
+         [](const Pool& p) { return p.cached; });
   family("innerq:kv_bytes", "Bytes of all pages of each kind.",
          [](const Pool& p) { return p.pages * p.page_bytes; });
-  family("innerq:kv_bytes_used", "Of those, in use.",
+  family("innerq:kv_bytes_used", "Of those, in use by requests.",
          [](const Pool& p) { return p.used * p.page_bytes; });
   out->Family("innerq:kv_asymmetric_groups_ratio", "gauge",
               "Share of asymmetric groups among those of a layer; of hybrid ones as measured since "

@@ -1,40 +1,16 @@
 #include "server/model_setup.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <optional>
+
+#include "server/progress_bar.h"
 
 namespace innerq {
 namespace {
 
 constexpr double kMiB = 1 << 20;
-
-// Draws "loading weights  43%" on one line of a terminal; nothing elsewhere.
-class ProgressBar {
- public:
-  ProgressBar() : visible_(::isatty(STDERR_FILENO) != 0) {}
-  ~ProgressBar() {
-    if (drawn_) std::fputs("\r\033[K", stderr);
-  }
-  void Show(int64_t done, int64_t total) {
-    const int percent = total > 0 ? static_cast<int>(100 * done / total) : 100;
-    if (!visible_ || percent == percent_) return;
-    percent_ = percent;
-    drawn_ = true;
-    const auto filled = static_cast<size_t>(percent) * 40 / 100;
-    fmt::print(stderr, "\rloading weights [{}{}] {:3}%", std::string(filled, '#'),
-               std::string(40 - filled, '.'), percent);
-    std::fflush(stderr);
-  }
-
- private:
-  const bool visible_;
-  bool drawn_ = false;
-  int percent_ = -1;
-};
 
 const char* Name(QuantMode mode) {
   switch (mode) {
@@ -62,7 +38,7 @@ std::string Describe(const KvLayerLayout& layer) {
 
 // The ids that end an answer: those of generation_config.json or config.json, the tokenizer's end
 // of sequence, and what the chat template writes after an answer.
-std::vector<int32_t> StopTokens(const LoadedModel& model) {
+std::vector<int32_t> StopTokens(const ModelParts& model) {
   std::vector<int32_t> ids = model.config.eos_token_ids;
   const auto add = [&ids](std::optional<int32_t> id) {
     if (id && std::find(ids.begin(), ids.end(), *id) == ids.end()) ids.push_back(*id);
@@ -91,17 +67,17 @@ Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config) {
   return KvLayout::Create(spec, CodeOrder::kRowMajor);
 }
 
-Result<LoadedModel> LoadModel(const Options& options) {
-  LoadedModel model;
-  ASSIGN_OR_RETURN(model.tokenizer, Tokenizer::Load(options.model.path));
+Result<ModelParts> LoadParts(const Options& options) {
+  ModelParts parts;
+  ASSIGN_OR_RETURN(parts.tokenizer, Tokenizer::Load(options.model.path));
   ASSIGN_OR_RETURN(
-      model.chat_template,
-      ChatTemplate::Load(options.model.path, options.model.chat_template, model.tokenizer));
+      parts.chat_template,
+      ChatTemplate::Load(options.model.path, options.model.chat_template, parts.tokenizer));
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
-  model.config = checkpoint->config();
-  model.stop_token_ids = StopTokens(model);
+  parts.config = checkpoint->config();
+  parts.stop_token_ids = StopTokens(parts);
   ModelRunnerOptions runner_options = options.runner;
-  ProgressBar bar;
+  ProgressBar bar("loading weights");
   runner_options.progress = [&bar](int64_t done, int64_t total) { bar.Show(done, total); };
   auto created = ModelRunner::Create(std::move(checkpoint), runner_options);
   if (!created) {
@@ -112,8 +88,24 @@ Result<LoadedModel> LoadModel(const Options& options) {
     }
     return error;
   }
-  std::unique_ptr<ModelRunner> runner = std::move(created).value();
-  model.report = runner->report();
+  parts.runner = std::move(created).value();
+  return parts;
+}
+
+Result<LoadedModel> LoadModel(const Options& options) {
+  ASSIGN_OR_RETURN(ModelParts parts, LoadParts(options));
+  return StartModel(std::move(parts));
+}
+
+Result<LoadedModel> StartModel(ModelParts parts) {
+  std::unique_ptr<ModelRunner> runner = std::move(parts.runner);
+  LoadedModel model{.config = std::move(parts.config),
+                    .tokenizer = std::move(parts.tokenizer),
+                    .chat_template = std::move(parts.chat_template),
+                    .stop_token_ids = std::move(parts.stop_token_ids),
+                    .report = runner->report(),
+                    .cache = {},
+                    .engine = nullptr};
   model.cache = {
       .capacity_tokens = model.report.pools.tokens_that_fit,
       .sealed_bits = model.report.sealed_bits_per_element,
@@ -161,6 +153,9 @@ std::vector<std::string> DescribeModel(const Options& options, const ModelConfig
   lines.push_back(fmt::format("context {} tokens, up to {} sequences at once, prefill {}",
                               report.max_context, options.runner.engine.max_sequences,
                               kv.exact_prefill ? "exact" : "served"));
+  lines.push_back(fmt::format(
+      "prefix cache {}{}", options.runner.engine.prefix_cache ? "on" : "off",
+      kv.prefix_cache && kv.exact_prefill ? ": nothing can be shared with prefill exact" : ""));
   return lines;
 }
 

@@ -14,6 +14,19 @@
 
 namespace innerq {
 
+// What is loaded from disk, before an engine runs it.
+struct ModelParts {
+  ModelConfig config;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
+  std::vector<int32_t> stop_token_ids;
+  std::unique_ptr<ModelRunner> runner;
+};
+
+// Loads tokenizer, template and weights. Shows a progress bar on standard error if that is a
+// terminal. Errors: as of the parts; the message says which.
+Result<ModelParts> LoadParts(const Options& options);
+
 struct LoadedModel {
   ModelConfig config;
   std::shared_ptr<const Tokenizer> tokenizer;
@@ -24,8 +37,10 @@ struct LoadedModel {
   std::unique_ptr<Engine> engine;
 };
 
-// Loads tokenizer, template and weights and starts the engine. Shows a progress bar on standard
-// error if that is a terminal. Errors: as of the parts; the message says which.
+// Starts the engine. Errors: as of Engine::Create.
+Result<LoadedModel> StartModel(ModelParts parts);
+
+// Both, one after the other.
 Result<LoadedModel> LoadModel(const Options& options);
 
 // The start-up report, a line each: model, backend, cache per range of layers, pools, context.

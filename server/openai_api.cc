@@ -229,6 +229,7 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
   request.max_tokens = MaxTokens(api, prompt_tokens);
   request.min_tokens = api.min_tokens;
   request.sampling = api.sampling;
+  request.cache_salt = api.cache_salt;
   if (api.echo) request.prompt_logprobs = api.sampling.num_logprobs;
   if (api.best_of > api.n) {  // they are compared by them
     request.sampling.num_logprobs = std::max(request.sampling.num_logprobs, 0);

@@ -16,6 +16,7 @@ using Json = nlohmann::json;
 constexpr size_t kMaxStops = 16;
 constexpr size_t kMaxStopBytes = 4096;
 constexpr size_t kMaxStopTokenIds = 128;
+constexpr size_t kMaxSaltBytes = 256;
 
 // OpenAI's parameters that are not implemented here.
 constexpr std::string_view kOtherChat[] = {
@@ -110,6 +111,7 @@ class Parser : public RequestParser<Json> {
         {"add_special_tokens", kCompletions, &Parser::Flag},
         {"stream", kBoth, &Parser::Flag},
         {"stream_options", kBoth, &Parser::StreamOptions},
+        {"cache_salt", kBoth, &Parser::CacheSalt},
         {"user", kBoth, &Parser::User},
     };
     return kEntries;
@@ -132,6 +134,12 @@ class Parser : public RequestParser<Json> {
 
   bool Model(const std::string& name, const Json& value) {
     return String(name, value, &out_.model);
+  }
+  bool CacheSalt(const std::string& name, const Json& value) {
+    if (!String(name, value, &out_.cache_salt)) return false;
+    if (out_.cache_salt.empty()) return WrongValue(name, "an empty string");
+    return out_.cache_salt.size() <= kMaxSaltBytes ||
+           WrongValue(name, "longer than " + std::to_string(kMaxSaltBytes) + " bytes");
   }
   bool User(const std::string& name, const Json& value) {
     std::string unused;

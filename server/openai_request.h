@@ -39,6 +39,7 @@ struct ApiRequest {
   std::vector<std::string> stop;
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
+  std::string cache_salt;           // see Request
   bool echo = false;                // the prompt is part of the answer
   bool add_special_tokens = true;   // of the tokenizer, to a prompt's text
   bool skip_special_tokens = true;  // they are no part of the answer's text
@@ -55,10 +56,10 @@ struct ApiRequest {
 // repetition_penalty, presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs
 // (chat), echo (completions), stop (up to 16), stop_token_ids (up to 128), ignore_eos,
 // include_stop_str_in_output, skip_special_tokens, add_special_tokens (completions), stream,
-// stream_options.include_usage and continuous_usage_stats. max_tokens 0 needs echo. `user` is
-// accepted: by definition it does not change the answer. null means "not given". Parameters of
-// OpenAI's that are not implemented pass only with null or with the value that asks for nothing,
-// such as a response_format of text; every other name is refused with the code
+// stream_options.include_usage and continuous_usage_stats, cache_salt. max_tokens 0 needs echo.
+// `user` is accepted: by definition it does not change the answer. null means "not given".
+// Parameters of OpenAI's that are not implemented pass only with null or with the value that asks
+// for nothing, such as a response_format of text; every other name is refused with the code
 // "unsupported_parameter".
 // Beyond JSON's own rules, keys must not repeat and nesting is bounded (CheckJson).
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat);

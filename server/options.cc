@@ -65,16 +65,13 @@ Result<KvLayerOverride> ReadLayer(const Json& json, const std::string& path) {
 }
 
 Result<KvCacheOptions> ReadKvCache(const Json& json) {
-  if (json.at("prefix_cache").get<bool>()) {
-    return InvalidArgument("kv_cache.prefix_cache: true is not supported by this build",
-                           "kv_cache.prefix_cache");
-  }
   KvCacheOptions options;
   ASSIGN_OR_RETURN(options.memory_bytes, ParseSize(json.at("memory").get<std::string>()));
   options.page_tokens = json.at("page_tokens").get<int64_t>();
   options.sink_tokens = json.at("sink_tokens").get<int64_t>();
   options.recent_tokens = json.at("recent_tokens").get<int64_t>();
   options.exact_prefill = json.at("prefill") == "exact";
+  options.prefix_cache = json.at("prefix_cache").get<bool>();
   options.key = ReadSpec(json.at("key"));
   options.value = ReadSpec(json.at("value"));
   options.normalize_keys = json["key"].at("normalize") == "prompt";
@@ -191,7 +188,13 @@ Result<Options> ParseOptions(std::string_view text, const std::vector<std::strin
   ASSIGN_OR_RETURN(options.runner.kv_cache, ReadKvCache(json.at("kv_cache")));
   options.kv_cache_json = json.at("kv_cache").dump();
   ASSIGN_OR_RETURN(options.runner.engine, ReadScheduler(json.at("scheduler")));
-  options.runner.engine.exact_prefill = options.runner.kv_cache.exact_prefill;
+  const KvCacheOptions& cache = options.runner.kv_cache;
+  options.runner.engine.exact_prefill = cache.exact_prefill;
+  options.runner.engine.prefix_cache = cache.prefix_cache && !cache.exact_prefill;
+  const Json& self_check = json.at("self_check");
+  options.self_check = {.enabled = self_check.at("enabled").get<bool>(),
+                        .seconds = self_check.at("seconds").get<double>(),
+                        .warn_kl = self_check.at("warn_kl").get<double>()};
   ASSIGN_OR_RETURN(options.server, ReadServer(json.at("server")));
   options.log.level = json.at("log").at("level").get<std::string>();
   options.log.json = json.at("log").at("format") == "json";

@@ -51,12 +51,20 @@ struct LogOptions {
   bool json = false;
 };
 
+// Configuration "self_check".
+struct SelfCheckOptions {
+  bool enabled = true;
+  double seconds = 5;     // time it may take
+  double warn_kl = 0.05;  // nats, mean
+};
+
 // One configuration file, checked, with defaults and overrides applied. See configs/schema.json for
 // every key.
 struct Options {
   ModelOptions model;
   ModelRunnerOptions runner;  // model.dtype, backend, kv_cache, scheduler
   std::string kv_cache_json;  // the section kv_cache as JSON text
+  SelfCheckOptions self_check;
   ServerOptions server;
   LogOptions log;
 };

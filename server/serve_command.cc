@@ -1,21 +1,17 @@
 #include <malloc.h>
-#include <pthread.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
 
 #include <chrono>
-#include <condition_variable>
-#include <csignal>
 #include <cstdio>
 #include <memory>
-#include <mutex>
-#include <thread>
 
 #include "server/access.h"
 #include "server/commands.h"
 #include "server/log.h"
 #include "server/model_setup.h"
+#include "server/self_check.h"
 #include "server/service.h"
+#include "server/signals.h"
 
 namespace innerq {
 namespace {
@@ -24,57 +20,6 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds kTrimInterval{1000};
-
-// Takes SIGTERM and SIGINT, on a thread of its own: no handler runs in the middle of other code,
-// and it works for process 1, for which the default action is to ignore them. Create it before any
-// other thread, for those must inherit the blocked signals.
-class Signals {
- public:
-  Signals() {
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &set, nullptr);
-    std::signal(SIGPIPE, SIG_IGN);
-    // The thread has nothing to return to: it waits for as long as the process lives.
-    std::jthread([set, state = state_] { Run(set, *state); }).detach();
-  }
-
-  // Until this call the first signal ends the process; from now on it is Wait that returns, and
-  // only a second one that ends the process.
-  void Catch() {
-    const std::lock_guard lock(state_->mutex);
-    state_->catching = true;
-  }
-  // Whether the first signal came, now or within the timeout.
-  bool Wait(milliseconds timeout) {
-    std::unique_lock lock(state_->mutex);
-    return state_->arrived.wait_for(lock, timeout, [this] { return state_->caught; });
-  }
-
- private:
-  struct State {
-    std::mutex mutex;
-    std::condition_variable arrived;
-    bool catching = false;
-    bool caught = false;
-  };
-
-  static void Run(const sigset_t& set, State& state) noexcept {
-    pthread_setname_np(pthread_self(), "innerq-signals");
-    for (;;) {
-      int signal = 0;
-      if (sigwait(&set, &signal) != 0) continue;
-      const std::lock_guard lock(state.mutex);
-      if (!state.catching || state.caught) ::_exit(128 + signal);
-      state.caught = true;
-      state.arrived.notify_all();
-    }
-  }
-
-  const std::shared_ptr<State> state_ = std::make_shared<State>();
-};
 
 // Gives back the memory that a crowd of connections took, once the crowd has gone. By itself glibc
 // returns only the ends of its heaps, and what a small long-lived thing pins there creeps up.
@@ -158,7 +103,10 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   auto http = HttpServer::Start(ToHttpOptions(server), service.Routes());
   if (!http) return ReportError(http.error());
 
-  auto model = LoadModel(*options);
+  auto parts = LoadParts(*options);
+  if (!parts) return ReportError(parts.error());
+  CheckLoadedModel(*options, *parts);
+  auto model = StartModel(std::move(parts).value());
   if (!model) return ReportError(model.error());
   for (const std::string& line : DescribeModel(*options, model->config, model->report)) {
     spdlog::info("{}", line);

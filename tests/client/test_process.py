@@ -86,14 +86,12 @@ def test_wrong_usage_and_configuration_exit_2():
     expect_error(2, "cannot read", "serve", "-c", "/none.json")
     expect_error(2, "bitz", "check-config", "-c", CONFIG, "--set", "kv_cache.key.bitz=3")
     expect_error(2, "model.path", "serve", "-c", CONFIG, "--set", "model.path=/none")
-    expect_error(2, "not supported", "serve", "-c", CONFIG, "--set", "kv_cache.prefix_cache=true")
 
 
 def test_check_config_refuses_what_serve_refuses():
     for path, value in (
             ("kv_cache.key.bitz", "3"),
             ("kv_cache.memory", "100KiB"),
-            ("kv_cache.prefix_cache", "true"),
             ("kv_cache.sink_tokens", "33"),
             ("kv_cache.key.group_size", "128"),  # heads have 64 channels
             ("kv_cache.layers.0.range", "900"),

@@ -44,6 +44,41 @@ TEST(BlockAllocator, CopiesShareABlockAndTheLastOneReturnsIt) {
   blocks.CheckIntegrity();
 }
 
+TEST(BlockAllocator, WhatOnlyACacheHoldsIsNeitherFreeNorUsed) {
+  BlockAllocator blocks(3);
+  BlockRef a = blocks.Allocate();
+  BlockRef b = blocks.Allocate();
+  CachedBlock cached(a);
+  EXPECT_FALSE(cached.idle());
+  EXPECT_EQ(blocks.num_used(), 2);
+  a.Reset();
+  EXPECT_TRUE(cached.idle());
+  EXPECT_EQ(blocks.num_used(), 1);
+  EXPECT_EQ(blocks.num_idle(), 1);
+  EXPECT_EQ(blocks.num_free(), 1);
+  blocks.CheckIntegrity();
+  a = cached.ref();
+  EXPECT_FALSE(cached.idle());
+  EXPECT_EQ(blocks.num_used(), 2);
+  a.Reset();
+  cached = CachedBlock(b);  // the idle block returns
+  EXPECT_EQ(blocks.num_free(), 2);
+  EXPECT_EQ(blocks.num_idle(), 0);
+  CachedBlock moved = std::move(cached);
+  b.Reset();
+  EXPECT_TRUE(moved.idle());
+  moved.Reset();
+  EXPECT_EQ(blocks.num_free(), 3);
+  blocks.CheckIntegrity();
+}
+
+TEST(BlockAllocatorDeathTest, ABlockIsCachedOnce) {
+  BlockAllocator blocks(1);
+  const BlockRef block = blocks.Allocate();
+  const CachedBlock cached(block);
+  EXPECT_DEATH(CachedBlock{block}, "twice");
+}
+
 // Random operations against a plain count per id.
 TEST(BlockAllocator, KeepsItsBooksUnderRandomOperations) {
   constexpr int64_t kSize = 37;

@@ -159,6 +159,120 @@ TEST(Engine, EndsAtMaxTokensOrAStopTokenAndCountsIt) {
   EXPECT_GT(engine->Stats().finish_per_second, 0);
 }
 
+TEST(Engine, AConversationComputesOnlyWhatIsNew) {
+  const KvLayout layout = TestLayout();
+  const auto engine = EngineOf(OptionsOf());
+  Request turn = RequestOf(200, 60, 7);
+  int64_t computed = 0;
+  for (int i = 0; i < 4; ++i) {
+    const ResponseReader reader = engine->Submit(turn).value();
+    const Response response = ReadAll(reader);
+    ExpectSameEvents(response.events, OracleAnswer(turn, layout, false));
+    // The last page that was full when the answer ended; its last token was not fed back.
+    const int64_t length = std::ssize(turn.prompt);
+    const int64_t known = i == 0 ? 0 : (length - 1 - 10) / 32 * 32;
+    EXPECT_EQ(response.finish->usage.cached_tokens, known) << "turn " << i;
+    EXPECT_EQ(reader->cached_tokens(), known);
+    computed += length - known;
+    EXPECT_EQ(engine->Stats().prompt_tokens, computed);
+    for (const int32_t token : response.tokens()) turn.prompt.push_back(token);
+    for (const int32_t token : PromptOf(10, 50 + static_cast<uint64_t>(i))) {
+      turn.prompt.push_back(token);
+    }
+  }
+  ExpectAtRest(*engine);
+  const EngineStats stats = engine->Stats();
+  EXPECT_EQ(stats.prefix_cache_queries, 200 + 270 + 340 + 410);
+  EXPECT_EQ(stats.prefix_cache_hits, stats.prefix_cache_queries - computed);
+  EXPECT_GT(stats.open_pages_cached, 0);
+  EXPECT_GT(stats.sealed_pages_cached, 0);
+  EXPECT_EQ(stats.prefix_cache_evictions, 0);
+}
+
+// A request that is cancelled leaves what it has computed; one that fails does not spoil it.
+TEST(Engine, WhatACancelledRequestHasComputedIsFound) {
+  Gate gate;
+  bool fails = false;
+  EngineOptions options = OptionsOf(/*max_batch_tokens=*/64);
+  const auto engine = EngineOf(options, kPlenty, [&](const ForwardBatch&) -> Result<void> {
+    gate.Pass();
+    if (fails) return Error{ErrorCode::kInternal, "for a while"};
+    return {};
+  });
+  const Request request = RequestOf(250, 5, 9);
+  std::optional<ResponseReader> cancelled(engine->Submit(request).value());
+  for (int i = 0; i < 3; ++i) gate.LetOnePass();
+  gate.AwaitArrivals(4);
+  cancelled.reset();
+  gate.LetOnePass();  // the fourth chunk, which nobody needs any more, is still computed
+  const ResponseReader first = engine->Submit(request).value();
+  gate.Open();
+  const Response response = ReadAll(first);
+  ExpectSameEvents(response.events, OracleAnswer(request, TestLayout(), false));
+  EXPECT_EQ(response.finish->usage.cached_tokens, 7 * 32) << "page 7 is not full";
+  fails = true;  // the engine is at rest
+  EXPECT_EQ(ReadAll(engine->Submit(RequestOf(250, 5, 9)).value()).finish->reason,
+            FinishReason::kError);
+  fails = false;
+  ExpectSameEvents(ReadAll(engine->Submit(request).value()).events,
+                   OracleAnswer(request, TestLayout(), false));
+  ExpectAtRest(*engine);
+}
+
+TEST(Engine, SharesNothingWithExactPrefillOrWhenToldNotTo) {
+  for (const bool exact : {false, true}) {
+    EngineOptions options = OptionsOf();
+    options.exact_prefill = exact;
+    options.prefix_cache = exact;
+    const auto engine = EngineOf(options);
+    for (int i = 0; i < 2; ++i) {
+      const Response response = ReadAll(engine->Submit(RequestOf(250, 30)).value());
+      EXPECT_EQ(response.finish->usage.cached_tokens, 0);
+      ExpectSameEvents(response.events, OracleAnswer(RequestOf(250, 30), TestLayout(), exact));
+    }
+    EXPECT_EQ(engine->Stats().prefix_cache_queries, 0);
+    EXPECT_EQ(engine->Stats().open_pages_cached, 0);
+  }
+}
+
+// 20 requests of nine pages each: with what they share they fit the pools together.
+TEST(Engine, RequestsThatShareALongBeginningRunTogether) {
+  Gate gate;
+  const KvLayout layout = TestLayout();
+  // Alone each wants 6, 5 and 1; a sink, 4 sealed pages and the norm are shared.
+  const PageCounts pools{20 * 5 + 1, 20 + 4, 2};
+  const auto engine = EngineOf(
+      OptionsOf(), pools,
+      [&](const ForwardBatch&) {
+        gate.Pass();
+        return Result<void>();
+      },
+      layout);
+  const auto request_of = [](uint64_t seed) {
+    Request request = RequestOf(288, 5, 4);
+    request.sampling.seed = seed;
+    for (const int32_t token : PromptOf(12, seed)) request.prompt.push_back(token);
+    return request;
+  };
+  for (int i = 0; i < 2 * 5; ++i) gate.LetOnePass();
+  ReadAll(engine->Submit(request_of(1)).value());
+  ReadAll(engine->Submit(request_of(2)).value());  // learns where they part
+  std::vector<Request> requests;
+  for (uint64_t seed = 10; seed < 30; ++seed) requests.push_back(request_of(seed));
+  const ResponseGroup group = engine->SubmitGroup(requests).value();
+  gate.AwaitArrivals(2 * 5 + 1);
+  EXPECT_EQ(engine->Stats().running, 20);
+  EXPECT_EQ(engine->Stats().waiting, 0);
+  gate.Open();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const Response response = ReadAll(group.readers[i]);
+    ExpectSameEvents(response.events, OracleAnswer(requests[i], layout, false));
+    EXPECT_EQ(response.finish->usage.cached_tokens, 288);
+  }
+  EXPECT_EQ(engine->Stats().preemptions, 0);
+  ExpectAtRest(*engine);
+}
+
 // Scoring is preempted in its middle, and goes on where it was when its tokens are back.
 TEST(Engine, APreemptedPromptIsScoredOnce) {
   constexpr int32_t kFirst = 95;  // token of the prompt that is scored, and not of the elder

@@ -12,8 +12,8 @@
 #include "engine/engine.h"
 #include "engine/kv_cache.h"
 #include "gtest/gtest.h"
-#include "models/llama.h"
 #include "tests/engine/engine_test_util.h"
+#include "tests/engine/llama_step_model.h"
 
 namespace innerq {
 namespace {
@@ -21,19 +21,6 @@ namespace {
 constexpr int32_t kMark = 255;  // first token of the request under test, and of no other
 constexpr int64_t kMaxContext = 384;
 constexpr int kElders = 3;  // neighbours that come before the request under test
-
-ModelConfig TinyLlama() {
-  ModelConfig config;
-  config.hidden_size = 256;
-  config.intermediate_size = 512;
-  config.num_layers = 2;
-  config.num_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim = 64;
-  config.vocab_size = 256;
-  config.max_positions = 1024;
-  return config;
-}
 
 using LogitsByPosition = std::map<int64_t, std::vector<float>>;
 
@@ -44,55 +31,14 @@ struct Record {
   int64_t num_seals = 0;    // of all
 };
 
-// A variant of the CPU, or "cuda".
-BackendOptions OptionsFor(const std::string& variant) {
-  if (variant == "cuda") return {.device = "cuda"};
-  return {.device = "cpu", .variant = variant, .threads = 2};
-}
-
-// Why a backend cannot be had here, or an empty text.
-std::string WhyAbsent(const std::string& variant) {
-  const auto backend = CreateBackend(OptionsFor(variant));
-  return backend.ok() ? "" : backend.error().message;
-}
-
-// A random Llama with its cache as a StepModel; records the logits of the marked request.
-class RecordingModel : public StepModel {
+// A random Llama that records the logits of the marked request.
+class RecordingModel : public LlamaStepModel {
  public:
-  static std::unique_ptr<RecordingModel> Create(const std::string& variant, WeightFormat format,
-                                                const KvCacheOptions& options,
-                                                const PageCounts& pools, int64_t max_logit_rows,
-                                                std::shared_ptr<Record> record) {
-    auto made = std::make_unique<RecordingModel>();
-    made->max_logit_rows_ = max_logit_rows;
-    made->backend_ = CreateBackend(OptionsFor(variant)).value();
-    Backend* backend = made->backend_.get();
-    made->model_ =
-        LlamaModel::Random(TinyLlama(), format, /*seed=*/11, backend, 512, max_logit_rows).value();
-    KvLayout layout =
-        KvLayout::Create(ResolveKvCacheSpec(options, TinyLlama()).value(), backend->code_order())
-            .value();
-    KvPoolPlan plan;
-    plan.open_pages = pools.open;
-    plan.sealed_pages = pools.sealed;
-    plan.norm_slots = pools.norms;
-    made->cache_ = KvCache::Create(backend, std::move(layout), plan).value();
-    made->record_ = std::move(record);
-    return made;
-  }
-
-  int64_t vocab_size() const override { return TinyLlama().vocab_size; }
-  const KvLayout& layout() const override { return cache_->layout(); }
-  int64_t num_open_pages() const override { return cache_->plan().open_pages; }
-  int64_t num_sealed_pages() const override { return cache_->plan().sealed_pages; }
-  int64_t num_norm_slots() const override { return cache_->plan().norm_slots; }
-  int64_t max_logit_rows() const override { return max_logit_rows_; }
+  RecordingModel(const Config& config, std::shared_ptr<Record> record)
+      : LlamaStepModel(config), record_(std::move(record)) {}
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
-    const ConstTensorView view = model_->Forward(batch, layout(), cache_->layers());
-    RETURN_IF_ERROR(backend_->Synchronize());
-    const std::span<const float> logits(view.As<float>(),
-                                        static_cast<size_t>(view.shape.num_elements()));
+    ASSIGN_OR_RETURN(const std::span<const float> logits, LlamaStepModel::Step(batch));
     record_->num_seals += static_cast<int64_t>(batch.seals.size());
     for (const SequenceSlice& slice : batch.slices) {
       // The first page stays open for a sequence's whole stay: its id names the sequence.
@@ -117,11 +63,7 @@ class RecordingModel : public StepModel {
   }
 
  private:
-  std::unique_ptr<Backend> backend_;  // outlives what it allocated
-  std::unique_ptr<LlamaModel> model_;
-  std::unique_ptr<KvCache> cache_;
   std::shared_ptr<Record> record_;
-  int64_t max_logit_rows_ = 0;
   int32_t marked_page_ = -1;
 };
 
@@ -158,9 +100,9 @@ Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOpti
   options.max_batch_tokens = run.max_batch_tokens;
   options.max_context = kMaxContext;
   options.exact_prefill = cache.exact_prefill;
-  const auto engine = Engine::Create(options, RecordingModel::Create(variant, format, cache, pools,
-                                                                     run.max_logit_rows, record))
-                          .value();
+  const LlamaStepModel::Config config{variant, format, cache, pools, run.max_logit_rows};
+  const auto engine =
+      Engine::Create(options, std::make_unique<RecordingModel>(config, record)).value();
   Request request = RequestOf(290, 50, 77);
   request.prompt[0] = kMark;
   request.sampling.temperature = 0.9f;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <set>
 #include <span>
 #include <vector>
@@ -158,10 +159,12 @@ class HashModel : public StepModel {
     return pool.at(static_cast<size_t>(page * layout_.page_tokens() + t));
   }
 
-  // Rows, positions and page ids must be consistent, and no page may belong to two sequences.
+  // Rows, positions and page ids must be consistent, and what is written must belong to one
+  // sequence.
   void CheckShape(const ForwardBatch& batch) const {
     int64_t row = 0;
-    std::set<int32_t> open, sealed, norms;
+    std::map<int32_t, int> open, sealed, norms;  // sequences that have a page
+    std::set<int32_t> written;
     for (const SequenceSlice& slice : batch.slices) {
       ASSERT_EQ(slice.row_begin, row);
       ASSERT_GT(slice.num_rows, 0);
@@ -172,11 +175,18 @@ class HashModel : public StepModel {
       ASSERT_EQ(static_cast<int64_t>(slice.pages.size()),
                 layout_.PageOf(slice.first_position + slice.num_rows - 1) + 1);
       for (const PageRef& page : slice.pages) {
-        EXPECT_TRUE(page.open_id < 0 || open.insert(page.open_id).second);
-        EXPECT_TRUE(page.sealed_id < 0 || sealed.insert(page.sealed_id).second);
+        ++open[page.open_id];
+        ++sealed[page.sealed_id];
       }
-      EXPECT_TRUE(slice.norm_id < 0 || norms.insert(slice.norm_id).second);
+      ++norms[slice.norm_id];
+      for (size_t page = static_cast<size_t>(layout_.PageOf(slice.first_position));
+           page < slice.pages.size(); ++page) {
+        written.insert(slice.pages[page].open_id);
+      }
     }
+    for (const int32_t id : written) EXPECT_EQ(open[id], 1);
+    for (const SealItem& item : batch.seals) EXPECT_EQ(sealed[item.sealed_id], 1);
+    for (const KeyNormItem& item : batch.key_norms) EXPECT_EQ(norms[item.norm_id], 1);
     ASSERT_EQ(row, batch.num_rows());
     EXPECT_LE(static_cast<int64_t>(batch.logit_rows.size()), max_logit_rows_);
     EXPECT_TRUE(std::is_sorted(batch.logit_rows.begin(), batch.logit_rows.end()));

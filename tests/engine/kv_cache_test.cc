@@ -117,7 +117,8 @@ TEST(ResolveKvCacheSpec, ALayerThatCannotBeStoredIsBlamedOnTheKeyThatShapedIt) {
 // All memory sizes from "one sequence just fits" up, every kind of cache.
 TEST(PlanKvPools, KeepsToTheMemoryAndReportsWhatASequenceReaches) {
   std::vector<KvCacheOptions> caches{KvCacheOptions(), Unquantized(), KvCacheOptions(),
-                                     KvCacheOptions()};
+                                     KvCacheOptions(), KvCacheOptions()};
+  caches[4].prefix_cache = false;
   caches[2].exact_prefill = true;
   caches[3].normalize_keys = false;
   caches[3].recent_tokens = 32;
@@ -137,7 +138,8 @@ TEST(PlanKvPools, KeepsToTheMemoryAndReportsWhatASequenceReaches) {
           EXPECT_LE(plan.bytes, memory);
           EXPECT_EQ(plan.bytes, Bytes(layout, plan.open_pages, plan.sealed_pages, plan.norm_slots));
           EXPECT_GE(plan.tokens_that_fit, min_context);
-          EXPECT_LE(plan.norm_slots, max_sequences);
+          const bool shares = options.prefix_cache && !options.exact_prefill;
+          EXPECT_LE(plan.norm_slots, max_sequences * (shares ? 4 : 1));
           const int64_t grown = Grow(layout, plan, 0);
           const int64_t all_prompt =
               options.exact_prefill ? Grow(layout, plan, std::numeric_limits<int64_t>::max() / 2)
@@ -160,8 +162,10 @@ TEST(PlanKvPools, GivesEverySequenceItsWindowBeforeItBuysSealedPages) {
   EXPECT_EQ(layout.open_page_bytes(), kMiB);
   const KvPoolPlan plan = PlanKvPools(layout, options, 64, 512, 192).value();
   EXPECT_EQ(plan.open_pages, 64 * 6 + 512 / 32);
-  EXPECT_EQ(plan.norm_slots, 64);
+  EXPECT_EQ(plan.norm_slots, 204) << "the windows that all memory would hold, not 4 * 64";
   EXPECT_GT(plan.tokens_that_fit, 80000);
+  options.prefix_cache = false;
+  EXPECT_EQ(PlanKvPools(layout, options, 64, 512, 192).value().norm_slots, 64);
 }
 
 TEST(PlanKvPools, ShrinksBothPoolsWhenMemoryIsShort) {

@@ -99,6 +99,24 @@ TEST(PlanModel, SaysWhatWouldRunBeforeAnythingIsLoaded) {
   EXPECT_EQ(PlanModel(checkpoint->config(), wrong).error().param, "backend.variant");
 }
 
+TEST(ModelRunner, BringsUpFurtherCachesOnTheSameWeights) {
+  auto first = ModelRunner::Create(TinyCheckpoint(), TinyOptions()).value();
+  KvCacheOptions kv_cache = TinyOptions().kv_cache;
+  kv_cache.key.bits = 8;
+  const auto second = first->WithCache(kv_cache, 200).value();
+  EXPECT_EQ(first->layout().layer(0).key.bits, 3);
+  EXPECT_EQ(second->layout().layer(0).key.bits, 8);
+  EXPECT_EQ(second->engine_options().max_context, 200);
+  EXPECT_EQ(second->engine_options().max_batch_tokens, 64);
+  EXPECT_EQ(second->report().weight_bytes, first->report().weight_bytes);
+  first.reset();
+  EXPECT_EQ(second->WithCache(kv_cache, 0).value()->engine_options().max_context, 256)
+      << "the weights live as long as any runner";
+  EXPECT_EQ(second->WithCache(kv_cache, 257).error().param, "scheduler.max_context");
+  kv_cache.memory_bytes = 1000;
+  EXPECT_EQ(second->WithCache(kv_cache, 200).error().param, "kv_cache.memory");
+}
+
 TEST(ModelRunner, ServesRequestsThroughTheEngine) {
   for (const bool exact : {false, true}) {
     ModelRunnerOptions options = TinyOptions();

@@ -12,6 +12,13 @@
 namespace innerq {
 namespace {
 
+// Prompts here are all alike: with a prefix cache no two would be computed. See
+// prefix_exactness_test.cc for those that share.
+SchedulerLimits WithoutPrefixes(SchedulerLimits limits) {
+  limits.prefix_cache = false;
+  return limits;
+}
+
 // Drives a scheduler step by step, as the engine does, with tokens that mean nothing, and checks
 // every plan against the rules.
 class Simulation {
@@ -20,7 +27,7 @@ class Simulation {
       : limits_(limits),
         layout_(std::move(layout)),
         exact_prefill_(exact_prefill),
-        scheduler_(limits, layout_) {}
+        scheduler_(WithoutPrefixes(limits), layout_) {}
 
   // Returns the arrival number.
   int64_t Add(int64_t prompt_length, int64_t max_tokens, bool scores = false) {
@@ -28,8 +35,9 @@ class Simulation {
     request.prompt.assign(static_cast<size_t>(prompt_length), 7);
     request.max_tokens = max_tokens;
     request.prompt_logprobs = scores ? 0 : -1;
-    auto sequence = std::make_unique<Sequence>(
-        std::move(request), std::make_shared<ResponseStream>(max_tokens), exact_prefill_);
+    auto sequence =
+        std::make_unique<Sequence>(std::move(request), std::make_shared<ResponseStream>(max_tokens),
+                                   exact_prefill_ ? prompt_length : 0);
     arrivals_[sequence.get()] = num_arrivals_;
     scheduler_.Admit(std::move(sequence));
     Collect();  // what has nothing to compute

@@ -202,6 +202,9 @@ TEST(Metrics, TellWhatTheCacheHolds) {
   stats.open_pages_used = 2;
   stats.sealed_pages = 50;
   stats.sealed_pages_used = 10;
+  stats.sealed_pages_cached = 7;
+  stats.prefix_cache_queries = 500;
+  stats.prefix_cache_hits = 320;
   const auto share = [&] {
     return ParseValid(metrics.Render(stats)).at("innerq:kv_asymmetric_groups_ratio").samples;
   };
@@ -224,6 +227,10 @@ TEST(Metrics, TellWhatTheCacheHolds) {
   EXPECT_EQ(Value(families.at("innerq:kv_bits_per_element"), "windows", "included"), 4.25);
   EXPECT_EQ(Value(families.at("innerq:kv_pages"), "kind", "sealed"), 50);
   EXPECT_EQ(Value(families.at("innerq:kv_pages_used"), "kind", "sealed"), 10);
+  EXPECT_EQ(Value(families.at("innerq:kv_pages_cached"), "kind", "sealed"), 7);
+  EXPECT_EQ(Value(families.at("innerq:kv_pages_cached"), "kind", "open"), 0);
+  EXPECT_EQ(families.at("vllm:prefix_cache_queries_total").samples.at(0).value, 500);
+  EXPECT_EQ(families.at("vllm:prefix_cache_hits_total").samples.at(0).value, 320);
   EXPECT_EQ(Value(families.at("innerq:kv_bytes"), "kind", "open"), 800);
   EXPECT_EQ(Value(families.at("innerq:kv_bytes_used"), "kind", "sealed"), 300);
   EXPECT_EQ(families.at("vllm:kv_cache_usage_perc").samples.at(0).value, 0.25);

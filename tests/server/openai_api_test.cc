@@ -50,6 +50,34 @@ TEST_F(ApiTest, AStopStringEndsTheAnswerAndTheRequest) {
   EXPECT_TRUE(Settled());
 }
 
+TEST_F(ApiTest, UsageTellsHowMuchOfThePromptWasCached) {
+  const std::string prompt(150, 'p');
+  const auto cached = [](const json& answer) {
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"].get<int>();
+  };
+  json body = {{"prompt", prompt}, {"max_tokens", 5}};
+  EXPECT_EQ(cached(Answer(false, body)), 0);
+  EXPECT_EQ(cached(Answer(false, body)), 128) << "whole pages of 151 tokens";
+  body["n"] = 3;
+  EXPECT_EQ(cached(Answer(false, body)), 128) << "as the prompt, counted once";
+  body["n"] = 1;
+  body["stop"] = "r";  // ends before the engine does
+  EXPECT_EQ(cached(Answer(false, body)), 128);
+  body["stream_options"] = {{"include_usage", true}, {"continuous_usage_stats", true}};
+  const auto events = Stream(false, body);
+  EXPECT_EQ(cached(events.front()), 128);
+  EXPECT_EQ(cached(events.back()), 128);
+  EXPECT_EQ(cached(Answer(false, {{"prompt", {prompt, prompt}}, {"max_tokens", 5}})), 2 * 128);
+  EXPECT_EQ(cached(Answer(false, {{"prompt", prompt.substr(0, 60)}, {"max_tokens", 5}})), 32);
+  body = {{"prompt", prompt}, {"max_tokens", 5}, {"cache_salt", "mine"}};
+  EXPECT_EQ(cached(Answer(false, body)), 0);
+  EXPECT_EQ(cached(Answer(false, body)), 128);
+  body["cache_salt"] = "thine";
+  EXPECT_EQ(cached(Answer(false, body)), 0);
+  const json scored = {{"prompt", prompt}, {"max_tokens", 1}, {"echo", true}, {"logprobs", 0}};
+  EXPECT_EQ(cached(Answer(false, scored)), 0) << "what scores must be computed";
+}
+
 TEST_F(ApiTest, CompletionLogprobsAlignWithTheText) {
   const json answer =
       Answer(false, {{"prompt", "a"}, {"max_tokens", 9}, {"logprobs", 2}, {"stop", "ef"}});

@@ -38,7 +38,7 @@ TEST(ApiRequest, EveryHonouredParameterArrives) {
       "frequency_penalty": 2, "logit_bias": {"17": -100, "3": 0.5}, "logprobs": true,
       "top_logprobs": 4, "stop": ["a", "b"], "stop_token_ids": [1, 2], "ignore_eos": true,
       "min_tokens": 2, "stream": true, "stream_options": {"include_usage": true},
-      "user": "someone"})"));
+      "cache_salt": "tenant", "user": "someone"})"));
   const auto result = ParseApiRequest(body.dump(), true);
   ASSERT_TRUE(std::holds_alternative<ApiRequest>(result)) << std::get<ApiError>(result).message;
   const ApiRequest& request = std::get<ApiRequest>(result);
@@ -58,6 +58,7 @@ TEST(ApiRequest, EveryHonouredParameterArrives) {
   EXPECT_EQ(request.stop_token_ids, (std::vector<int32_t>{1, 2}));
   EXPECT_TRUE(request.ignore_eos);
   EXPECT_EQ(request.min_tokens, 2);
+  EXPECT_EQ(request.cache_salt, "tenant");
   EXPECT_TRUE(request.stream);
   EXPECT_TRUE(request.include_usage);
 }
@@ -205,6 +206,9 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
       {"stream", "true", "invalid_type"},
       {"stream_options", {{"include_usage", true}}, "invalid_value"},  // without stream
       {"user", 3, "invalid_type"},
+      {"cache_salt", 3, "invalid_type"},
+      {"cache_salt", "", "invalid_value"},
+      {"cache_salt", std::string(257, 's'), "invalid_value"},
   };
   for (const auto& [name, value, code] : cases) {
     for (const bool chat : {false, true}) ExpectRefused(With(chat, name, value), name, code);

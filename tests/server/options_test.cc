@@ -45,11 +45,16 @@ TEST(Options, AnEmptyConfigurationHasTheDefaultsOfTheEnginesStructs) {
   EXPECT_EQ(options.runner.engine.max_queue, engine.max_queue);
   EXPECT_EQ(options.runner.engine.max_context, engine.max_context);
   EXPECT_FALSE(options.runner.engine.exact_prefill);
+  EXPECT_TRUE(options.runner.engine.prefix_cache);
   const BackendOptions backend;
   EXPECT_EQ(options.runner.backend.device, backend.device);
   EXPECT_EQ(options.runner.backend.variant, backend.variant);
   EXPECT_EQ(options.runner.backend.deterministic, backend.deterministic);
   EXPECT_EQ(options.runner.dtype, std::nullopt);
+  const SelfCheckOptions self_check;
+  EXPECT_EQ(options.self_check.enabled, self_check.enabled);
+  EXPECT_EQ(options.self_check.seconds, self_check.seconds);
+  EXPECT_EQ(options.self_check.warn_kl, self_check.warn_kl);
   EXPECT_EQ(options.model.alias, "demo");
   EXPECT_EQ(options.server.host, "127.0.0.1");
   EXPECT_EQ(options.server.max_body_bytes, 8 << 20);
@@ -119,10 +124,16 @@ TEST(Options, WrongTypesRangesAndChoicesAreRefusedWithTheirPath) {
             std::string::npos);
 }
 
+TEST(Options, PrefixesAreSharedUnlessSwitchedOffOrExact) {
+  const auto shares = [](const std::string& kv_cache) {
+    return Accepted(R"({"kv_cache": )" + kv_cache + "}").runner.engine.prefix_cache;
+  };
+  EXPECT_TRUE(shares(R"({"prefix_cache": true})"));
+  EXPECT_FALSE(shares(R"({"prefix_cache": false})"));
+  EXPECT_FALSE(shares(R"({"prefill": "exact"})"));
+}
+
 TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
-  const Error error = Refusal(R"({"kv_cache": {"prefix_cache": true}})");
-  EXPECT_EQ(error.param, "kv_cache.prefix_cache");
-  EXPECT_NE(error.message.find("not supported by this build"), std::string::npos);
   for (const std::string device : {"reference", "cuda"}) {
     const std::string backend = R"({"backend": {"device": ")" + device + R"(", )";
     EXPECT_EQ(Refusal(backend + R"("variant": "avx2"}})").param, "backend.variant");

@@ -1,0 +1,95 @@
+#include "server/eval_command.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "server/eval_data.h"
+#include "server/eval_report.h"
+#include "server/output_file.h"
+#include "server/signals.h"
+
+namespace innerq {
+namespace {
+
+Result<std::optional<OutputFile>> OpenIfNamed(const std::filesystem::path& path) {
+  if (path.empty()) return std::optional<OutputFile>();
+  ASSIGN_OR_RETURN(OutputFile file, OutputFile::Open(path));
+  return std::optional<OutputFile>(std::move(file));
+}
+
+// Reads what the task needs before it loads the model: what is wrong there shows at once.
+Result<EvalReport> RunTask(const ConfigSource& source, const EvalArgs& args,
+                           std::function<bool()> interrupted) {
+  const auto prepare = [&] {
+    return PrepareEvaluation(source, args.output.caches, std::move(interrupted));
+  };
+  switch (args.task) {
+    case EvalArgs::Task::kPerplexity: {
+      ASSIGN_OR_RETURN(const auto texts, ReadTexts(args.scoring.texts, args.scoring.limit));
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluatePerplexity(evaluation, args.scoring, texts);
+    }
+    case EvalArgs::Task::kKl: {
+      ASSIGN_OR_RETURN(const auto texts, ReadTexts(args.scoring.texts, args.scoring.limit));
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluateDivergence(evaluation, args.scoring, texts);
+    }
+    case EvalArgs::Task::kGsm8k: {
+      const ProblemArgs& problem_args = args.problems;
+      ASSIGN_OR_RETURN(const auto problems, ReadProblems(problem_args.data, problem_args.limit));
+      std::vector<Problem> shots;
+      if (!problem_args.shots.empty() && problem_args.num_shots > 0) {
+        ASSIGN_OR_RETURN(shots, ReadProblems(problem_args.shots, problem_args.num_shots));
+        if (const auto found = static_cast<int64_t>(shots.size()); found < problem_args.num_shots) {
+          return InvalidArgument(fmt::format("--num-shots: {} has {} problems, not {}",
+                                             problem_args.shots.string(), found,
+                                             problem_args.num_shots));
+        }
+      }
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluateProblems(evaluation, problem_args, problems, shots);
+    }
+    case EvalArgs::Task::kRecall: {
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluateRecall(evaluation, args.recall);
+    }
+    case EvalArgs::Task::kLonggen: {
+      const LongAnswerArgs& long_args = args.long_answers;
+      if (long_args.prompts.empty() && long_args.texts.empty()) {
+        return InvalidArgument("--prompt or --text is required");
+      }
+      ASSIGN_OR_RETURN(const auto texts, ReadTexts(long_args.texts, long_args.limit));
+      ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
+      return EvaluateLongAnswers(evaluation, long_args, texts);
+    }
+  }
+  return Error{ErrorCode::kInternal, "no such task"};
+}
+
+}  // namespace
+
+Result<void> Evaluate(const ConfigSource& source, const EvalArgs& args,
+                      std::function<bool()> interrupted) {
+  ASSIGN_OR_RETURN(std::optional<OutputFile> json, OpenIfNamed(args.output.json));
+  ASSIGN_OR_RETURN(std::optional<OutputFile> plot, OpenIfNamed(args.output.plot));
+  ASSIGN_OR_RETURN(const EvalReport report, RunTask(source, args, std::move(interrupted)));
+  fmt::print("{}", FormatTable(report));
+  if (json) RETURN_IF_ERROR(json->Write(FormatJson(report)));
+  if (plot) RETURN_IF_ERROR(plot->Write(FormatPlot(report)));
+  return {};
+}
+
+int EvalCommand(const ConfigSource& source, const EvalArgs& args) {
+  Signals signals;
+  signals.Catch();
+  const auto caught = [&signals] { return signals.Wait(std::chrono::milliseconds(0)); };
+  const Result<void> done = Evaluate(source, args, [&caught] { return caught() != 0; });
+  if (done) return 0;
+  const int code = ReportError(done.error());
+  return done.error().code == ErrorCode::kCancelled ? 128 + caught() : code;
+}
+
+}  // namespace innerq

@@ -1,0 +1,172 @@
+#include "server/eval_setup.h"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <utility>
+
+namespace innerq {
+namespace {
+
+// Whether `text` begins with a key and "=".
+bool BeginsOverride(std::string_view text) {
+  const size_t end = text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_.");
+  return end != std::string_view::npos && end > 0 && text[end] == '=';
+}
+
+// Cuts at the commas that begin an override.
+std::vector<std::string> SplitChoice(std::string_view text) {
+  std::vector<std::string> parts(1);
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == ',' && BeginsOverride(text.substr(i + 1))) {
+      parts.emplace_back();
+    } else {
+      parts.back() += text[i];
+    }
+  }
+  return parts;
+}
+
+Error OfCache(const std::string& name, Error error) {
+  error.message = "cache " + name + ": " + error.message;
+  return error;
+}
+
+KvCacheOptions HalfPrecision(int64_t page_tokens) {
+  KvCacheOptions options;
+  options.page_tokens = page_tokens;
+  options.sink_tokens = options.recent_tokens = page_tokens;
+  options.key.bits = options.value.bits = 16;
+  options.normalize_keys = false;
+  return options;
+}
+
+Result<KvLayout> LayoutOf(const CacheChoice& cache, const ModelConfig& config) {
+  const auto spec = ResolveKvCacheSpec(cache.options, config);
+  if (!spec) return OfCache(cache.name, spec.error());
+  auto layout = KvLayout::Create(*spec, CodeOrder::kRowMajor);
+  if (!layout) return OfCache(cache.name, layout.error());
+  return layout;
+}
+
+Result<std::vector<CacheChoice>> ReadChoices(const Options& options, const ConfigSource& source,
+                                             const std::vector<std::string>& choices) {
+  if (choices.empty()) {
+    return std::vector<CacheChoice>{{source.file.stem().string(), options.runner.kv_cache}};
+  }
+  for (const std::string& text : source.overrides) {
+    if (!text.starts_with("kv_cache.")) continue;
+    return InvalidArgument("--set " + text +
+                           ": the configuration's own kv_cache is not used beside --cache; write "
+                           "--cache FILE," +
+                           text.substr(std::string_view("kv_cache.").size()));
+  }
+  std::vector<CacheChoice> caches;
+  for (const std::string& text : choices) {
+    ASSIGN_OR_RETURN(CacheChoice cache, ParseCacheChoice(text));
+    for (const CacheChoice& other : caches) {
+      if (other.name == cache.name) {
+        return InvalidArgument("--cache: two caches are called " + cache.name);
+      }
+    }
+    caches.push_back(std::move(cache));
+  }
+  return caches;
+}
+
+// Puts the reference first.
+Result<void> AddReference(const ModelConfig& config, std::vector<CacheChoice>* caches) {
+  for (auto it = caches->begin(); it != caches->end(); ++it) {
+    ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf(*it, config));
+    if (layout.quantized()) continue;
+    std::rotate(caches->begin(), it, it + 1);
+    return {};
+  }
+  caches->insert(caches->begin(), {"fp16", HalfPrecision(KvCacheOptions{}.page_tokens)});
+  return {};
+}
+
+}  // namespace
+
+Result<CacheChoice> ParseCacheChoice(std::string_view text) {
+  std::vector<std::string> parts = SplitChoice(text);
+  const std::filesystem::path file = parts[0];
+  CacheChoice choice{.name = file.stem().string(), .options = {}};
+  std::vector<std::string> overrides;
+  for (size_t i = 1; i < parts.size(); ++i) {
+    choice.name += "," + parts[i];
+    overrides.push_back("kv_cache." + parts[i]);
+  }
+  std::error_code ignored;
+  std::ifstream stream(file, std::ios::binary);
+  if (!stream.is_open() || std::filesystem::is_directory(file, ignored)) {
+    return Error{ErrorCode::kNotFound, "--cache: cannot read configuration file " + file.string()};
+  }
+  const std::string content{std::istreambuf_iterator<char>(stream), {}};
+  const auto options = ParseOptions(content, overrides);
+  if (!options) {
+    Error error = options.error();
+    error.message = file.string() + ": " + error.message;
+    return error;
+  }
+  choice.options = options->runner.kv_cache;
+  return choice;
+}
+
+int64_t Evaluation::max_context() const {
+  const int64_t wanted = options.runner.engine.max_context;
+  return wanted > 0 ? std::min(wanted, parts.config.max_positions) : parts.config.max_positions;
+}
+
+Result<std::unique_ptr<ModelRunner>> Evaluation::RunnerFor(size_t index, int64_t num_sequences,
+                                                           int64_t context) const {
+  const CacheChoice& cache = caches[index];
+  auto runner =
+      parts.runner->WithCache(WithoutSpareMemory(cache.options, parts.config, num_sequences,
+                                                 context, options.runner.engine.max_batch_tokens),
+                              context);
+  if (!runner) return OfCache(cache.name, runner.error());
+  return runner;
+}
+
+Result<std::vector<std::unique_ptr<ModelRunner>>> Evaluation::RunnersFor(int64_t context) const {
+  std::vector<std::unique_ptr<ModelRunner>> runners;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    ASSIGN_OR_RETURN(auto runner, RunnerFor(i, 1, context));
+    runners.push_back(std::move(runner));
+  }
+  return runners;
+}
+
+EvalReport Evaluation::Report(const std::string& task) const {
+  return {.task = task,
+          .model = options.model.alias,
+          .device = parts.runner->report().backend,
+          .scope = ""};
+}
+
+Result<Evaluation> PrepareEvaluation(const ConfigSource& source,
+                                     const std::vector<std::string>& choices,
+                                     std::function<bool()> interrupted) {
+  Evaluation evaluation;
+  evaluation.interrupted = std::move(interrupted);
+  ASSIGN_OR_RETURN(evaluation.options, LoadOptions(source.file, source.overrides));
+  Options& options = evaluation.options;
+  ASSIGN_OR_RETURN(evaluation.caches, ReadChoices(options, source, choices));
+  ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
+  const ModelConfig& config = checkpoint->config();
+  RETURN_IF_ERROR(AddReference(config, &evaluation.caches));
+  for (const CacheChoice& cache : evaluation.caches) {
+    RETURN_IF_ERROR(LayoutOf(cache, config));
+  }
+  // The runner that holds the weights has a cache that is never used.
+  Options load = options;
+  const KvCacheOptions least = HalfPrecision(KvCacheOptions{}.page_tokens);
+  load.runner.kv_cache = WithoutSpareMemory(least, config, 1, 4 * least.page_tokens,
+                                            options.runner.engine.max_batch_tokens);
+  load.runner.engine.max_context = std::min(config.max_positions, 4 * least.page_tokens);
+  ASSIGN_OR_RETURN(evaluation.parts, LoadParts(load));
+  return evaluation;
+}
+
+}  // namespace innerq

@@ -1,0 +1,54 @@
+#include "server/output_file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <utility>
+
+namespace innerq {
+namespace {
+
+Error CannotWrite(const std::filesystem::path& path) {
+  return {ErrorCode::kUnavailable, "cannot write " + path.string() + ": " + std::strerror(errno)};
+}
+
+}  // namespace
+
+Result<OutputFile> OutputFile::Open(const std::filesystem::path& path) {
+  constexpr int kFlags = O_WRONLY | O_CLOEXEC;
+  constexpr mode_t kMode = 0666;
+  int fd = ::open(path.c_str(), kFlags | O_CREAT | O_EXCL, kMode);
+  const bool created = fd >= 0;
+  if (!created && errno == EEXIST) fd = ::open(path.c_str(), kFlags);
+  if (fd < 0) return CannotWrite(path);
+  return OutputFile(path, fd, created);
+}
+
+OutputFile::OutputFile(OutputFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      fd_(std::exchange(other.fd_, -1)),
+      created_(std::exchange(other.created_, false)) {}
+
+OutputFile::~OutputFile() {
+  if (fd_ >= 0) ::close(fd_);
+  if (created_) ::unlink(path_.c_str());
+}
+
+Result<void> OutputFile::Write(std::string_view text) {
+  created_ = false;
+  // What is no regular file has no length to cut.
+  if (::ftruncate(fd_, 0) != 0 && errno != EINVAL) return CannotWrite(path_);
+  while (!text.empty()) {
+    const ssize_t written = ::write(fd_, text.data(), text.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) return CannotWrite(path_);
+    text.remove_prefix(static_cast<size_t>(written));
+  }
+  if (::close(std::exchange(fd_, -1)) != 0) return CannotWrite(path_);
+  return {};
+}
+
+}  // namespace innerq

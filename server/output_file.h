@@ -1,0 +1,34 @@
+// OutputFile: a result file that is known to be writable before the work begins.
+#pragma once
+
+#include <filesystem>
+#include <string_view>
+#include <utility>
+
+#include "kernels/result.h"
+
+namespace innerq {
+
+// Opened at once, written at the end. Until then what it held before stays; a file that Open made
+// is removed again unless it was written. Move-only.
+class OutputFile {
+ public:
+  // Errors: unavailable, with the path and the system's reason.
+  static Result<OutputFile> Open(const std::filesystem::path& path);
+  OutputFile(OutputFile&& other) noexcept;
+  OutputFile& operator=(OutputFile&&) = delete;
+  ~OutputFile();
+
+  // Replaces the content. Errors: as Open; the disk may be full.
+  Result<void> Write(std::string_view text);
+
+ private:
+  OutputFile(std::filesystem::path path, int fd, bool created)
+      : path_(std::move(path)), fd_(fd), created_(created) {}
+
+  std::filesystem::path path_;
+  int fd_ = -1;           // -1: closed, or moved from
+  bool created_ = false;  // and not written yet
+};
+
+}  // namespace innerq

@@ -1,0 +1,27 @@
+// Signals: SIGTERM and SIGINT as something that a thread waits for.
+#pragma once
+
+#include <chrono>
+#include <memory>
+
+namespace innerq {
+
+// Takes SIGTERM and SIGINT, on a thread of its own: no handler runs in the middle of other code,
+// and it works for process 1, for which the default action is to ignore them. Create it before any
+// other thread, for those must inherit the blocked signals. One per process.
+class Signals {
+ public:
+  Signals();
+
+  // Until this call the first signal ends the process; from now on it is Wait that returns, and
+  // only a second one that ends the process.
+  void Catch();
+  // The first signal that was caught, now or within the timeout; 0: none.
+  int Wait(std::chrono::milliseconds timeout);
+
+ private:
+  struct State;
+  const std::shared_ptr<State> state_;
+};
+
+}  // namespace innerq

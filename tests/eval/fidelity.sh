@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# What each preset's cache, and the paper's codec, cost a model: every task of `innerq eval`.
+#
+#   tests/eval/fidelity.sh [OUT_DIR [--set a.b.c=value ...]]
+#
+# Prints the tables; OUT_DIR (build/fidelity) gets them as JSON and SVG. By default it measures the
+# demo model on its held-out sets. For another model and other texts set in the environment:
+#   CONFIG      configuration with the model          configs/demo.json
+#   TEXTS       files for perplexity and kl, a list   models/demo/eval/recall.jsonl
+#   PROMPTS     files for longgen, a list             models/demo/eval/recall.jsonl
+#   PROBLEMS    problems for gsm8k                    models/demo/eval/problems.jsonl
+#   SHOTS       worked examples for gsm8k             tests/eval/shots.jsonl
+#   NUM_SHOTS   of them                               8
+#   LENGTHS     prompts of recall, tokens             512,1024,2048
+#   LIMIT       documents and problems of a file      20
+#   TRIALS      needles per length and depth          4
+#   INNERQ      the program                           build/release/innerq
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+out=${1:-build/fidelity}
+shift || true
+mkdir -p "$out"
+
+caches=()
+for preset in fp16 int8 int4 innerq_base innerq_small innerq_hybrid kivi kivi_sink; do
+  caches+=(--cache "configs/$preset.json")
+done
+# The paper's codec at the bits of innerq_base.
+caches+=(--cache configs/innerq_base.json,key.codec=paper,value.codec=paper)
+
+# The options that give a list of files.
+text_options() {
+  for file in $1; do printf -- '--text\n%s\n' "$file"; done
+}
+mapfile -t texts < <(text_options "${TEXTS:-models/demo/eval/recall.jsonl}")
+mapfile -t prompts < <(text_options "${PROMPTS:-models/demo/eval/recall.jsonl}")
+limit=${LIMIT:-20}
+
+measure() {
+  local task=$1
+  shift
+  "${INNERQ:-build/release/innerq}" eval "$task" -c "${CONFIG:-configs/demo.json}" \
+    "${caches[@]}" --json "$out/$task.json" --plot "$out/$task.svg" "$@"
+  echo
+}
+
+measure kl "${texts[@]}" --limit "$limit" "$@"
+measure perplexity "${texts[@]}" --limit "$limit" "$@"
+measure gsm8k --data "${PROBLEMS:-models/demo/eval/problems.jsonl}" --limit "$limit" \
+  --shots "${SHOTS:-tests/eval/shots.jsonl}" --num-shots "${NUM_SHOTS:-8}" "$@"
+measure recall --lengths "${LENGTHS:-512,1024,2048}" --trials "${TRIALS:-4}" "$@"
+measure longgen "${prompts[@]}" --limit "$limit" "$@"

@@ -1,0 +1,155 @@
+#include "server/eval_data.h"
+
+#include <gtest/gtest.h>
+
+#include "server/eval_setup.h"
+#include "server/output_file.h"
+#include "server/recall_text.h"
+#include "tests/models/test_files.h"
+
+namespace innerq {
+namespace {
+
+class EvalData : public testing::Test {
+ protected:
+  std::filesystem::path Write(const std::string& name, std::string_view text) {
+    WriteAll(directory_.path() / name, text);
+    return directory_.path() / name;
+  }
+  std::string TextError(const std::filesystem::path& file) {
+    const auto texts = ReadTexts({file}, 0);
+    EXPECT_FALSE(texts.ok());
+    return texts.ok() ? "" : texts.error().message;
+  }
+  std::string ProblemError(const std::filesystem::path& file) {
+    const auto problems = ReadProblems(file, 0);
+    EXPECT_FALSE(problems.ok());
+    return problems.ok() ? "" : problems.error().message;
+  }
+
+  const TemporaryDirectory directory_;
+};
+
+std::shared_ptr<const Tokenizer> DemoTokenizer() {
+  return Tokenizer::Load(std::filesystem::path(INNERQ_SOURCE_DIR) / "models/demo").value();
+}
+
+TEST_F(EvalData, DocumentsAreFilesOrLines) {
+  const auto plain = Write("a.txt", "One\ndocument.\n");
+  const auto lines = Write("b.jsonl",
+                           "{\"text\": \"first\"}\n\n{\"prompt\": \"p\", \"answer\": \"a\"}\r\n"
+                           "{\"question\": \"q?\", \"answer\": \"#### 1\", \"more\": 1}");
+  EXPECT_EQ(ReadTexts({plain, lines}, 0).value(),
+            (std::vector<std::string>{"One\ndocument.\n", "first", "p a",
+                                      "Question: q?\nAnswer: #### 1"}));
+  EXPECT_EQ(ReadTexts({lines, plain, lines}, 1).value(),
+            (std::vector<std::string>{"first", "One\ndocument.\n", "first"}));
+}
+
+TEST_F(EvalData, SaysWhichLineIsWrong) {
+  const std::string at = directory_.path().string();
+  EXPECT_EQ(TextError(at + "/none.txt"), "cannot read " + at + "/none.txt");
+  EXPECT_EQ(TextError(at), "cannot read " + at) << "a directory";
+  EXPECT_EQ(TextError(Write("e.txt", " \n")), at + "/e.txt: the text is empty");
+  EXPECT_EQ(TextError(Write("e.jsonl", "\n\n")), at + "/e.jsonl: there is no line in it");
+  const std::string good = "{\"text\": \"x\"}\n\n";
+  EXPECT_EQ(TextError(Write("e.jsonl", good + "{\"text\": \"\"}")),
+            at + "/e.jsonl:3: text is empty");
+  EXPECT_EQ(TextError(Write("e.jsonl", good + "[]")), at + "/e.jsonl:3: expected a JSON object");
+  EXPECT_EQ(TextError(Write("e.jsonl", good + "{\"text\": 1}")).substr(0, at.size() + 20),
+            at + "/e.jsonl:3: expected");
+  EXPECT_EQ(TextError(Write("e.jsonl", good + "{\"text\"")).substr(0, at.size() + 12),
+            at + "/e.jsonl:3: ");
+  EXPECT_NE(TextError(Write("e.jsonl", "{\"text\": \"a\", \"text\": \"b\"}")).find("twice"),
+            std::string::npos);
+  EXPECT_NE(TextError(Write("e.jsonl", DeepJson())).find("levels"), std::string::npos);
+  EXPECT_EQ(ProblemError(Write("e.jsonl", "{\"question\": \"q\", \"answer\": \"42\"}")),
+            at + "/e.jsonl:1: the answer has no number after ####");
+  EXPECT_EQ(ProblemError(Write("e.jsonl", good)),
+            at + "/e.jsonl:1: expected \"question\" and \"answer\", both strings");
+}
+
+TEST(FinalNumber, IsWhatStandsAfterTheMark) {
+  EXPECT_EQ(FinalNumber("2 + 3 = 5\n#### 5"), "5");
+  EXPECT_EQ(FinalNumber("#### 1,234\n"), "1234");
+  EXPECT_EQ(FinalNumber("####-7"), "-7");
+  EXPECT_EQ(FinalNumber("#### $12.50 in all"), "12.50");
+  EXPECT_EQ(FinalNumber("#### 5. Question: #### 6"), "5") << "the first; a full stop is none of it";
+  EXPECT_EQ(FinalNumber("The answer is 5"), "");
+  EXPECT_EQ(FinalNumber("#### five"), "");
+}
+
+TEST(CutIntoWindows, ScoresEveryTokenOfATextOnceAndBeginsWindowsWithBos) {
+  const auto tokenizer = DemoTokenizer();
+  const std::string text = "The farmer walked near the river in the morning and sang all day.";
+  const std::vector<int32_t> ids = tokenizer->Encode(text, {});
+  ASSERT_EQ(ids.front(), *tokenizer->bos_id());
+  for (const int64_t context : {2, 3, 7, 1000}) {
+    std::vector<int32_t> scored;
+    for (const EvalText& window : CutIntoWindows(*tokenizer, {text}, context)) {
+      EXPECT_LE(static_cast<int64_t>(window.tokens.size()), context);
+      EXPECT_EQ(window.tokens.front(), ids.front());
+      scored.insert(scored.end(), window.tokens.begin() + window.first_scored, window.tokens.end());
+    }
+    EXPECT_EQ(scored, std::vector<int32_t>(ids.begin() + 1, ids.end())) << context;
+  }
+}
+
+TEST(CacheChoice, IsAFileWithReplacedKeys) {
+  const std::string file = std::string(INNERQ_SOURCE_DIR) + "/configs/innerq_base.json";
+  EXPECT_EQ(ParseCacheChoice(file)->name, "innerq_base");
+  EXPECT_EQ(ParseCacheChoice(file)->options.key.bits, 3);
+  const auto choice =
+      ParseCacheChoice(file + ",key.bits=2,layers.0.range=0-1,layers.0.value.bits=8").value();
+  EXPECT_EQ(choice.name, "innerq_base,key.bits=2,layers.0.range=0-1,layers.0.value.bits=8");
+  EXPECT_EQ(choice.options.key.bits, 2);
+  ASSERT_EQ(choice.options.layers.size(), 1u);
+  EXPECT_EQ(choice.options.layers[0].last_layer, 1);
+  const auto json = ParseCacheChoice(file + ",layers=[{\"range\": \"0\", \"key\": {\"bits\": 8}}]");
+  ASSERT_TRUE(json.ok()) << json.error().message;
+  EXPECT_EQ(json->options.layers.size(), 1u) << "commas in values stay";
+  EXPECT_EQ(ParseCacheChoice("none.json,key.bits=2").error().message,
+            "--cache: cannot read configuration file none.json");
+  EXPECT_EQ(ParseCacheChoice(file + ",bits=2").error().param, "kv_cache.bits");
+}
+
+TEST(Needle, IsAsLongAsItIsToldAndStandsWhereItIsTold) {
+  const auto tokenizer = DemoTokenizer();
+  for (const int64_t length : {64, 300, 2000}) {
+    for (const int64_t records : {0, 20, 100}) {
+      for (const int64_t depth : {0, 50, 100}) {
+        const Needle needle = MakeNeedle(
+            {.length = length, .depth_percent = depth, .record_percent = records, .seed = 7},
+            *tokenizer);
+        const std::string prompt = needle.text + "\n\n" + ProblemPrompt(needle.question);
+        const auto tokens = static_cast<int64_t>(tokenizer->Encode(prompt, {}).size());
+        EXPECT_LE(tokens, length);
+        EXPECT_GT(tokens, length - 40) << "a sentence less at most";
+        const size_t at = needle.text.find(" is " + needle.code + ".");
+        ASSERT_NE(at, std::string::npos);
+        const double share = static_cast<double>(at) / static_cast<double>(needle.text.size());
+        if (length < 2000) continue;
+        EXPECT_NEAR(share, static_cast<double>(depth) / 100, 0.05);
+      }
+    }
+  }
+  const NeedleSpec spec{.length = 200, .depth_percent = 50, .record_percent = 50, .seed = 1};
+  EXPECT_EQ(MakeNeedle(spec, *tokenizer).text, MakeNeedle(spec, *tokenizer).text);
+}
+
+TEST(OutputFile, KeepsTheOldContentUntilItIsWritten) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path path = directory.path() / "file";
+  { const auto file = OutputFile::Open(path).value(); }
+  EXPECT_FALSE(std::filesystem::exists(path)) << "made, but not written";
+  WriteAll(path, "a long old content");
+  { const auto file = OutputFile::Open(path).value(); }
+  EXPECT_EQ(ReadAll(path), "a long old content");
+  OutputFile file = OutputFile::Open(path).value();
+  EXPECT_EQ(ReadAll(path), "a long old content");
+  ASSERT_TRUE(file.Write("new").ok());
+  EXPECT_EQ(ReadAll(path), "new");
+}
+
+}  // namespace
+}  // namespace innerq
