@@ -66,7 +66,7 @@ run_tests() { # program filter least
 failed=0
 
 step "every operation against the reference"
-run_tests kernels_test 'Cuda/*' 2 || failed=1
+run_tests kernels_test 'Cuda/*' 4 || failed=1
 
 step "logits do not depend on neighbours, chunks or preemption; golden logits"
 run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 5 || failed=1
@@ -76,7 +76,7 @@ for tool in memcheck racecheck; do
   step "compute-sanitizer $tool"
   if command -v compute-sanitizer >/dev/null; then
     timeout 180 compute-sanitizer --tool $tool --error-exitcode 9 \
-      $out/kernels_test --gtest_filter='Cuda/ConformanceOfCuda.*/deterministic' || failed=1
+      $out/kernels_test --gtest_filter='Cuda/ConformanceOfCuda.Every*/deterministic' || failed=1
   else
     echo "no compute-sanitizer here: skipped"
   fi
