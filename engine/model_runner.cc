@@ -16,6 +16,8 @@ namespace {
 // cost more than reading the weights once.
 constexpr int64_t kScoreRows = 128;
 
+constexpr int64_t kLeastPageTokens = 32;  // of any layout
+
 int64_t MaxLogitRows(const EngineOptions& options) {
   return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
 }
@@ -67,12 +69,32 @@ ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_con
           .max_context = max_context};
 }
 
+bool HasHybridGroups(const KvLayerLayout& layer) {
+  return layer.key.mode == QuantMode::kHybrid || layer.value.mode == QuantMode::kHybrid;
+}
+
+// A cache on its device.
+struct CacheMemory {
+  std::unique_ptr<KvCache> cache;
+  Buffer page;  // a sealed page of all layers, for the host; empty if it can read the cache
+};
+
+Result<CacheMemory> AllocateCache(Backend* backend, ModelPlan* plan) {
+  CacheMemory memory;
+  ASSIGN_OR_RETURN(memory.cache, KvCache::Create(backend, std::move(plan->layout), plan->pools));
+  const KvLayout& layout = memory.cache->layout();
+  if (layout.quantized() && !backend->host_visible()) {
+    ASSIGN_OR_RETURN(memory.page, backend->AllocateForHost(layout.sealed_page_bytes()));
+  }
+  return memory;
+}
+
 class LlamaRunner final : public ModelRunner {
  public:
-  LlamaRunner(std::shared_ptr<Weights> weights, std::unique_ptr<KvCache> cache,
-              const EngineOptions& options)
+  LlamaRunner(std::shared_ptr<Weights> weights, CacheMemory memory, const EngineOptions& options)
       : weights_(std::move(weights)),
-        cache_(std::move(cache)),
+        cache_(std::move(memory.cache)),
+        page_(std::move(memory.page)),
         options_(options),
         report_(Report(*weights_, *cache_, options.max_context)) {}
 
@@ -90,35 +112,60 @@ class LlamaRunner final : public ModelRunner {
                                                  int64_t max_context) const override {
     ModelPlan plan{.engine = options_};
     plan.engine.max_context = max_context;
-    Backend* backend = weights_->backend.get();
-    RETURN_IF_ERROR(PlanCache(weights_->model->config(), kv_cache, backend->code_order(), &plan));
-    ASSIGN_OR_RETURN(auto cache, KvCache::Create(backend, std::move(plan.layout), plan.pools));
+    RETURN_IF_ERROR(
+        PlanCache(weights_->model->config(), kv_cache, weights_->backend->code_order(), &plan));
+    ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights_->backend.get(), &plan));
     return std::unique_ptr<ModelRunner>(
-        std::make_unique<LlamaRunner>(weights_, std::move(cache), plan.engine));
+        std::make_unique<LlamaRunner>(weights_, std::move(memory), plan.engine));
   }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
     const ConstTensorView logits = weights_->model->Forward(batch, layout(), cache_->layers());
     RETURN_IF_ERROR(weights_->backend->Synchronize());
-    CountGroups(batch);
+    RETURN_IF_ERROR(CountGroups(batch));
     return std::span(logits.As<float>(), static_cast<size_t>(logits.shape.num_elements()));
   }
 
  private:
-  void CountGroups(const ForwardBatch& batch) {
+  Result<void> CountGroups(const ForwardBatch& batch) {
     const std::vector<PagedKvView>& layers = cache_->layers();
     sealed_groups_.resize(layers.size());
-    for (size_t i = 0; i < layers.size(); ++i) {
-      for (const SealItem& seal : batch.seals) {
-        const LayerGroups page = CountSealedGroups(layers[i], seal.sealed_id);
+    for (const SealItem& seal : batch.seals) {
+      if (page_.bytes() > 0) RETURN_IF_ERROR(ReadPage(seal.sealed_id));
+      std::byte* read = page_.data();
+      for (size_t i = 0; i < layers.size(); ++i) {
+        PagedKvView view = layers[i];
+        int64_t id = seal.sealed_id;
+        if (page_.bytes() > 0) {
+          view.sealed_pages = read;
+          read += view.layout->sealed_page_bytes();
+          id = 0;
+        }
+        const LayerGroups page = CountSealedGroups(view, id);
         sealed_groups_[i].key.Add(page.key);
         sealed_groups_[i].value.Add(page.value);
       }
     }
+    return {};
+  }
+
+  // Copies a sealed page to host memory, layer after layer. Only hybrid layers have anything in it
+  // that must be counted.
+  Result<void> ReadPage(int64_t sealed_id) {
+    std::byte* to = page_.data();
+    for (const PagedKvView& layer : cache_->layers()) {
+      const int64_t bytes = layer.layout->sealed_page_bytes();
+      if (HasHybridGroups(*layer.layout)) {
+        weights_->backend->ReadToHost(layer.SealedHead(sealed_id, 0), bytes, to);
+      }
+      to += bytes;
+    }
+    return weights_->backend->Synchronize();
   }
 
   const std::shared_ptr<Weights> weights_;  // first: their device outlives the cache
   const std::unique_ptr<KvCache> cache_;
+  Buffer page_;
   const EngineOptions options_;
   const ModelReport report_;
   std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
@@ -140,15 +187,18 @@ Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
 
   const auto weights = std::make_shared<Weights>();
   weights->backend = std::move(plan.backend);
-  Backend* backend = weights->backend.get();
-  ASSIGN_OR_RETURN(auto cache, KvCache::Create(backend, std::move(plan.layout), plan.pools));
-  ASSIGN_OR_RETURN(weights->model, LlamaModel::Load(std::move(checkpoint), backend,
-                                                    {.max_rows = engine.max_batch_tokens,
-                                                     .max_logit_rows = MaxLogitRows(engine),
-                                                     .format = options.dtype,
-                                                     .progress = options.progress}));
+  ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
+  // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
+  const int64_t most_pages = CeilDiv(checkpoint->config().max_positions, kLeastPageTokens);
+  ASSIGN_OR_RETURN(weights->model,
+                   LlamaModel::Load(std::move(checkpoint), weights->backend.get(),
+                                    {.max_rows = engine.max_batch_tokens,
+                                     .max_logit_rows = MaxLogitRows(engine),
+                                     .format = options.dtype,
+                                     .progress = options.progress,
+                                     .max_pages = engine.max_sequences * most_pages}));
   return std::unique_ptr<ModelRunner>(
-      std::make_unique<LlamaRunner>(weights, std::move(cache), engine));
+      std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
 }
 
 }  // namespace innerq

@@ -1,6 +1,9 @@
 #include "kernels/backend.h"
 
+#include <cstring>
+
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_backend.h"
 
 namespace innerq {
 namespace {
@@ -157,18 +160,30 @@ void Backend::GatherRows(const GatherRowsArgs& args) {
   if (!args.rows.empty()) DoGatherRows(args);
 }
 
+void Backend::ReadToHost(const std::byte* from, int64_t bytes, std::byte* to) {
+  CHECK(bytes >= 0 && (bytes == 0 || (from != nullptr && to != nullptr)), "ReadToHost: no memory");
+  if (bytes > 0) DoReadToHost(from, bytes, to);
+}
+
+void Backend::DoReadToHost(const std::byte* from, int64_t bytes, std::byte* to) {
+  CHECK(host_visible(), "a device backend must implement ReadToHost");
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
 Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
   if (options.device == "cpu") return CreateCpuBackend(options);
-  if (options.device == "reference") {
+  if (options.device == "reference" || options.device == "cuda") {
     if (options.variant != "auto") {
-      return InvalidArgument("backend.variant must be \"auto\" for the reference backend, not \"" +
-                                 options.variant + "\"",
+      return InvalidArgument("backend.variant must be \"auto\" for the " + options.device +
+                                 " backend, not \"" + options.variant + "\"",
                              "backend.variant");
     }
+    if (options.device == "cuda") return CreateCudaBackend(options);
     return CreateReferenceBackend();
   }
-  return InvalidArgument("backend.device must be cpu or reference, not \"" + options.device + "\"",
-                         "backend.device");
+  return InvalidArgument(
+      "backend.device must be cpu, cuda or reference, not \"" + options.device + "\"",
+      "backend.device");
 }
 
 }  // namespace innerq

@@ -154,7 +154,8 @@ struct StepLimits {
   int64_t max_rows = 512;    // T
   int64_t max_features = 0;  // the largest K of any MatMul
   int64_t max_head_dim = 256;
-  int64_t max_group = 16;  // the largest H / G
+  int64_t max_group = 16;     // the largest H / G
+  int64_t max_pages = 65536;  // entries of all page tables together
 };
 
 // Allocates memory and runs operations in the order of the calls. One thread at a time may call it.
@@ -183,6 +184,15 @@ class Backend {
   // Waits for all operations; returns the first error since the last call, and clears it.
   virtual Result<void> Synchronize() = 0;
 
+  // Whether the host may read and write this backend's memory at its addresses, once operations
+  // are synchronized. Where it may not, ReadToHost is the way to what operations computed.
+  virtual bool host_visible() const { return true; }
+  // Host memory that ReadToHost copies to without a detour (page-locked, for a device), zeroed.
+  virtual Result<Buffer> AllocateForHost(int64_t bytes) { return Allocate(bytes); }
+  // Copies `bytes` of this backend's memory to host memory, in order with the operations: `to`
+  // holds them after Synchronize.
+  void ReadToHost(const std::byte* from, int64_t bytes, std::byte* to);
+
   void Embed(const EmbedArgs& args);
   void RmsNorm(const RmsNormArgs& args);
   void MatMul(const MatMulArgs& args);
@@ -205,13 +215,14 @@ class Backend {
   virtual void DoAttention(const AttentionArgs& args) = 0;
   virtual void DoSwiGlu(const SwiGluArgs& args) = 0;
   virtual void DoGatherRows(const GatherRowsArgs& args) = 0;
+  virtual void DoReadToHost(const std::byte* from, int64_t bytes, std::byte* to);
 };
 
 // How to make a backend, straight from the configuration.
 struct BackendOptions {
-  std::string device = "cpu";    // cpu, reference
+  std::string device = "cpu";    // cpu, cuda, reference
   std::string variant = "auto";  // auto, or one of CpuVariants()
-  int threads = 0;               // 0: one per available core
+  int threads = 0;               // of the CPU; 0: one per available core
   bool deterministic = true;     // rows of MatMul independent of M, on every variant
 };
 

@@ -121,9 +121,9 @@ Result<KvLayout> KvLayout::Create(const KvCacheSpec& spec, CodeOrder order) {
                            std::to_string(spec.kv_heads));
   }
   if (spec.layers.empty()) return InvalidArgument("a cache needs at least one layer");
-  layout.page_tokens_ = tokens;
-  layout.sink_pages_ = spec.sink_tokens / tokens;
-  layout.recent_pages_ = spec.recent_tokens / tokens;
+  layout.windows_.page_tokens = tokens;
+  layout.windows_.sink_pages = spec.sink_tokens / tokens;
+  layout.windows_.recent_pages = spec.recent_tokens / tokens;
   for (const KvCacheSpec::Layer& from : spec.layers) {
     RETURN_IF_ERROR(CheckSpec(from.key, "kv_cache.key", spec.head_dim, tokens));
     RETURN_IF_ERROR(CheckSpec(from.value, "kv_cache.value", tokens, spec.head_dim));
@@ -136,7 +136,7 @@ Result<KvLayout> KvLayout::Create(const KvCacheSpec& spec, CodeOrder order) {
     layer.normalize_keys = from.normalize_keys && from.key.quantized();
     layer.order = order;
     PlanLayer(layer);
-    layout.quantized_ |= layer.quantized();
+    layout.windows_.quantized |= layer.quantized();
     layout.normalizes_ |= layer.normalize_keys;
     layout.open_page_bytes_ += layer.open_page_bytes();
     layout.sealed_page_bytes_ += layer.sealed_page_bytes();
@@ -146,14 +146,14 @@ Result<KvLayout> KvLayout::Create(const KvCacheSpec& spec, CodeOrder order) {
 }
 
 double KvLayout::sealed_bits_per_element() const {
-  if (!quantized_) return 16.0;
-  const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * page_tokens_;
+  if (!quantized()) return 16.0;
+  const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * page_tokens();
   return static_cast<double>(sealed_page_bytes_) * 8.0 / static_cast<double>(elements);
 }
 
 double KvLayout::effective_bits_per_element(int64_t tokens) const {
   if (tokens <= 0) return 0.0;
-  const int64_t pages = CeilDiv(tokens, page_tokens_);
+  const int64_t pages = CeilDiv(tokens, page_tokens());
   const int64_t sealed = SealedPages(tokens - 1).size();
   const int64_t bytes = (pages - sealed) * open_page_bytes_ + sealed * sealed_page_bytes_;
   const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * tokens;

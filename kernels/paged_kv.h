@@ -35,8 +35,12 @@ enum class CodeOrder {
 
 constexpr int64_t kPanelWidth = 16;
 
-constexpr int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-constexpr int64_t CeilDiv(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
+INNERQ_HOST_DEVICE constexpr int64_t RoundUp(int64_t x, int64_t unit) {
+  return (x + unit - 1) / unit * unit;
+}
+INNERQ_HOST_DEVICE constexpr int64_t CeilDiv(int64_t x, int64_t unit) {
+  return (x + unit - 1) / unit;
+}
 
 // Keys and values of one layer: sizes and offsets within one head of one page, in bytes.
 struct KvLayerLayout {
@@ -54,32 +58,34 @@ struct KvLayerLayout {
   int64_t open_values = 0;
   int64_t open_head_bytes = 0;
 
-  int64_t padded_dim() const { return RoundUp(head_dim, kPanelWidth); }
+  INNERQ_HOST_DEVICE int64_t padded_dim() const { return RoundUp(head_dim, kPanelWidth); }
 
   // Index of element (token t, channel d) in the code string of K, and likewise of V.
-  int64_t KeyCodeIndex(int64_t t, int64_t d) const {
+  INNERQ_HOST_DEVICE int64_t KeyCodeIndex(int64_t t, int64_t d) const {
     if (order == CodeOrder::kRowMajor) return t * head_dim + d;
     return ((t / 16 * (head_dim / 4) + d / 4) * 16 + t % 16) * 4 + d % 4;
   }
-  int64_t ValueCodeIndex(int64_t t, int64_t c) const {
+  INNERQ_HOST_DEVICE int64_t ValueCodeIndex(int64_t t, int64_t c) const {
     if (order == CodeOrder::kRowMajor) return t * padded_dim() + c;
     return ((c / 16 * (page_tokens / 4) + t / 4) * 16 + c % 16) * 4 + t % 4;
   }
   // Index of the scale (and zero) that serves an element.
-  int64_t KeyScaleIndex(int64_t t, int64_t d) const {
+  INNERQ_HOST_DEVICE int64_t KeyScaleIndex(int64_t t, int64_t d) const {
     return key.axis == QuantAxis::kInner ? d / key.group_size * page_tokens + t
                                          : t / key.group_size * head_dim + d;
   }
-  int64_t ValueScaleIndex(int64_t t, int64_t c) const {
+  INNERQ_HOST_DEVICE int64_t ValueScaleIndex(int64_t t, int64_t c) const {
     return value.axis == QuantAxis::kInner ? t / value.group_size * padded_dim() + c
                                            : c / value.group_size * page_tokens + t;
   }
   // Index of an F16 element in an open page, and in a sealed one that keeps 16 bits.
-  int64_t OpenKeyIndex(int64_t t, int64_t d) const {
+  INNERQ_HOST_DEVICE int64_t OpenKeyIndex(int64_t t, int64_t d) const {
     if (order == CodeOrder::kRowMajor) return t * head_dim + d;
     return (t / 16 * head_dim + d) * 16 + t % 16;
   }
-  int64_t OpenValueIndex(int64_t t, int64_t c) const { return t * padded_dim() + c; }
+  INNERQ_HOST_DEVICE int64_t OpenValueIndex(int64_t t, int64_t c) const {
+    return t * padded_dim() + c;
+  }
 
   int64_t open_page_bytes() const { return kv_heads * open_head_bytes; }
   int64_t sealed_page_bytes() const { return kv_heads * sealed_head_bytes; }
@@ -105,7 +111,27 @@ struct KvCacheSpec {
 struct PageRange {
   int64_t begin = 0;
   int64_t end = 0;
-  int64_t size() const { return end - begin; }
+  INNERQ_HOST_DEVICE int64_t size() const { return end - begin; }
+};
+
+// The rule of which page a query sees in which form; plain data, so that kernels on a device apply
+// the same definition.
+struct PageWindows {
+  int64_t page_tokens = 0;
+  int64_t sink_pages = 0;
+  int64_t recent_pages = 0;
+  bool quantized = false;  // false: pages are never sealed
+
+  INNERQ_HOST_DEVICE int64_t PageOf(int64_t position) const { return position / page_tokens; }
+
+  // Pages that a query at `position` reads as sealed; those before and after it, up to its own,
+  // it reads as F16. Depends on the position alone, except that queries below `exact_before`
+  // (the prompt under "prefill": "exact", else 0) read everything as F16.
+  INNERQ_HOST_DEVICE PageRange SealedPages(int64_t position, int64_t exact_before) const {
+    const int64_t end = PageOf(position) - recent_pages;
+    if (!quantized || position < exact_before || end <= sink_pages) return {sink_pages, sink_pages};
+    return {sink_pages, end};
+  }
 };
 
 // The layout of every layer and the rule of which page a query sees in which form.
@@ -116,13 +142,14 @@ class KvLayout {
 
   int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
   const KvLayerLayout& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
-  int64_t page_tokens() const { return page_tokens_; }
-  int64_t sink_pages() const { return sink_pages_; }
-  int64_t recent_pages() const { return recent_pages_; }
+  const PageWindows& windows() const { return windows_; }
+  int64_t page_tokens() const { return windows_.page_tokens; }
+  int64_t sink_pages() const { return windows_.sink_pages; }
+  int64_t recent_pages() const { return windows_.recent_pages; }
   int64_t kv_heads() const { return layers_[0].kv_heads; }
   int64_t head_dim() const { return layers_[0].head_dim; }
-  bool quantized() const { return quantized_; }         // false: pages are never sealed
-  bool normalizes_keys() const { return normalizes_; }  // in at least one layer
+  bool quantized() const { return windows_.quantized; }  // false: pages are never sealed
+  bool normalizes_keys() const { return normalizes_; }   // in at least one layer
 
   int64_t open_page_bytes() const { return open_page_bytes_; }      // all layers
   int64_t sealed_page_bytes() const { return sealed_page_bytes_; }  // all layers
@@ -135,20 +162,17 @@ class KvLayout {
   // included.
   double effective_bits_per_element(int64_t tokens) const;
 
-  int64_t PageOf(int64_t position) const { return position / page_tokens_; }
+  int64_t PageOf(int64_t position) const { return windows_.PageOf(position); }
 
-  // Pages that a query at `position` reads as sealed; those before and after it, up to its own,
-  // it reads as F16. Depends on the position alone, except that queries below `exact_before`
-  // (the prompt under "prefill": "exact", else 0) read everything as F16.
+  // See PageWindows::SealedPages.
   PageRange SealedPages(int64_t position, int64_t exact_before = 0) const {
-    const int64_t end = PageOf(position) - recent_pages_;
-    if (!quantized_ || position < exact_before || end <= sink_pages_)
-      return {sink_pages_, sink_pages_};
-    return {sink_pages_, end};
+    return windows_.SealedPages(position, exact_before);
   }
 
   // Pages whose keys define a sequence's key norm: those that are F16 when the first page seals.
-  PageRange KeyNormPages() const { return {sink_pages_, sink_pages_ + recent_pages_ + 1}; }
+  PageRange KeyNormPages() const {
+    return {windows_.sink_pages, windows_.sink_pages + windows_.recent_pages + 1};
+  }
 
   // Bytes of the pools for so many pages and sequences' norms. Kernels may read up to
   // kPoolSlackBytes beyond the last page.
@@ -162,9 +186,9 @@ class KvLayout {
 
  private:
   std::vector<KvLayerLayout> layers_;
-  int64_t page_tokens_ = 0, sink_pages_ = 0, recent_pages_ = 0;
+  PageWindows windows_;
   int64_t open_page_bytes_ = 0, sealed_page_bytes_ = 0;
-  bool quantized_ = false, normalizes_ = false;
+  bool normalizes_ = false;
 };
 
 // Where one logical page of a sequence lives: block ids in the two pools, -1 where absent.
@@ -180,18 +204,18 @@ struct PagedKvView {
   std::byte* sealed_pages = nullptr;  // [pages][G][sealed_head_bytes]; null if never sealed
   float* key_norms = nullptr;         // [norm slots][G][D] F32; null if keys are not normalized
 
-  uint16_t* OpenKeys(int64_t open_id, int64_t head) const {
+  INNERQ_HOST_DEVICE uint16_t* OpenKeys(int64_t open_id, int64_t head) const {
     return reinterpret_cast<uint16_t*>(open_pages + (open_id * layout->kv_heads + head) *
                                                         layout->open_head_bytes);
   }
-  uint16_t* OpenValues(int64_t open_id, int64_t head) const {
+  INNERQ_HOST_DEVICE uint16_t* OpenValues(int64_t open_id, int64_t head) const {
     return OpenKeys(open_id, head) + layout->open_values / 2;
   }
   // Start of a head's part of a sealed page; add the layout's key_codes, key_scales, ... offsets.
-  std::byte* SealedHead(int64_t sealed_id, int64_t head) const {
+  INNERQ_HOST_DEVICE std::byte* SealedHead(int64_t sealed_id, int64_t head) const {
     return sealed_pages + (sealed_id * layout->kv_heads + head) * layout->sealed_head_bytes;
   }
-  float* KeyNorm(int64_t norm_id, int64_t head) const {
+  INNERQ_HOST_DEVICE float* KeyNorm(int64_t norm_id, int64_t head) const {
     return key_norms + (norm_id * layout->kv_heads + head) * layout->head_dim;
   }
 };

@@ -50,8 +50,8 @@ struct QuantSpec {
   int group_size = 32;  // values per scale
   QuantCodec codec = QuantCodec::kFitted;
 
-  bool quantized() const { return bits < 16; }
-  bool has_zero() const { return quantized() && mode != QuantMode::kSymmetric; }
+  INNERQ_HOST_DEVICE bool quantized() const { return bits < 16; }
+  INNERQ_HOST_DEVICE bool has_zero() const { return quantized() && mode != QuantMode::kSymmetric; }
   bool operator==(const QuantSpec&) const = default;
 };
 

@@ -33,6 +33,7 @@ struct Activations {
   Buffer cos, sin;   // [T, D / 2]
   Buffer gathered;   // [R, C]
   Buffer logits;     // [R, V]
+  Buffer for_host;   // [R, V] where the host can read them; empty if it can read `logits`
 };
 
 float ElementAsFloat(const ConstTensorView& tensor, int64_t i) {
@@ -62,6 +63,7 @@ class FusedLlama : public LlamaModel {
     limits.max_features = std::max({hidden(), query_dim(), config_.intermediate_size});
     limits.max_head_dim = config_.head_dim;
     limits.max_group = config_.num_heads / config_.num_kv_heads;
+    limits.max_pages = options_.max_pages;
     return backend_->Reserve(limits);
   }
 
@@ -212,7 +214,11 @@ class FusedLlama : public LlamaModel {
     RETURN_IF_ERROR(allocate(act_.cos, rows, config_.head_dim / 2));
     RETURN_IF_ERROR(allocate(act_.sin, rows, config_.head_dim / 2));
     RETURN_IF_ERROR(allocate(act_.gathered, logit_rows, hidden()));
-    return allocate(act_.logits, logit_rows, config_.vocab_size);
+    RETURN_IF_ERROR(allocate(act_.logits, logit_rows, config_.vocab_size));
+    if (!backend_->host_visible()) {
+      ASSIGN_OR_RETURN(act_.for_host, backend_->AllocateForHost(act_.logits.bytes()));
+    }
+    return {};
   }
 
   // --- One step ---
@@ -269,7 +275,10 @@ class FusedLlama : public LlamaModel {
     backend_->GatherRows({x, logit_rows, gathered});
     Norm(gathered, final_norm_, gathered);
     backend_->MatMul({gathered, &lm_head_, false, logits});
-    return logits;
+    if (backend_->host_visible()) return logits;
+    const TensorView readable = Rows(act_.for_host, count, config_.vocab_size);
+    backend_->ReadToHost(logits.data, logits.bytes(), readable.data);
+    return readable;
   }
 
   const ModelConfig config_;
@@ -305,7 +314,8 @@ Result<std::unique_ptr<LlamaModel>> LlamaModel::Random(const ModelConfig& config
                                                        WeightFormat format, uint64_t seed,
                                                        Backend* backend, int64_t max_rows,
                                                        int64_t max_logit_rows) {
-  LoadOptions options{max_rows, max_logit_rows, format, {}};
+  LoadOptions options{
+      .max_rows = max_rows, .max_logit_rows = max_logit_rows, .format = format, .progress = {}};
   auto model =
       std::make_unique<FusedLlama>(config, backend, CreateRandomSource(seed), std::move(options));
   RETURN_IF_ERROR(model->Build());

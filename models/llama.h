@@ -22,6 +22,7 @@ struct LoadOptions {
   std::optional<WeightFormat> format;
   // Called with (tensors done, tensors in all) as weights are packed; may be empty.
   std::function<void(int64_t, int64_t)> progress;
+  int64_t max_pages = StepLimits{}.max_pages;  // of a step, of all sequences together
 };
 
 // Weights on one backend. Immutable after loading, except for the step's activation memory; one
@@ -44,8 +45,8 @@ class LlamaModel {
   virtual int64_t weight_bytes() const = 0;
 
   // Runs one step: appends, computes norms, seals and attends in every layer of `layers`
-  // ([num_layers] views), and returns logits [R, V] F32 for batch.logit_rows. The view stays valid
-  // until the next call. Enqueued: call Backend::Synchronize before reading.
+  // ([num_layers] views), and returns logits [R, V] F32, in host memory, for batch.logit_rows. The
+  // view stays valid until the next call. Enqueued: call Backend::Synchronize before reading.
   virtual ConstTensorView Forward(const ForwardBatch& batch, const KvLayout& layout,
                                   std::span<const PagedKvView> layers) = 0;
 };

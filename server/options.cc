@@ -89,14 +89,15 @@ Result<BackendOptions> ReadBackend(const Json& json) {
                                .variant = json.at("variant").get<std::string>(),
                                .threads = json.at("threads").get<int>(),
                                .deterministic = json.at("deterministic").get<bool>()};
-  if (options.device == "reference" && options.variant != "auto") {
-    return InvalidArgument("backend.variant: the reference device has no variants, so \"" +
-                               options.variant + "\" cannot be had",
+  if (options.device != "cpu" && options.variant != "auto") {
+    return InvalidArgument("backend.variant: the " + options.device +
+                               " device has no variants, so \"" + options.variant +
+                               "\" cannot be had",
                            "backend.variant");
   }
-  if (options.device == "reference" && options.threads > 1) {
-    return InvalidArgument("backend.threads: the reference device has one thread, not " +
-                               std::to_string(options.threads),
+  if (options.device != "cpu" && options.threads > 1) {
+    return InvalidArgument("backend.threads: the " + options.device +
+                               " device has one thread, not " + std::to_string(options.threads),
                            "backend.threads");
   }
   return options;

@@ -129,7 +129,7 @@ Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOpti
   return outcome;
 }
 
-// Parameter: a CPU variant and a cache.
+// Parameter: a CPU variant, or cuda, and a cache.
 struct Case {
   std::string variant;
   std::string cache_name;
@@ -151,10 +151,13 @@ std::vector<Case> Cases() {
     cases.push_back({variant, "base", WeightFormat::kBF16, base});
   }
   const std::string best = CpuVariants().front();
-  cases.push_back({best, "base_f32", WeightFormat::kF32, base});
-  cases.push_back({best, "mixed", WeightFormat::kBF16, mixed});
-  cases.push_back({best, "exact", WeightFormat::kBF16, exact});
-  cases.push_back({best, "plain", WeightFormat::kF16, plain});
+  cases.push_back({"cuda", "base", WeightFormat::kBF16, base});
+  for (const std::string& variant : {best, std::string("cuda")}) {
+    cases.push_back({variant, "base_f32", WeightFormat::kF32, base});
+    cases.push_back({variant, "mixed", WeightFormat::kBF16, mixed});
+    cases.push_back({variant, "exact", WeightFormat::kBF16, exact});
+    cases.push_back({variant, "plain", WeightFormat::kF16, plain});
+  }
   return cases;
 }
 
@@ -169,6 +172,7 @@ class ExactnessOfCaches : public testing::TestWithParam<Case> {};
 
 TEST_P(ExactnessOfCaches, LogitsDoNotDependOnNeighboursChunksOrPreemption) {
   const auto& [variant, cache_name, format, cache] = GetParam();
+  if (const std::string why = WhyAbsent(variant); !why.empty()) GTEST_SKIP() << why;
   const Outcome alone = Serve(variant, format, cache, {"alone", 512, 0, false, 512});
   ASSERT_EQ(alone.events.size(), 289u + 50u) << "what scores the prompt, and the answer";
   ASSERT_EQ(alone.record.logits.size(), alone.events.size());
@@ -204,7 +208,7 @@ TEST_P(ExactnessOfCaches, LogitsDoNotDependOnNeighboursChunksOrPreemption) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, ExactnessOfCaches, testing::ValuesIn(Cases()),
+INSTANTIATE_TEST_SUITE_P(Backends, ExactnessOfCaches, testing::ValuesIn(Cases()),
                          [](const auto& chosen) {
                            return chosen.param.variant + "_" + chosen.param.cache_name;
                          });
@@ -225,7 +229,9 @@ TEST(Exactness, LayerThatKeepsF16AmongQuantizedOnesLosesNothing) {
   eight.key.bits = eight.value.bits = 8;
   KvCacheOptions mixed = eight;
   mixed.layers = {{.first_layer = 0, .last_layer = 0, .key = {.bits = 16}, .value = {.bits = 16}}};
-  for (const std::string& variant : CpuVariants()) {
+  std::vector<std::string> variants = CpuVariants();
+  if (WhyAbsent("cuda").empty()) variants.push_back("cuda");
+  for (const std::string& variant : variants) {
     SCOPED_TRACE(variant);
     const auto logits = [&](const KvCacheOptions& cache) {
       const Outcome outcome = Serve(variant, WeightFormat::kF32, cache, {"alone", 512, 0, false});

@@ -26,6 +26,18 @@ inline ModelConfig TinyLlama() {
   return config;
 }
 
+// Of a variant of the CPU, or "cuda".
+inline BackendOptions OptionsFor(const std::string& variant) {
+  if (variant == "cuda") return {.device = "cuda"};
+  return {.device = "cpu", .variant = variant, .threads = 2};
+}
+
+// Why a variant cannot be had here, or an empty text.
+inline std::string WhyAbsent(const std::string& variant) {
+  const auto backend = CreateBackend(OptionsFor(variant));
+  return backend.ok() ? "" : backend.error().message;
+}
+
 // What step models may share, if they take turns. Steps have up to 512 rows.
 struct LlamaWeights {
   std::unique_ptr<Backend> backend;  // outlives what it allocated
@@ -34,9 +46,7 @@ struct LlamaWeights {
 
 inline std::shared_ptr<LlamaWeights> WeightsOn(const std::string& variant) {
   auto weights = std::make_shared<LlamaWeights>();
-  weights->backend =
-      CreateBackend({.device = "cpu", .variant = variant, .threads = 2, .deterministic = true})
-          .value();
+  weights->backend = CreateBackend(OptionsFor(variant)).value();
   return weights;
 }
 

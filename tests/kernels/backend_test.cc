@@ -114,5 +114,36 @@ TEST(Backend, ReserveRefusesMoreHeadsOrChannelsThanTilesHold) {
   }
 }
 
+TEST(Backend, DevicesOtherThanTheCpuHaveNoVariants) {
+  for (const std::string device : {"cuda", "reference"}) {
+    const auto refused = CreateBackend({.device = device, .variant = "avx2"});
+    ASSERT_FALSE(refused.ok());
+    EXPECT_EQ(refused.error().param, "backend.variant");
+    EXPECT_NE(refused.error().message.find(device), std::string::npos) << refused.error().message;
+  }
+}
+
+TEST(Backend, CudaComesUpOrSaysWhyNot) {
+  const auto cuda = CreateBackend({.device = "cuda"});
+  if (cuda.ok()) {
+    EXPECT_FALSE((*cuda)->host_visible());
+    return;
+  }
+  EXPECT_EQ(cuda.error().code, ErrorCode::kUnavailable);
+  EXPECT_EQ(cuda.error().param, "backend.device");
+  EXPECT_EQ(cuda.error().message.substr(0, 13), "device cuda: ") << cuda.error().message;
+}
+
+TEST(Backend, ReadToHostCopiesMemoryOfOperations) {
+  const std::unique_ptr<Backend> backend = CreateReferenceBackend();
+  ASSERT_TRUE(backend->host_visible());
+  Buffer from = *backend->Allocate(16), to = *backend->AllocateForHost(16);
+  from.data()[15] = std::byte{7};
+  backend->ReadToHost(from.data(), 16, to.data());
+  ASSERT_TRUE(backend->Synchronize().ok());
+  EXPECT_EQ(to.data()[15], std::byte{7});
+  backend->ReadToHost(nullptr, 0, nullptr);
+}
+
 }  // namespace
 }  // namespace innerq

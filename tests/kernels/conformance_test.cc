@@ -14,6 +14,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/float16.h"
+#include "tests/kernels/host_mirror.h"
 
 namespace innerq::testing {
 namespace {
@@ -655,6 +656,116 @@ TEST_P(Conformance, EveryOperationMatchesTheReference) {
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Conformance, ::testing::ValuesIn(CpuVariants()),
                          [](const auto& variant) { return variant.param; });
+
+// Rows of attention, bit for bit: alone, in chunks, and beside another sequence. The rows cross a
+// border of segments (see kernels/cuda/attention_plan.h) and of strips.
+std::string CheckAttentionRows(Backend& candidate, const CacheCase& c) {
+  std::mt19937_64 random(kSeed);
+  const int64_t tokens = 576, first = 500, rows = tokens - first;
+  const int64_t width = c.spec.kv_heads * c.group * c.spec.head_dim;
+  Cache cache(candidate, c.spec, tokens / 32), unused(candidate, c.spec, tokens / 32);
+  Fill(cache, unused, tokens);
+  cache.SealUpTo(candidate, tokens - 1);
+  const std::vector<float> q = Normal(random, rows * width, 1.5f);
+  // Rows of positions [begin, begin + count), each `copies` times, as so many sequences.
+  const auto attend = [&](int64_t begin, int64_t count, int64_t copies) {
+    std::vector<float> queries, out(static_cast<size_t>(copies * count * width));
+    std::vector<SequenceSlice> slices;
+    for (int64_t i = 0; i < copies; ++i) {
+      const auto at = q.begin() + (begin - first) * width;
+      queries.insert(queries.end(), at, at + count * width);
+      slices.push_back({i * count, count, begin, cache.table, 1, 0});
+    }
+    const Shape shape{copies * count, width};
+    candidate.Attention({View(queries, shape),
+                         cache.view(),
+                         &cache.layout,
+                         slices,
+                         c.spec.kv_heads * c.group,
+                         0.125f,
+                         {reinterpret_cast<std::byte*>(out.data()), DType::kF32, shape}});
+    return out;
+  };
+  const std::vector<float> whole = attend(first, rows, 1);
+  struct Part {
+    int64_t begin, count, copies;
+  };
+  for (const Part& part : std::vector<Part>{{500, 1, 1},
+                                            {511, 1, 3},
+                                            {512, 1, 1},
+                                            {575, 1, 1},
+                                            {509, 5, 1},
+                                            {543, 2, 2},
+                                            {512, 33, 1}}) {
+    const std::vector<float> out = attend(part.begin, part.count, part.copies);
+    RETURN_IF_WRONG(Failed(candidate, "Attention"));
+    for (int64_t i = 0; i < part.copies; ++i) {
+      if (std::memcmp(out.data() + i * part.count * width,
+                      whole.data() + (part.begin - first) * width,
+                      static_cast<size_t>(part.count * width) * 4) != 0) {
+        return c.name + ": rows from " + std::to_string(part.begin) + ", " +
+               std::to_string(part.count) + " of " + std::to_string(part.copies) +
+               " sequences, are not those of the whole";
+      }
+    }
+  }
+  return "";
+}
+
+// Rows of a product, bit for bit, whatever the number of rows.
+std::string CheckMatMulRows(Backend& candidate) {
+  std::mt19937_64 random(kSeed);
+  const int64_t most = 70, n = 40, k = 1100;
+  const std::vector<float> x = Normal(random, most * k), w = Normal(random, n * k);
+  const ConstTensorView part = View(w, Shape{n, k});
+  for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF16, WeightFormat::kF32}) {
+    Result<Weight> weight = candidate.PackWeight({&part, 1}, {}, format);
+    if (!weight.ok()) return weight.error().message;
+    std::vector<float> whole;
+    for (const int64_t m : {most, int64_t{1}, int64_t{16}, int64_t{17}, int64_t{64}}) {
+      Guarded out(Shape{m, n});
+      candidate.MatMul({View(x, Shape{m, k}), &*weight, false, out.view()});
+      RETURN_IF_WRONG(Failed(candidate, "MatMul"));
+      if (m == most) whole.assign(out.data(), out.data() + m * n);
+      if (std::memcmp(out.data(), whole.data(), static_cast<size_t>(m * n) * 4) != 0) {
+        return std::string(WeightFormatName(format)) + ": rows of M = " + std::to_string(m) +
+               " are not those of M = " + std::to_string(most);
+      }
+    }
+  }
+  return "";
+}
+
+class ConformanceOfCuda : public ::testing::TestWithParam<bool> {
+ protected:
+  void SetUp() override {
+    Result<std::unique_ptr<Backend>> device =
+        CreateBackend({.device = "cuda", .deterministic = GetParam()});
+    if (!device.ok()) {
+      ASSERT_EQ(device.error().code, ErrorCode::kUnavailable) << device.error().message;
+      GTEST_SKIP() << device.error().message;
+    }
+    ASSERT_EQ((*device)->name().substr(0, 8), "cuda/sm_");
+    ASSERT_EQ((*device)->deterministic(), GetParam());
+    mirror_ = std::make_unique<HostMirror>(std::move(*device));
+    ASSERT_TRUE(mirror_->Reserve({.max_rows = 256, .max_features = 2048}).ok());
+  }
+
+  std::unique_ptr<HostMirror> mirror_;
+};
+
+TEST_P(ConformanceOfCuda, EveryOperationMatchesTheReference) { ExpectConformance(*mirror_); }
+
+TEST_P(ConformanceOfCuda, RowsDoNotDependOnTheBatch) {
+  for (const CacheCase& c : CacheCases()) EXPECT_EQ(CheckAttentionRows(*mirror_, c), "");
+  if (GetParam()) {
+    EXPECT_EQ(CheckMatMulRows(*mirror_), "");
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cuda, ConformanceOfCuda, ::testing::Bool(), [](const auto& chosen) {
+  return chosen.param ? "deterministic" : "not_deterministic";
+});
 
 // The ways in which BrokenBackend damages what the reference computed.
 enum class Damage { kOneElement, kOneNaN, kShiftedRow, kAllSlightly, kBeyondTheEnd };

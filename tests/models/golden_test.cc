@@ -21,7 +21,7 @@ std::filesystem::path TinyLlama() {
 }
 
 std::vector<BackendOptions> AllBackends() {
-  std::vector<BackendOptions> all = {{.device = "reference"}};
+  std::vector<BackendOptions> all = {{.device = "reference"}, {.device = "cuda"}};
   for (const std::string& variant : CpuVariants()) {
     all.push_back({.device = "cpu", .variant = variant, .threads = 1});
   }
@@ -45,6 +45,11 @@ int32_t Argmax(const std::vector<float>& logits) {
 
 class GoldenTest : public testing::TestWithParam<BackendOptions> {
  protected:
+  void SetUp() override {
+    const auto backend = CreateBackend(GetParam());
+    if (!backend.ok() && GetParam().device == "cuda") GTEST_SKIP() << backend.error().message;
+  }
+
   // Weights in F32, so that only the order of sums differs from the other implementation's.
   void Load(const std::filesystem::path& directory) {
     auto backend = CreateBackend(GetParam());

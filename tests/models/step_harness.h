@@ -27,7 +27,7 @@ inline KvCacheSpec UniformCacheSpec(const ModelConfig& config, QuantSpec key = {
 // Owns the pools of `max_sequences` sequences of `max_tokens` tokens each, and feeds the model. No
 // page is ever recycled: page i of sequence s is block s * pages_per_sequence + i of both pools,
 // and the key norm of sequence s is slot s. Pages are sealed, and norms computed, in the step whose
-// queries first need them. For backends in host memory.
+// queries first need them.
 class StepHarness {
  public:
   // Tokens to append to one sequence.

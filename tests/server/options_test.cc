@@ -134,11 +134,12 @@ TEST(Options, PrefixesAreSharedUnlessSwitchedOffOrExact) {
 }
 
 TEST(Options, WhatThisBuildCannotDoIsRefusedNotIgnored) {
-  EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "variant": "avx2"}})").param,
-            "backend.variant");
-  EXPECT_EQ(Refusal(R"({"backend": {"device": "reference", "threads": 2}})").param,
-            "backend.threads");
-  Accepted(R"({"backend": {"device": "reference", "threads": 1}})");
+  for (const std::string device : {"reference", "cuda"}) {
+    const std::string backend = R"({"backend": {"device": ")" + device + R"(", )";
+    EXPECT_EQ(Refusal(backend + R"("variant": "avx2"}})").param, "backend.variant");
+    EXPECT_EQ(Refusal(backend + R"("threads": 2}})").param, "backend.threads");
+    Accepted(backend + R"("threads": 1}})");
+  }
   EXPECT_EQ(Refusal(R"({"scheduler": {"max_sequences": 64, "max_batch_tokens": 63}})").param,
             "scheduler.max_batch_tokens");
   EXPECT_EQ(Refusal(R"({"server": {"max_body": "2GiB"}})").param, "server.max_body");

@@ -1,0 +1,401 @@
+// Attention over open and sealed pages, in one kernel for prefill and decode; see attention_plan.h
+// for how the work is cut.
+//
+// R rows of a tile, C channels of V that a lane sums, D head dimension, Dp D rounded up to 16,
+// T page_tokens, N group size. The cache is in CodeOrder::kRowMajor.
+//
+// Strips of 32 tokens: see attention_strip.cuh.
+#include "kernels/cuda/attention_strip.cuh"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/strip_index.h"
+
+namespace innerq::cuda {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+
+// What one warp works on. All of its tokens lie in strip `last_strip`.
+template <int R>
+struct Tile {
+  const DeviceSlice* slice;
+  int64_t kv_head;
+  int64_t last_strip;
+  PageRange sealed;  // what the tokens see sealed
+  int offset[R];     // of each row's token in its strip; absent rows have the last one's
+};
+
+// Where row r of a tile begins in q and out, in elements.
+__device__ int64_t RowOffset(const AttentionKernelLaunch& args, const AttentionTile& tile,
+                             int64_t kv_head, int r) {
+  const int64_t group = args.num_heads / args.layout.kv_heads;
+  const int64_t row = tile.first_row + r;
+  const int64_t token = args.slices[tile.slice].row_begin + row / group;
+  return (token * args.num_heads + kv_head * group + row % group) * args.layout.head_dim;
+}
+
+// The softmax of the rows over a segment so far. `largest` and `sum` are equal in all lanes.
+template <int R, int C>
+struct State {
+  float largest[R];  // score, in units of log2
+  float sum[R];      // of 2^(score - largest)
+  float values[R][C];
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      largest[r] = -INFINITY;
+      sum[r] = 0;
+#pragma unroll
+      for (int c = 0; c < C; ++c) values[r][c] = 0;
+    }
+  }
+};
+
+// Weights of two states in their merge: 2^(largest - larger of both).
+struct MergeWeights {
+  float largest, before, after;
+};
+__device__ MergeWeights WeightsOf(float before, float after) {
+  const float largest = fmaxf(before, after);
+  return {largest, exp2f(before - largest), exp2f(after - largest)};
+}
+__device__ float Merge(const MergeWeights& weights, float before, float after) {
+  return fmaf(before, weights.before, after * weights.after);
+}
+
+// All that a warp needs to attend strips of its tile.
+template <int R, int C>
+class TileAttention {
+ public:
+  __device__ TileAttention(const AttentionKernelLaunch& args, const AttentionTile& from,
+                           const Tile<R>& tile, float* shared)
+      : args_(args),
+        layout_(args.layout),
+        from_(from),
+        tile_(tile),
+        kv_(args.kv),
+        dim_(static_cast<int>(args.layout.head_dim)),
+        padded_(static_cast<int>(args.layout.padded_dim())),
+        lane_(static_cast<int>(threadIdx.x)) {
+    kv_.layout = &args.layout;
+    const AttentionShared at = PlanAttentionShared(layout_, R, C);
+    q_ = shared + at.q;
+    weights_ = shared + at.weights;
+    q_sums_ = shared + at.q_sums;
+    total_ = shared + at.total;
+    strip_ = reinterpret_cast<uint32_t*>(shared + at.strip);
+  }
+
+  // Accumulates the tile's part of a segment.
+  __device__ void AttendSegment(int64_t segment, State<R, C>& state) {
+    state.Clear();
+    const int64_t begin = segment * kSegmentStrips;
+    const int64_t end = min(begin + kSegmentStrips, tile_.last_strip + 1);
+    for (int64_t strip = begin; strip < end; ++strip) AttendStrip(strip, state);
+  }
+
+  // The lane's part of the total over segments, in shared memory.
+  __device__ float& Total(int r, int c) { return total_[(r * C + c) * kWarpSize + lane_]; }
+  __device__ int channel() const { return lane_ * C; }
+  __device__ bool has_channels() const { return channel() < dim_; }
+
+ private:
+  enum class Queries { kNone, kPlain, kTimesNorm };
+
+  __device__ void AttendStrip(int64_t strip, State<R, C>& state) {
+    const int64_t first_token = strip * kStripTokens;
+    const int64_t page = first_token / layout_.page_tokens;
+    const int t0 = static_cast<int>(first_token % layout_.page_tokens);
+    const PageRef ref = args_.pages[tile_.slice->first_page + page];
+    const bool sealed = page >= tile_.sealed.begin && page < tile_.sealed.end;
+    float score[R] = {};
+    __syncwarp();  // all lanes are done with the strip before
+    if (sealed) {
+      PrepareQueries(layout_.normalize_keys ? Queries::kTimesNorm : Queries::kPlain);
+      ScoreSealed(kv_.SealedHead(ref.sealed_id, tile_.kv_head), t0, score);
+    } else {
+      PrepareQueries(Queries::kPlain);
+      const uint16_t* keys = kv_.OpenKeys(ref.open_id, tile_.kv_head);
+      ScoreHalfStrip(reinterpret_cast<const std::byte*>(keys + layout_.OpenKeyIndex(t0, 0)), score);
+    }
+    const bool is_last = strip == tile_.last_strip;
+    Weigh(is_last, score, state);
+    __syncwarp();  // weights are written, keys are read
+    if (sealed) {
+      AddSealed(kv_.SealedHead(ref.sealed_id, tile_.kv_head), t0, state);
+    } else {
+      const uint16_t* values = kv_.OpenValues(ref.open_id, tile_.kv_head);
+      AddHalfStrip(reinterpret_cast<const std::byte*>(values + layout_.OpenValueIndex(t0, 0)),
+                   is_last ? tile_.offset[R - 1] + 1 : kWarpSize, state);
+    }
+  }
+
+  // Fills q_ [D][R] with scale * log2(e) * q, times the key norm where keys were divided by it, and
+  // q_sums_ [D / N][R] with the sums of its groups. Does nothing if they are there already.
+  __device__ void PrepareQueries(Queries wanted) {
+    if (wanted == queries_) return;
+    queries_ = wanted;
+    const float* norm =
+        wanted == Queries::kTimesNorm ? kv_.KeyNorm(tile_.slice->norm_id, tile_.kv_head) : nullptr;
+    const float unit = args_.scale * kLog2E;
+    for (int r = 0; r < R; ++r) {
+      const bool present = r < from_.num_rows;
+      const float* q = args_.q + (present ? RowOffset(args_, from_, tile_.kv_head, r) : 0);
+      for (int d = lane_; d < dim_; d += kWarpSize) {
+        float x = present ? q[d] * unit : 0.0f;
+        if (norm != nullptr) x *= norm[d];
+        q_[d * R + r] = x;
+      }
+    }
+    __syncwarp();
+    if (layout_.key.has_zero() && layout_.key.axis == QuantAxis::kInner) {
+      const int size = layout_.key.group_size;
+      for (int i = lane_; i < dim_ / size * R; i += kWarpSize) {
+        float sum = 0;
+        for (int d = i / R * size; d < (i / R + 1) * size; ++d) sum += q_[d * R + i % R];
+        q_sums_[i] = sum;
+      }
+      __syncwarp();
+    }
+  }
+
+  // Keys of 16 bits, open or sealed, from their first byte of the strip on.
+  __device__ void ScoreHalfStrip(const std::byte* keys, float (&score)[R]) {
+    const PackedRows rows = PackRows(kWarpSize, dim_, 16);
+    CopyStrip(keys, rows, strip_);
+    __syncwarp();
+    ScoreHalves<R>(strip_ + lane_ * rows.lane_words, q_, dim_, score);
+  }
+
+  // Keys of a sealed page from token t0 on.
+  __device__ void ScoreSealed(const std::byte* page, int t0, float (&score)[R]) {
+    const QuantSpec& spec = layout_.key;
+    const std::byte* codes = page + layout_.key_codes + layout_.KeyCodeIndex(t0, 0) * spec.bits / 8;
+    if (!spec.quantized()) return ScoreHalfStrip(codes, score);
+    const PackedRows rows = PackRows(kWarpSize, dim_, spec.bits);
+    CopyStrip(codes, rows, strip_);
+    __syncwarp();
+    const CodeFormat format = FormatOf(spec);
+    const uint32_t* row = strip_ + lane_ * rows.lane_words;
+    const int first_bit = lane_ * rows.lane_bits;
+    const auto at = layout_.KeyScaleIndex(t0 + lane_, 0);
+    const auto* scales = reinterpret_cast<const uint16_t*>(page + layout_.key_scales) + at;
+    const auto* zeros = reinterpret_cast<const uint16_t*>(page + layout_.key_zeros) + at;
+    if (spec.axis == QuantAxis::kInner) {
+      ScoreInner<R>(row, first_bit, format, layout_, scales, zeros, q_, q_sums_, score);
+    } else {
+      ScoreOuter<R>(row, first_bit, format, dim_, scales, zeros, q_, score);
+    }
+  }
+
+  // Turns the lanes' scores into weights, in shared memory [32][R], and rescales the state.
+  __device__ void Weigh(bool is_last, const float (&score)[R], State<R, C>& state) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const float visible = is_last && lane_ > tile_.offset[r] ? -INFINITY : score[r];
+      const float largest = fmaxf(state.largest[r], WarpMax(visible));
+      const float keep = exp2f(state.largest[r] - largest);
+      const float weight = exp2f(visible - largest);
+      state.largest[r] = largest;
+      state.sum[r] = fmaf(state.sum[r], keep, WarpSum(weight));
+      weights_[lane_ * R + r] = weight;
+#pragma unroll
+      for (int c = 0; c < C; ++c) state.values[r][c] *= keep;
+    }
+  }
+
+  // Values of 16 bits, open or sealed, from their first byte of the strip on.
+  __device__ void AddHalfStrip(const std::byte* values, int num_tokens, State<R, C>& state) {
+    CopyStrip(values, PackRowsDensely(kWarpSize, padded_, 16), strip_);
+    __syncwarp();
+    if (!has_channels()) return;
+    AddHalves<R, C>(strip_, padded_, channel(), num_tokens, weights_, state.values);
+  }
+
+  // Values of a sealed page from token t0 on.
+  __device__ void AddSealed(const std::byte* page, int t0, State<R, C>& state) {
+    const QuantSpec& spec = layout_.value;
+    const std::byte* codes =
+        page + layout_.value_codes + layout_.ValueCodeIndex(t0, 0) * spec.bits / 8;
+    if (!spec.quantized()) return AddHalfStrip(codes, kWarpSize, state);
+    CopyStrip(codes, PackRowsDensely(kWarpSize, padded_, spec.bits), strip_);
+    __syncwarp();
+    if (!has_channels()) return;
+    const CodeFormat format = FormatOf(spec);
+    const auto at = layout_.ValueScaleIndex(t0, channel());
+    const auto* scales = reinterpret_cast<const uint16_t*>(page + layout_.value_scales) + at;
+    const auto* zeros = reinterpret_cast<const uint16_t*>(page + layout_.value_zeros) + at;
+    if (spec.axis == QuantAxis::kInner) {
+      AddInner<R, C>(strip_, format, layout_, channel(), scales, zeros, weights_, state.values);
+    } else {
+      AddOuter<R, C>(strip_, format, padded_, channel(), scales, zeros, weights_, state.values);
+    }
+  }
+
+  const AttentionKernelLaunch& args_;
+  const KvLayerLayout& layout_;
+  const AttentionTile& from_;
+  const Tile<R>& tile_;
+  PagedKvView kv_;
+  const int dim_, padded_, lane_;
+  Queries queries_ = Queries::kNone;
+  float *q_, *weights_, *q_sums_, *total_;
+  uint32_t* strip_;
+};
+
+template <int R>
+__device__ Tile<R> TileOf(const AttentionKernelLaunch& args, const AttentionTile& from) {
+  const int64_t group = args.num_heads / args.layout.kv_heads;
+  Tile<R> tile;
+  tile.slice = args.slices + from.slice;
+  tile.kv_head = blockIdx.y;
+  const int64_t first = tile.slice->first_position + from.first_row / group;
+  tile.last_strip = first / kStripTokens;
+  tile.sealed = args.windows.SealedPages(first, tile.slice->exact_before);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = from.first_row + min(r, from.num_rows - 1);
+    const int64_t position = tile.slice->first_position + row / group;
+    tile.offset[r] = static_cast<int>(position % kStripTokens);
+  }
+  return tile;
+}
+
+// Grid: [items, G]. Block: one warp attends one segment of a tile for one key/value head, or all
+// of it. Shared: PlanAttentionShared: queries, weights, the total of segments, a strip of keys or
+// values.
+template <int R, int C>
+__global__ void __launch_bounds__(kWarpSize)
+    AttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {
+  extern __shared__ float4 shared[];
+  const AttentionItem item = args.items[blockIdx.x];
+  const AttentionTile from = args.tiles[item.tile];
+  const Tile<R> tile = TileOf<R>(args, from);
+  TileAttention<R, C> attention(args, from, tile, reinterpret_cast<float*>(shared));
+  State<R, C> state;
+  if (item.segment >= 0) {
+    attention.AttendSegment(item.segment, state);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float* to = args.states + StateIndex(from, R, tile.kv_head, item.segment, r) *
+                                    StateFloats(args.layout.head_dim);
+      if (attention.has_channels()) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) to[attention.channel() + c] = state.values[r][c];
+      }
+      if (threadIdx.x == 0) {
+        to[args.layout.head_dim] = state.largest[r];
+        to[args.layout.head_dim + 1] = state.sum[r];
+      }
+    }
+    return;
+  }
+  float largest[R] = {}, sum[R] = {};  // of the segments so far
+  for (int segment = 0; segment < from.num_segments; ++segment) {
+    attention.AttendSegment(segment, state);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (segment == 0) {
+        largest[r] = state.largest[r];
+        sum[r] = state.sum[r];
+#pragma unroll
+        for (int c = 0; c < C; ++c) attention.Total(r, c) = state.values[r][c];
+        continue;
+      }
+      const MergeWeights weights = WeightsOf(largest[r], state.largest[r]);
+      largest[r] = weights.largest;
+      sum[r] = Merge(weights, sum[r], state.sum[r]);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        attention.Total(r, c) = Merge(weights, attention.Total(r, c), state.values[r][c]);
+      }
+    }
+  }
+  if (!attention.has_channels()) return;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (r >= from.num_rows) continue;
+    float* out = args.out + RowOffset(args, from, tile.kv_head, r) + attention.channel();
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      out[c] = attention.Total(r, c) / sum[r];
+    }
+  }
+}
+
+constexpr int kMergeThreads = 128;
+
+// Grid: [tiles, G, R]. Block: 128 threads merge the segments of one row in order, a channel each at
+// a time. No shared memory.
+template <int R>
+__global__ void MergeKernel(const __grid_constant__ AttentionKernelLaunch args) {
+  const AttentionTile from = args.tiles[blockIdx.x];
+  const int row = blockIdx.z;
+  if (row >= from.num_rows) return;
+  const int64_t dim = args.layout.head_dim;
+  float* out = args.out + RowOffset(args, from, blockIdx.y, row);
+  for (int64_t c = threadIdx.x; c < dim; c += kMergeThreads) {
+    float largest = 0, sum = 0, value = 0;
+    for (int segment = 0; segment < from.num_segments; ++segment) {
+      const float* state =
+          args.states + StateIndex(from, R, blockIdx.y, segment, row) * StateFloats(dim);
+      if (segment == 0) {
+        largest = state[dim];
+        sum = state[dim + 1];
+        value = state[c];
+        continue;
+      }
+      const MergeWeights weights = WeightsOf(largest, state[dim]);
+      largest = weights.largest;
+      sum = Merge(weights, sum, state[dim + 1]);
+      value = Merge(weights, value, state[c]);
+    }
+    out[c] = value / sum;
+  }
+}
+
+template <int R, int C>
+cudaError_t Launch(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  const auto kv_heads = static_cast<unsigned>(launch.layout.kv_heads);
+  const dim3 grid(static_cast<unsigned>(launch.num_items), kv_heads);
+  const auto bytes =
+      static_cast<size_t>(PlanAttentionShared(launch.layout, R, C).floats) * sizeof(float);
+  AttentionKernel<R, C><<<grid, kWarpSize, bytes, stream>>>(launch);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess || !launch.split) {
+    return error;
+  }
+  const dim3 merge_grid(static_cast<unsigned>(launch.num_tiles), kv_heads, R);
+  MergeKernel<R><<<merge_grid, kMergeThreads, 0, stream>>>(launch);
+  return cudaGetLastError();
+}
+
+template <int C>
+cudaError_t LaunchForRows(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  switch (launch.tile_rows) {
+    case 1:
+      return Launch<1, C>(launch, stream);
+    case 2:
+      return Launch<2, C>(launch, stream);
+    case 4:
+      return Launch<4, C>(launch, stream);
+    case 8:
+      if constexpr (C < 8) return Launch<8, C>(launch, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  switch (LaneChannels(launch.layout.head_dim)) {
+    case 2:
+      return LaunchForRows<2>(launch, stream);
+    case 4:
+      return LaunchForRows<4>(launch, stream);
+    case 8:
+      return LaunchForRows<8>(launch, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace innerq::cuda

@@ -1,0 +1,179 @@
+// AttentionPlan: how attention is cut into the work of warps. Plain arithmetic, host only, without
+// a CUDA header, so that it is tested where there is no GPU; the structs are read by the kernels.
+//
+// A row is one query head of one token. For a key/value head, the rows of a sequence's slice are
+// numbered token by token: row f is query head f % N of token f / N, N = H / G.
+//
+// A warp takes a tile of rows, one key/value head, and walks strips of 32 tokens. Strips are joined
+// in segments of kSegmentTokens, counted from the start of the sequence: within a segment a row's
+// softmax is accumulated strip by strip, and the states of segments are merged in order. A tile is
+// attended by one warp from its first segment to its last, or by one warp per segment with the
+// merge in a second kernel; both do the same operations on the same numbers. So what a row gives
+// depends on its position alone: not on its neighbours, its tile, or how the tile was split.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/backend.h"
+
+namespace innerq {
+
+constexpr int64_t kStripTokens = 32;     // one per lane of a warp
+constexpr int64_t kSegmentTokens = 512;  // a multiple of every page size
+constexpr int64_t kSegmentStrips = kSegmentTokens / kStripTokens;
+constexpr int kMaxTileRows = 8;
+
+// A slice of the step, without its page table, which starts at `first_page` of the step's table.
+struct DeviceSlice {
+  int64_t first_position = 0;
+  int64_t exact_before = 0;
+  int64_t first_page = 0;
+  int32_t row_begin = 0;
+  int32_t norm_id = -1;
+};
+
+// Rows [first_row, first_row + num_rows) of a slice: all of their tokens lie in one strip and on
+// one side of the slice's exact_before, so they see the same pages in the same form.
+struct AttentionTile {
+  int32_t slice = 0;
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  int32_t num_segments = 0;
+  int64_t first_state = -1;  // see StateIndex; -1: not split
+};
+
+// What one warp does, for each key/value head: one segment of a tile, or all of it.
+struct AttentionItem {
+  int32_t tile = 0;
+  int32_t segment = -1;  // -1: all, and the merge
+};
+
+// Where the state of row r of a tile of up to `tile_rows` rows is kept, counted in states.
+INNERQ_HOST_DEVICE inline int64_t StateIndex(const AttentionTile& tile, int tile_rows,
+                                             int64_t kv_head, int64_t segment, int64_t r) {
+  return tile.first_state + ((kv_head * tile.num_segments + segment) * tile_rows + r);
+}
+// Floats of a state: the weighted sum of values [D], the largest score, the sum of weights; padded.
+INNERQ_HOST_DEVICE constexpr int64_t StateFloats(int64_t head_dim) { return head_dim + 8; }
+
+// The tiles that one launch attends to, with kernels for `tile_rows` rows.
+struct AttentionLaunch {
+  int tile_rows = kMaxTileRows;
+  std::vector<AttentionTile> tiles;
+  std::vector<AttentionItem> items;
+  int64_t num_states = 0;
+  bool split() const { return num_states > 0; }
+};
+
+// What the plan must know of layer and device.
+struct AttentionShape {
+  int64_t group = 1;     // N = H / G
+  int64_t kv_heads = 1;  // G
+  int64_t head_dim = 0;
+  int64_t max_states = 0;  // that the scratch memory holds
+  int64_t max_items = 0;   // likewise, of one launch
+  int64_t busy_warps = 0;  // as many warps keep the device busy: fewer are split
+};
+
+// Channels of V that a lane sums: a power of two in [2, 8], 32 lanes cover the head.
+constexpr int LaneChannels(int64_t head_dim) {
+  return head_dim <= 64 ? 2 : head_dim <= 128 ? 4 : 8;
+}
+
+// Rows of a tile that a kernel for `head_dim` channels has registers for.
+constexpr int MostTileRows(int64_t head_dim) { return LaneChannels(head_dim) == 8 ? 4 : 8; }
+
+// Kernels exist for 1, 2, 4 and 8 rows.
+inline int TileRowsFor(int64_t rows, int64_t head_dim) {
+  int tile_rows = 1;
+  while (tile_rows < rows && tile_rows < MostTileRows(head_dim)) tile_rows *= 2;
+  return tile_rows;
+}
+
+// Cuts a step into two launches: sequences with one token (decode), and the others. Reuses its
+// memory from call to call; Reserve makes it enough for a step.
+class AttentionPlan {
+ public:
+  void Reserve(int64_t max_rows, int64_t max_group, int64_t max_items) {
+    for (AttentionLaunch* launch : {&decode_, &prefill_}) {
+      launch->tiles.reserve(static_cast<size_t>(max_rows * max_group));
+      launch->items.reserve(static_cast<size_t>(std::max(max_items, max_rows * max_group)));
+    }
+  }
+
+  void Make(std::span<const SequenceSlice> slices, const AttentionShape& shape) {
+    Begin(decode_, TileRowsFor(shape.group, shape.head_dim));
+    Begin(prefill_, MostTileRows(shape.head_dim));
+    for (size_t i = 0; i < slices.size(); ++i) {
+      CutTiles(slices[i], static_cast<int32_t>(i), shape.group,
+               slices[i].num_rows == 1 ? decode_ : prefill_);
+    }
+    Split(decode_, shape);
+    Split(prefill_, shape);
+  }
+
+  const AttentionLaunch& decode() const { return decode_; }
+  const AttentionLaunch& prefill() const { return prefill_; }
+
+ private:
+  static void Begin(AttentionLaunch& launch, int tile_rows) {
+    launch.tile_rows = tile_rows;
+    launch.tiles.clear();
+    launch.items.clear();
+    launch.num_states = 0;
+  }
+
+  static void CutTiles(const SequenceSlice& slice, int32_t index, int64_t group,
+                       AttentionLaunch& launch) {
+    const int64_t end = slice.first_position + slice.num_rows;
+    for (int64_t at = slice.first_position; at < end;) {
+      // [at, next): tokens that see the same pages in the same form.
+      int64_t next = std::min(end, (at / kStripTokens + 1) * kStripTokens);
+      if (at < slice.exact_before) next = std::min(next, slice.exact_before);
+      const int64_t last_row = (next - slice.first_position) * group;
+      for (int64_t row = (at - slice.first_position) * group; row < last_row;
+           row += launch.tile_rows) {
+        AttentionTile tile;
+        tile.slice = index;
+        tile.first_row = static_cast<int32_t>(row);
+        tile.num_rows = static_cast<int32_t>(std::min<int64_t>(launch.tile_rows, last_row - row));
+        tile.num_segments = static_cast<int32_t>(CeilDiv(next, kSegmentTokens));
+        launch.tiles.push_back(tile);
+      }
+      at = next;
+    }
+  }
+
+  // One item per tile and segment where tiles alone would leave the device idle and the states of
+  // all segments fit; else one per tile.
+  static void Split(AttentionLaunch& launch, const AttentionShape& shape) {
+    const auto num_tiles = static_cast<int64_t>(launch.tiles.size());
+    int64_t num_items = 0, longest = 0;
+    for (const AttentionTile& tile : launch.tiles) {
+      num_items += tile.num_segments;
+      longest = std::max<int64_t>(longest, tile.num_segments);
+    }
+    const int64_t num_states = num_items * shape.kv_heads * launch.tile_rows;
+    const bool split = num_tiles * shape.kv_heads < shape.busy_warps && longest > 1 &&
+                       num_items <= shape.max_items && num_states <= shape.max_states;
+    for (int32_t i = 0; i < static_cast<int32_t>(num_tiles); ++i) {
+      AttentionTile& tile = launch.tiles[static_cast<size_t>(i)];
+      if (!split) {
+        launch.items.push_back({i, -1});
+        continue;
+      }
+      tile.first_state = launch.num_states;
+      launch.num_states += tile.num_segments * shape.kv_heads * launch.tile_rows;
+      for (int32_t segment = 0; segment < tile.num_segments; ++segment) {
+        launch.items.push_back({i, segment});
+      }
+    }
+  }
+
+  AttentionLaunch decode_, prefill_;
+};
+
+}  // namespace innerq

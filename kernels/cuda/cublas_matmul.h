@@ -1,0 +1,49 @@
+// CublasMatMul: dense products by cuBLASLt, for a backend that need not be deterministic.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <memory>
+#include <tuple>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/cuda_memory.h"
+#include "kernels/cuda/launch.h"
+
+namespace innerq::cuda {
+
+// cuBLASLt chooses an algorithm per shape, hence per M: rows depend on the batch.
+class CublasMatMul {
+ public:
+  static Result<std::unique_ptr<CublasMatMul>> Create();
+  ~CublasMatMul();
+
+  // BF16 and F32; F16 weights would round F32 activations to F16, which MatMul does not allow.
+  static bool Handles(WeightFormat format) { return format != WeightFormat::kF16; }
+
+  // As LaunchMatMul, for F32 x and weight rows padded alike; `x_stride` elements from row to row.
+  Result<void> Run(const MatMulLaunch& launch, int64_t x_stride, cudaStream_t stream);
+
+ private:
+  struct Plan {
+    cublasLtMatmulDesc_t operation = nullptr;
+    cublasLtMatrixLayout_t weight = nullptr, x = nullptr, out = nullptr;
+    cublasLtMatmulAlgo_t algorithm{};
+    Plan() = default;
+    Plan(const Plan&) = delete;
+    Plan& operator=(const Plan&) = delete;
+    ~Plan();
+  };
+  using Key = std::tuple<WeightFormat, int64_t, int64_t, int64_t>;  // format, M, N, K
+
+  CublasMatMul() = default;
+  Result<const Plan*> PlanFor(const MatMulLaunch& launch, int64_t x_stride);
+
+  cublasLtHandle_t handle_ = nullptr;
+  Buffer workspace_;
+  std::map<Key, std::unique_ptr<Plan>> plans_;
+};
+
+}  // namespace innerq::cuda

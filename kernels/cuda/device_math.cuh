@@ -1,0 +1,36 @@
+// Small device functions that several kernels use.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace innerq::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+// F16 bits as F32, exact.
+__device__ inline float HalfToFloat(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+// The two halves of a word, the lower one first.
+__device__ inline float2 HalvesToFloats(uint32_t word) {
+  return {HalfToFloat(static_cast<uint16_t>(word & 0xffffu)),
+          HalfToFloat(static_cast<uint16_t>(word >> 16))};
+}
+
+// Reductions over a warp; every lane gets the result, in an order that the lane ids fix.
+__device__ inline float WarpMax(float x) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
+  }
+  return x;
+}
+__device__ inline float WarpSum(float x) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, offset);
+  }
+  return x;
+}
+
+}  // namespace innerq::cuda

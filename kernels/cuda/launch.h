@@ -1,0 +1,151 @@
+// Launchers: one function per kernel, taking a plain struct of device addresses and sizes. Each
+// enqueues on a stream and returns what the runtime says of the launch; nothing here waits.
+//
+// T rows, H query heads, G key/value heads, D head dimension, M/N/K of a product.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/attention_plan.h"
+
+namespace innerq::cuda {
+
+// Whether this build has kernels that the current device can run.
+cudaError_t ProbeKernels();
+
+// --- rows.cu: operations on rows of activations ---
+
+struct EmbedLaunch {
+  const int32_t* token_ids = nullptr;  // [rows]
+  const std::byte* table = nullptr;    // [V, width]
+  DType dtype = DType::kF32;
+  int64_t rows = 0, width = 0;
+  float* out = nullptr;  // [rows, width]
+};
+cudaError_t LaunchEmbed(const EmbedLaunch& launch, cudaStream_t stream);
+
+struct RmsNormLaunch {
+  const float* x = nullptr;       // [rows, width]
+  const float* weight = nullptr;  // [width]
+  float epsilon = 0;
+  int64_t rows = 0, width = 0;
+  float* out = nullptr;  // [rows, width], may be x
+};
+cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, cudaStream_t stream);
+
+struct RopeTableLaunch {
+  const int64_t* positions = nullptr;        // [rows]
+  const float* inverse_frequency = nullptr;  // [half]
+  int64_t rows = 0, half = 0;
+  float* cos = nullptr;  // [rows, half]
+  float* sin = nullptr;
+};
+cudaError_t LaunchRopeTable(const RopeTableLaunch& launch, cudaStream_t stream);
+
+struct SwiGluLaunch {
+  const float* gate_up = nullptr;  // [rows, 2 * width]
+  int64_t rows = 0, width = 0;
+  float* out = nullptr;  // [rows, width]
+};
+cudaError_t LaunchSwiGlu(const SwiGluLaunch& launch, cudaStream_t stream);
+
+struct GatherRowsLaunch {
+  const float* x = nullptr;       // [*, width]
+  const int64_t* rows = nullptr;  // [num_rows]
+  int64_t num_rows = 0, width = 0;
+  float* out = nullptr;  // [num_rows, width]
+};
+cudaError_t LaunchGatherRows(const GatherRowsLaunch& launch, cudaStream_t stream);
+
+// --- cache.cu: operations that write the cache ---
+
+// Where a row's key and value go.
+struct AppendTarget {
+  int32_t open_id = -1;
+  int32_t token = 0;  // in the page
+};
+struct RopeAppendLaunch {
+  KvLayerLayout layout;
+  PagedKvView kv;              // its layout pointer is not used
+  const float* qkv = nullptr;  // [rows, (H + 2G) * D]
+  const float* cos = nullptr;  // [rows, D/2]
+  const float* sin = nullptr;
+  const AppendTarget* targets = nullptr;  // [rows]
+  int64_t rows = 0, num_heads = 0;
+  float* q = nullptr;  // [rows, H * D]
+};
+cudaError_t LaunchRopeAppend(const RopeAppendLaunch& launch, cudaStream_t stream);
+
+struct KeyNormLaunch {
+  KvLayerLayout layout;
+  PagedKvView kv;
+  const int32_t* norm_ids = nullptr;  // [num_items]
+  const int32_t* open_ids = nullptr;  // [num_items][num_pages]
+  int64_t num_items = 0, num_pages = 0;
+};
+cudaError_t LaunchKeyNorm(const KeyNormLaunch& launch, cudaStream_t stream);
+
+struct SealLaunch {
+  KvLayerLayout layout;
+  PagedKvView kv;
+  const SealItem* items = nullptr;  // [num_items]
+  int64_t num_items = 0;
+  int32_t* non_finite = nullptr;  // set to 1 when a key or value is not finite
+};
+cudaError_t LaunchSeal(const SealLaunch& launch, cudaStream_t stream);
+
+// --- attention.cu ---
+
+struct AttentionKernelLaunch {
+  KvLayerLayout layout;
+  PageWindows windows;
+  PagedKvView kv;
+  const float* q = nullptr;  // [T, H * D]
+  float* out = nullptr;      // [T, H * D]
+  float* states = nullptr;   // [num_states][StateFloats(D)]
+  const DeviceSlice* slices = nullptr;
+  const PageRef* pages = nullptr;  // of all slices
+  const AttentionTile* tiles = nullptr;
+  const AttentionItem* items = nullptr;
+  int64_t num_tiles = 0, num_items = 0;
+  int64_t num_heads = 0;
+  int tile_rows = 0;
+  bool split = false;
+  float scale = 0;
+};
+cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t stream);
+
+// --- matmul.cu ---
+
+constexpr int64_t kMatMulUnit = 16;  // weights are padded with zeros to multiples of it, N and K
+
+// BF16 bits of x, rows padded with zeros to a multiple of kMatMulUnit, columns likewise.
+struct RoundToBf16Launch {
+  const float* x = nullptr;  // [rows, cols]
+  int64_t rows = 0, cols = 0;
+  uint16_t* out = nullptr;  // [RoundUp(rows, 16), RoundUp(cols, 16)]
+};
+cudaError_t LaunchRoundToBf16(const RoundToBf16Launch& launch, cudaStream_t stream);
+
+struct MatMulLaunch {
+  WeightFormat format = WeightFormat::kBF16;
+  const std::byte* x = nullptr;       // BF16: what LaunchRoundToBf16 wrote; else F32 [M, K]
+  const std::byte* weight = nullptr;  // [RoundUp(N, 16), RoundUp(K, 16)]
+  const float* bias = nullptr;        // [N] or null
+  bool accumulate = false;
+  int64_t m = 0, n = 0, k = 0;
+  float* out = nullptr;  // [M, N]
+};
+cudaError_t LaunchMatMul(const MatMulLaunch& launch, cudaStream_t stream);
+
+struct AddBiasLaunch {
+  const float* bias = nullptr;  // [n]
+  int64_t m = 0, n = 0;
+  float* out = nullptr;  // [m, n]
+};
+cudaError_t LaunchAddBias(const AddBiasLaunch& launch, cudaStream_t stream);
+
+}  // namespace innerq::cuda

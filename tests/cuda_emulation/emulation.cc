@@ -1,0 +1,142 @@
+#include "tests/cuda_emulation/emulation.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "kernels/result.h"
+
+namespace innerq::emulation {
+
+dim3 thread_index, block_index;
+std::byte* dynamic_shared = nullptr;
+
+namespace {
+
+constexpr size_t kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kStackBytes = size_t{256} << 10;
+
+// Opens when all threads that have not ended wait at it.
+struct Barrier {
+  int waiting = 0, alive = 0, generation = 0;
+  void OpenIfAllWait() {
+    if (alive == 0 || waiting < alive) return;
+    waiting = 0;
+    ++generation;
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<std::byte[]> stack;
+  bool ended = false;
+  const Barrier* barrier = nullptr;  // that it waits at
+  int generation = 0;                // of the barrier, when it came
+};
+
+// The block that runs. One thread of the host emulates at a time.
+struct Block {
+  std::vector<Fiber> fibers;
+  Barrier all, warps[kMaxThreads / kWarp];
+  float shuffled[kMaxThreads];
+  size_t current = 0;
+  ucontext_t scheduler;
+  const std::function<void()>* kernel = nullptr;
+};
+Block running;
+
+void Pause() { swapcontext(&running.fibers[running.current].context, &running.scheduler); }
+
+void Wait(Barrier& barrier) {
+  Fiber& fiber = running.fibers[running.current];
+  fiber.barrier = &barrier;
+  fiber.generation = barrier.generation;
+  ++barrier.waiting;
+  barrier.OpenIfAllWait();
+  if (barrier.generation == fiber.generation) Pause();
+  fiber.barrier = nullptr;
+}
+
+void RunThread() {
+  (*running.kernel)();
+  running.fibers[running.current].ended = true;
+  for (Barrier* barrier : {&running.all, &running.warps[running.current / kWarp]}) {
+    --barrier->alive;
+    barrier->OpenIfAllWait();
+  }
+  Pause();
+}
+
+void StartThreads(size_t count) {
+  running.all = {0, static_cast<int>(count), 0};
+  for (size_t warp = 0; warp * kWarp < count; ++warp) {
+    running.warps[warp] = {0, static_cast<int>(std::min(kWarp, count - warp * kWarp)), 0};
+  }
+  if (running.fibers.size() < count) running.fibers.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& fiber = running.fibers[i];
+    if (fiber.stack == nullptr) fiber.stack = std::make_unique<std::byte[]>(kStackBytes);
+    fiber.ended = false;
+    fiber.barrier = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, RunThread, 0);
+  }
+}
+
+void RunBlock(size_t count) {
+  StartThreads(count);
+  for (size_t left = count; left > 0;) {
+    bool moved = false;
+    for (size_t i = 0; i < count; ++i) {
+      Fiber& fiber = running.fibers[i];
+      const bool held = fiber.barrier != nullptr && fiber.barrier->generation == fiber.generation;
+      if (fiber.ended || held) continue;
+      running.current = i;
+      thread_index = dim3(static_cast<unsigned>(i), 0, 0);
+      swapcontext(&running.scheduler, &fiber.context);
+      moved = true;
+      left -= fiber.ended ? 1 : 0;
+    }
+    CHECK(moved, "threads of a block wait at different barriers");
+  }
+}
+
+}  // namespace
+
+void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()>& kernel) {
+  const auto [grid, block, shared_bytes, stream] = launch;
+  CHECK(block.y == 1 && block.z == 1 && block.x <= kMaxThreads, "blocks have one dimension");
+  running.kernel = &kernel;
+  // Sized to the byte, so that tools see what writes beyond it.
+  const std::unique_ptr<std::byte[]> shared(new std::byte[shared_bytes]);
+  static_assert(__STDCPP_DEFAULT_NEW_ALIGNMENT__ >= alignof(float4));
+  dynamic_shared = shared.get();
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        std::memset(dynamic_shared, 0xff, shared_bytes);
+        block_index = dim3(x, y, z);
+        RunBlock(block.x);
+      }
+    }
+  }
+}
+
+void SyncBlock() { Wait(running.all); }
+void SyncWarp() { Wait(running.warps[running.current / kWarp]); }
+
+float ShuffleXor(float value, int mask) {
+  const size_t self = running.current;
+  running.shuffled[self] = value;
+  SyncWarp();
+  const float other = running.shuffled[self ^ static_cast<size_t>(mask)];
+  SyncWarp();
+  return other;
+}
+
+}  // namespace innerq::emulation

@@ -1,0 +1,70 @@
+// CUDA kernels on the CPU, thread by thread: what the language adds to C++, as far as our kernels
+// use it. translate.py includes this file and turns kernel<<<grid, block, shared, stream>>>(x) into
+// EmulateKernel. Blocks run one after another; the threads of a block are fibers that run from one
+// barrier to the next. It shows whether indices, barriers and arithmetic are right. It does not
+// show races between barriers, alignment, timing, or what the hardware rounds differently.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // one block at a time, in one thread of the host
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace innerq::emulation {
+
+extern dim3 thread_index, block_index;
+extern std::byte* dynamic_shared;  // of the block
+
+// What stands between <<< and >>>.
+struct LaunchConfiguration {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  cudaStream_t stream = nullptr;  // there is one, and it never lags
+};
+
+// Runs `kernel` for every thread of every block. Shared memory starts as NaN. Threads that wait for
+// each other forever stop the program.
+void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()>& kernel);
+void SyncBlock();
+void SyncWarp();
+// The value of the lane whose id differs by `mask`.
+float ShuffleXor(float value, int mask);
+
+}  // namespace innerq::emulation
+
+#define threadIdx ::innerq::emulation::thread_index
+#define blockIdx ::innerq::emulation::block_index
+
+inline void __syncthreads() { innerq::emulation::SyncBlock(); }
+inline void __syncwarp() { innerq::emulation::SyncWarp(); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  return innerq::emulation::ShuffleXor(value, mask);
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+inline int atomicExch(int* address, int value) {
+  const int before = *address;
+  *address = value;
+  return before;
+}
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int min(int a, int b) { return a < b ? a : b; }
+using std::isfinite;
+using std::isnan;

@@ -1,0 +1,233 @@
+// The host-side arithmetic of the CUDA kernels: how attention is cut, and where bits are found.
+#include "kernels/cuda/attention_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <random>
+#include <set>
+
+#include "kernels/cuda/strip_index.h"
+
+namespace innerq {
+namespace {
+
+struct PlanCase {
+  int64_t group, head_dim, kv_heads;
+  std::vector<SequenceSlice> slices;
+  int64_t busy_warps = 2000;
+};
+
+std::vector<SequenceSlice> MixedStep() {
+  // A decode, a prompt from 0, a chunk across strips and a segment, an exact prompt's last chunk.
+  return {{0, 1, 5000, {}, -1, 0},
+          {1, 70, 0, {}, -1, 0},
+          {71, 40, 500, {}, -1, 0},
+          {111, 9, 36, {}, -1, 40},
+          {120, 1, 0, {}, -1, 0}};
+}
+
+std::vector<PlanCase> PlanCases() {
+  std::vector<PlanCase> cases;
+  for (const int64_t group : {1, 3, 4, 8, 12}) {
+    for (const int64_t dim : {64, 128, 256}) {
+      for (const int64_t busy : {0, 2000}) cases.push_back({group, dim, 2, MixedStep(), busy});
+    }
+  }
+  return cases;
+}
+
+AttentionShape ShapeOf(const PlanCase& c) {
+  return {.group = c.group,
+          .kv_heads = c.kv_heads,
+          .head_dim = c.head_dim,
+          .max_states = 100000,
+          .max_items = 1000,
+          .busy_warps = c.busy_warps};
+}
+
+TEST(AttentionPlan, EveryRowIsInOneTileThatSeesItsPages) {
+  for (const PlanCase& c : PlanCases()) {
+    AttentionPlan plan;
+    plan.Make(c.slices, ShapeOf(c));
+    std::set<std::pair<int32_t, int64_t>> rows;  // of a slice
+    for (const AttentionLaunch* launch : {&plan.decode(), &plan.prefill()}) {
+      EXPECT_LE(launch->tile_rows, MostTileRows(c.head_dim));
+      for (const AttentionTile& tile : launch->tiles) {
+        const SequenceSlice& slice = c.slices[static_cast<size_t>(tile.slice)];
+        EXPECT_EQ(slice.num_rows == 1, launch == &plan.decode());
+        ASSERT_GT(tile.num_rows, 0);
+        ASSERT_LE(tile.num_rows, launch->tile_rows);
+        const int64_t first = slice.first_position + tile.first_row / c.group;
+        for (int64_t row = tile.first_row; row < tile.first_row + tile.num_rows; ++row) {
+          EXPECT_TRUE(rows.insert({tile.slice, row}).second) << "row " << row << " twice";
+          const int64_t position = slice.first_position + row / c.group;
+          ASSERT_LT(position, slice.first_position + slice.num_rows);
+          EXPECT_EQ(position / kStripTokens, first / kStripTokens);
+          EXPECT_EQ(position < slice.exact_before, first < slice.exact_before);
+        }
+        EXPECT_EQ(tile.num_segments, first / kSegmentTokens + 1);
+      }
+    }
+    size_t expected = 0;
+    for (const SequenceSlice& slice : c.slices) {
+      expected += static_cast<size_t>(slice.num_rows * c.group);
+    }
+    EXPECT_EQ(rows.size(), expected);
+  }
+}
+
+TEST(AttentionPlan, ItemsCoverEverySegmentOnceAndStatesDoNotOverlap) {
+  int num_split = 0;
+  for (const PlanCase& c : PlanCases()) {
+    AttentionPlan plan;
+    plan.Make(c.slices, ShapeOf(c));
+    for (const AttentionLaunch* launch : {&plan.decode(), &plan.prefill()}) {
+      num_split += launch->split() ? 1 : 0;
+      std::set<std::pair<int32_t, int32_t>> items;
+      std::set<int64_t> states;
+      for (const AttentionItem& item : launch->items) {
+        EXPECT_TRUE(items.insert({item.tile, item.segment}).second);
+        EXPECT_EQ(item.segment >= 0, launch->split());
+        const AttentionTile& tile = launch->tiles[static_cast<size_t>(item.tile)];
+        EXPECT_LT(item.segment, tile.num_segments);
+        for (int64_t head = 0; head < c.kv_heads && launch->split(); ++head) {
+          for (int r = 0; r < launch->tile_rows; ++r) {
+            const int64_t at = StateIndex(tile, launch->tile_rows, head, item.segment, r);
+            EXPECT_TRUE(at >= 0 && at < launch->num_states);
+            EXPECT_TRUE(states.insert(at).second);
+          }
+        }
+      }
+      size_t expected = 0;
+      for (const AttentionTile& tile : launch->tiles) {
+        expected += launch->split() ? static_cast<size_t>(tile.num_segments) : 1;
+      }
+      EXPECT_EQ(items.size(), expected);
+    }
+  }
+  EXPECT_GT(num_split, 0);
+}
+
+TEST(AttentionPlan, IsNotSplitBeyondItsMemory) {
+  const std::vector<SequenceSlice> slices = {{0, 1, 5000, {}, -1, 0}};
+  AttentionShape shape = ShapeOf({4, 128, 2, slices});
+  AttentionPlan plan;
+  plan.Make(slices, shape);
+  ASSERT_TRUE(plan.decode().split());
+  const int64_t num_states = plan.decode().num_states;
+  EXPECT_EQ(num_states, 10 * 2 * 4) << "10 segments, 2 heads, 4 rows";
+  shape.max_states = num_states - 1;
+  plan.Make(slices, shape);
+  EXPECT_FALSE(plan.decode().split());
+  EXPECT_EQ(plan.decode().tiles[0].first_state, -1);
+}
+
+KvLayerLayout LayerOf(int64_t dim, int bits, QuantAxis axis, int64_t page_tokens) {
+  KvCacheSpec spec;
+  spec.kv_heads = 1;
+  spec.head_dim = dim;
+  spec.page_tokens = page_tokens;
+  spec.sink_tokens = spec.recent_tokens = page_tokens;
+  const QuantSpec side{.bits = bits, .axis = axis, .group_size = 8};
+  spec.layers = {{side, side, false}};
+  return KvLayout::Create(spec, CodeOrder::kRowMajor).value().layer(0);
+}
+
+// 32 bits from `bit` on, as the kernel's funnel shift reads them.
+uint32_t ReadBits(const std::vector<uint32_t>& words, int64_t at, int64_t bit) {
+  const auto i = static_cast<size_t>(at + (bit >> 5));
+  const uint64_t two = words.at(i) | static_cast<uint64_t>(words.at(i + 1)) << 32;
+  return static_cast<uint32_t>(two >> (bit & 31));
+}
+
+// Follows a strip of 32 tokens through shared memory, as CopyStrip lays it out and lanes read it.
+TEST(StripIndex, LanesFindTheCodesThatTheLayoutPlaced) {
+  std::mt19937 random(7);
+  for (const int64_t dim : {8, 24, 48, 64, 80, 128, 256}) {
+    for (const int bits : {2, 3, 4, 8}) {
+      for (const int64_t page_tokens : {32, 128}) {
+        const KvLayerLayout layer = LayerOf(dim, bits, QuantAxis::kInner, page_tokens);
+        for (const bool keys : {true, false}) {
+          const int64_t columns = keys ? dim : layer.padded_dim();
+          std::vector<uint8_t> page(static_cast<size_t>(page_tokens * columns * bits / 8));
+          for (uint8_t& byte : page) byte = static_cast<uint8_t>(random());
+          const int64_t t0 = page_tokens - 32;
+          const int64_t first = (keys ? layer.KeyCodeIndex(t0, 0) : layer.ValueCodeIndex(t0, 0));
+          const uint8_t* strip = page.data() + first * bits / 8;
+          const auto width = static_cast<int32_t>(columns);
+          const PackedRows rows =
+              keys ? PackRows(32, width, bits) : PackRowsDensely(32, width, bits);
+          ASSERT_EQ(rows.pitch % 2 == 1 || !keys, true) << "lanes must meet different banks";
+          ASSERT_EQ(static_cast<int64_t>(rows.num_words) * 4, 32 * columns * bits / 8);
+          ASSERT_LE(rows.shared_words(), PlanAttentionShared(layer, 1, 2).floats -
+                                             PlanAttentionShared(layer, 1, 2).strip);
+          std::vector<uint32_t> shared(static_cast<size_t>(rows.shared_words()), 0xffffffffu);
+          for (int32_t i = 0; i < rows.num_words; ++i) {
+            uint32_t word;
+            std::memcpy(&word, strip + i * 4, 4);
+            shared.at(static_cast<size_t>(i / rows.row_words * rows.pitch + i % rows.row_words)) =
+                word;
+          }
+          for (int64_t t = 0; t < 32; ++t) {
+            for (int64_t d = 0; d < columns; ++d) {
+              const int64_t index =
+                  keys ? layer.KeyCodeIndex(t0 + t, d) : layer.ValueCodeIndex(t0 + t, d);
+              const uint32_t want = ReadCode(page.data(), bits, index);
+              // Keys: 8 codes a read, 4 where they have 8 bits. Values alike, from the lane's
+              // first.
+              const int64_t chunk = bits == 8 ? d / 4 * 4 : d / 8 * 8;
+              const int64_t bit =
+                  keys ? t * rows.lane_bits + chunk * bits : (t * columns + chunk) * bits;
+              const int64_t at = keys ? t * rows.lane_words : 0;
+              const uint32_t got =
+                  ReadBits(shared, at, bit) >> ((d - chunk) * bits) & ((1u << bits) - 1u);
+              ASSERT_EQ(got, want) << "dim " << dim << " bits " << bits << " t " << t << " d " << d;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(StripIndex, GroupsPartitionAPageAndShareAScale) {
+  for (const QuantAxis axis : {QuantAxis::kInner, QuantAxis::kOuter}) {
+    for (const int64_t dim : {24, 64}) {
+      const KvLayerLayout layer = LayerOf(dim, 3, axis, 64);
+      for (const bool keys : {true, false}) {
+        const bool along_channels = keys == (axis == QuantAxis::kInner);
+        std::set<std::pair<int64_t, int64_t>> elements;
+        std::set<int64_t> scales;
+        for (int64_t j = 0; j < 64 * dim / 8; ++j) {
+          std::set<int64_t> of_group;
+          for (int64_t i = 0; i < 8; ++i) {
+            const PageElement at = GroupElement(layer, 8, along_channels, i, j);
+            EXPECT_TRUE(elements.insert({at.t, at.d}).second);
+            of_group.insert(keys ? layer.KeyScaleIndex(at.t, at.d)
+                                 : layer.ValueScaleIndex(at.t, at.d));
+          }
+          EXPECT_EQ(of_group.size(), 1u);
+          EXPECT_TRUE(scales.insert(*of_group.begin()).second);
+        }
+        EXPECT_EQ(elements.size(), static_cast<size_t>(64 * dim));
+      }
+    }
+  }
+}
+
+TEST(StripIndex, EightCodesPackAsOneByOne) {
+  std::mt19937 random(3);
+  for (const int bits : {2, 3, 4, 8}) {
+    uint8_t codes[8], packed[8] = {}, expected[8] = {};
+    for (int i = 0; i < 8; ++i) {
+      codes[i] = static_cast<uint8_t>(random() & ((1u << bits) - 1u));
+      WriteCode(expected, bits, i, codes[i]);
+    }
+    PackEightCodes(codes, bits, packed);
+    EXPECT_EQ(std::memcmp(packed, expected, 8), 0) << bits;
+  }
+}
+
+}  // namespace
+}  // namespace innerq
