@@ -57,7 +57,7 @@ TEST(SelfCheck, SaysWhatItLeftOut) {
   EXPECT_EQ(Check({"scheduler.max_context=100"}),
             Lines{"self-check: skipped, the context ends before pages are quantized"});
   EXPECT_EQ(Check({"self_check.seconds=0"}),
-            Lines{"!self-check: not done, the time was over before the text was read; see "
+            Lines{"self-check: not done, the time was over before the text was read; see "
                   "self_check.seconds"});
 }
 
