@@ -12,6 +12,7 @@
 #   SHOTS       worked examples for gsm8k             tests/eval/shots.jsonl
 #   NUM_SHOTS   of them                               8
 #   LENGTHS     prompts of recall, tokens             512,1024,2048
+#   TOKENS      answers of longgen, tokens            512
 #   LIMIT       documents and problems of a file      20
 #   TRIALS      needles per length and depth          4
 #   OVERRIDES   keys replaced in all quantized caches none; key.group_size=8,value.group_size=8
@@ -59,4 +60,4 @@ measure perplexity "${texts[@]}" --limit "$limit" "$@"
 measure gsm8k --data "${PROBLEMS:-models/demo/eval/problems.jsonl}" --limit "$limit" \
   --shots "${SHOTS:-tests/eval/shots.jsonl}" --num-shots "${NUM_SHOTS:-8}" "$@"
 measure recall --lengths "${LENGTHS:-512,1024,2048}" --trials "${TRIALS:-4}" "$@"
-measure longgen "${prompts[@]}" --limit "$limit" "$@"
+measure longgen "${prompts[@]}" --limit "$limit" --tokens "${TOKENS:-512}" "$@"
