@@ -37,6 +37,7 @@ struct TokenScore {
   int64_t position = 0;       // of the token; the row before it gave the distribution
   bool reads_sealed = false;  // that row attended to quantized pages
   double nll = 0;             // -log p(token)
+  bool chosen = false;        // greedily, of those tokens that may be chosen
   double divergence = 0;      // KL(reference || this) of the distribution
   bool same_top = true;       // both have the same most likely token
 };

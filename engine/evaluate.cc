@@ -7,9 +7,9 @@
 #include <utility>
 
 #include "engine/engine.h"
-#include "engine/page_budget.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
+#include "kernels/cpu/host_memory.h"
 
 namespace innerq {
 namespace {
@@ -43,42 +43,17 @@ std::unique_ptr<Sequence> SequenceToScore(const EvalText& text, bool exact_prefi
   return sequence;
 }
 
-// The logits of one text through the reference.
-struct ReferenceRows {
-  std::vector<float> logits;   // [rows][V]
-  std::vector<LogitRow> rows;  // over `logits`
-};
-
-// Scores one text through one cache. Fills `reference` if it is empty, else compares with it;
-// null: does neither.
-Result<void> ScoreOne(ModelRunner& runner, const EvalText& text, int64_t text_index,
-                      ReferenceRows* reference, CacheScores* scores, const EvalProgress& progress) {
-  const bool fills = reference != nullptr && reference->rows.empty();
-  if (fills) {
-    // Never grows later, so that rows may point into it.
-    const auto count = static_cast<int64_t>(text.tokens.size()) - text.first_scored;
-    reference->logits.reserve(static_cast<size_t>(count * runner.vocab_size()));
-  }
-  const int64_t exact_before = runner.engine_options().exact_prefill ? text.prompt_length : 0;
-  const LogitSink take = [&](int64_t position, std::span<const float> logits) -> Result<void> {
-    ASSIGN_OR_RETURN(LogitRow row, Normalize(logits));
-    TokenScore score{.text = text_index, .position = position};
-    score.reads_sealed = runner.layout().SealedPages(position - 1, exact_before).size() > 0;
-    score.nll = -row.LogProbability(text.tokens[static_cast<size_t>(position)]);
-    if (fills) {
-      const float* const begin = reference->logits.data() + reference->logits.size();
-      reference->logits.insert(reference->logits.end(), logits.begin(), logits.end());
-      row.logits = {begin, logits.size()};
-      reference->rows.push_back(row);
-    } else if (reference != nullptr) {
-      const LogitRow& expected = reference->rows[static_cast<size_t>(position - text.first_scored)];
-      score.divergence = KlDivergence(expected, row);
-      score.same_top = expected.top == row.top;
+// Whether a greedy choice from the row is the token: the largest logit, the lowest id among equals.
+bool Chooses(std::span<const float> logits, int32_t token, std::span<const int32_t> never_chosen) {
+  const float chosen = logits[static_cast<size_t>(token)];
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const auto other = static_cast<int32_t>(i);
+    if (logits[i] < chosen || (logits[i] == chosen && other >= token)) continue;
+    if (std::find(never_chosen.begin(), never_chosen.end(), other) == never_chosen.end()) {
+      return false;
     }
-    scores->tokens.push_back(score);
-    return {};
-  };
-  return ScoreText(runner, text, take, progress);
+  }
+  return true;
 }
 
 // One request that an engine answers.
@@ -124,6 +99,59 @@ Result<void> ScoreText(ModelRunner& runner, const EvalText& text, const LogitSin
   return {};
 }
 
+Result<ReferenceLogits> ReferenceLogits::Create(int64_t num_rows, int64_t vocab_size) {
+  auto memory = AllocateHost(num_rows * vocab_size * static_cast<int64_t>(sizeof(float)));
+  if (!memory) {
+    return Error{memory.error().code, "the reference's logits of " + std::to_string(num_rows) +
+                                          " tokens: " + memory.error().message};
+  }
+  ReferenceLogits reference;
+  reference.logits_ = std::move(memory).value();
+  return reference;
+}
+
+void ReferenceLogits::Add(LogitRow row) {
+  const auto bytes = static_cast<int64_t>(row.logits.size_bytes());
+  const int64_t begin = bytes * static_cast<int64_t>(rows_.size());
+  CHECK(begin + bytes <= logits_.bytes(), "more rows than there is room for");
+  auto* const copy = reinterpret_cast<float*>(logits_.data() + begin);
+  std::copy(row.logits.begin(), row.logits.end(), copy);
+  row.logits = {copy, row.logits.size()};
+  rows_.push_back(row);
+}
+
+Result<std::vector<TokenScore>> ScoreTokens(ModelRunner& runner, const EvalText& text,
+                                            std::optional<ReferenceLogits>* reference,
+                                            const EvalProgress& progress) {
+  RETURN_IF_ERROR(CheckText(runner, text));
+  const bool fills = reference != nullptr && !reference->has_value();
+  if (fills) {
+    const auto count = static_cast<int64_t>(text.tokens.size()) - text.first_scored;
+    ASSIGN_OR_RETURN(*reference, ReferenceLogits::Create(count, runner.vocab_size()));
+  }
+  std::vector<TokenScore> scores;
+  const int64_t exact_before = runner.engine_options().exact_prefill ? text.prompt_length : 0;
+  const LogitSink take = [&](int64_t position, std::span<const float> logits) -> Result<void> {
+    ASSIGN_OR_RETURN(const LogitRow row, Normalize(logits));
+    const int32_t token = text.tokens[static_cast<size_t>(position)];
+    TokenScore& score = scores.emplace_back();
+    score.position = position;
+    score.reads_sealed = runner.layout().SealedPages(position - 1, exact_before).size() > 0;
+    score.nll = -row.LogProbability(token);
+    score.chosen = Chooses(logits, token, text.never_chosen);
+    if (fills) {
+      (*reference)->Add(row);
+    } else if (reference != nullptr) {
+      const LogitRow& expected = (*reference)->row(position - text.first_scored);
+      score.divergence = KlDivergence(expected, row);
+      score.same_top = expected.top == row.top;
+    }
+    return {};
+  };
+  RETURN_IF_ERROR(ScoreText(runner, text, take, progress));
+  return scores;
+}
+
 Result<std::vector<CacheScores>> ScoreTexts(std::span<const std::unique_ptr<ModelRunner>> runners,
                                             std::span<const EvalText> texts, bool compare,
                                             const EvalProgress& progress) {
@@ -132,10 +160,12 @@ Result<std::vector<CacheScores>> ScoreTexts(std::span<const std::unique_ptr<Mode
   for (size_t text = 0; text < texts.size(); ++text) {
     const auto length = static_cast<int64_t>(texts[text].tokens.size());
     total += static_cast<double>(length);
-    ReferenceRows reference;
+    std::optional<ReferenceLogits> reference;
     for (size_t i = 0; i < runners.size(); ++i) {
-      RETURN_IF_ERROR(ScoreOne(*runners[i], texts[text], static_cast<int64_t>(text),
-                               compare ? &reference : nullptr, &scores[i], progress));
+      ASSIGN_OR_RETURN(auto tokens, ScoreTokens(*runners[i], texts[text],
+                                                compare ? &reference : nullptr, progress));
+      for (TokenScore& token : tokens) token.text = static_cast<int64_t>(text);
+      scores[i].tokens.insert(scores[i].tokens.end(), tokens.begin(), tokens.end());
       scores[i].effective_bits +=
           runners[i]->layout().effective_bits_per_element(length) * static_cast<double>(length);
     }
@@ -182,23 +212,6 @@ Result<void> AnswerAll(std::unique_ptr<ModelRunner> runner, std::vector<Request>
     if (!progress(ended)) return Cancelled();
   }
   return {};
-}
-
-KvCacheOptions WithoutSpareMemory(KvCacheOptions options, const ModelConfig& model,
-                                  int64_t num_sequences, int64_t context,
-                                  int64_t max_batch_tokens) {
-  const int64_t page = options.page_tokens;
-  const int64_t heads = model.num_layers * model.num_kv_heads;
-  const int64_t page_bytes = heads * 2 * RoundUp(model.head_dim, kPanelWidth) * 2 * page;
-  // No page is larger than one of F16. Pages of either kind may take half of the memory, and a
-  // sequence leaves its last page, and the one that it seals, in part unused.
-  const int64_t windows = CeilDiv(options.sink_tokens + options.recent_tokens, page) + 2;
-  const int64_t pages =
-      num_sequences * (CeilDiv(context, page) + windows + 2) + CeilDiv(max_batch_tokens, page);
-  const int64_t norms = num_sequences * heads * model.head_dim * 4;
-  const int64_t useful = 2 * pages * page_bytes + norms + 4096;
-  options.memory_bytes = std::min(options.memory_bytes, useful);
-  return options;
 }
 
 }  // namespace innerq

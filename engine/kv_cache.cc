@@ -6,8 +6,6 @@
 #include <string_view>
 #include <utility>
 
-#include "engine/page_budget.h"
-
 namespace innerq {
 namespace {
 
@@ -145,6 +143,18 @@ Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& opt
                     .norm_slots = pools.norms,
                     .bytes = PoolBytes(layout, pools),
                     .tokens_that_fit = LongestSequence(layout, pools, options.exact_prefill)};
+}
+
+KvPoolPlan TrimKvPools(const KvLayout& layout, const KvPoolPlan& plan, const PageCounts& most,
+                       bool exact_prefill) {
+  const PageCounts pools{.open = std::min(plan.open_pages, most.open),
+                         .sealed = std::min(plan.sealed_pages, most.sealed),
+                         .norms = plan.norm_slots};
+  return {.open_pages = pools.open,
+          .sealed_pages = pools.sealed,
+          .norm_slots = pools.norms,
+          .bytes = PoolBytes(layout, pools),
+          .tokens_that_fit = LongestSequence(layout, pools, exact_prefill)};
 }
 
 Result<std::unique_ptr<KvCache>> KvCache::Create(Backend* backend, KvLayout layout,

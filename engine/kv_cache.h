@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "engine/page_budget.h"
 #include "kernels/backend.h"
 #include "kernels/paged_kv.h"
 #include "models/checkpoint.h"
@@ -66,6 +67,10 @@ struct KvPoolPlan {
 Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& options,
                                int64_t max_sequences, int64_t max_batch_tokens,
                                int64_t min_context);
+
+// The same plan with at most so many pages; it keeps its key norms, which are small.
+KvPoolPlan TrimKvPools(const KvLayout& layout, const KvPoolPlan& plan, const PageCounts& most,
+                       bool exact_prefill);
 
 // Owns the pools. Memory is allocated once, through the backend, and zeroed.
 class KvCache {

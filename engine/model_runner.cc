@@ -1,6 +1,7 @@
 #include "engine/model_runner.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,8 @@ int64_t MaxLogitRows(const EngineOptions& options) {
 struct Weights {
   std::unique_ptr<Backend> backend;  // first: outlives what it allocated
   std::unique_ptr<LlamaModel> model;
+  int64_t max_logit_rows = 0;
+  std::atomic<bool> in_use = false;  // a runner steps
 };
 
 // The device's part of a plan is given: its order of codes.
@@ -52,6 +55,14 @@ Result<void> PlanCache(const ModelConfig& config, const KvCacheOptions& kv_cache
     engine.max_context = std::min(config.max_positions, plan->pools.tokens_that_fit);
   }
   return {};
+}
+
+// All pages that the sequences, each as long as it may be, and the rows of a step can make use of.
+PageCounts UsefulPages(const KvLayout& layout, const EngineOptions& engine) {
+  const PageCounts longest = WorstPeakPages(layout, engine.max_context, engine.exact_prefill);
+  return {.open = engine.max_sequences * longest.open +
+                  CeilDiv(engine.max_batch_tokens, layout.page_tokens()),
+          .sealed = engine.max_sequences * longest.sealed};
 }
 
 ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_context) {
@@ -103,25 +114,39 @@ class LlamaRunner final : public ModelRunner {
   int64_t num_open_pages() const override { return cache_->plan().open_pages; }
   int64_t num_sealed_pages() const override { return cache_->plan().sealed_pages; }
   int64_t num_norm_slots() const override { return cache_->plan().norm_slots; }
-  int64_t max_logit_rows() const override { return MaxLogitRows(options_); }
+  int64_t max_logit_rows() const override {
+    return std::min(weights_->max_logit_rows, options_.max_batch_tokens);
+  }
   std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
   const ModelReport& report() const override { return report_; }
   const EngineOptions& engine_options() const override { return options_; }
 
   Result<std::unique_ptr<ModelRunner>> WithCache(const KvCacheOptions& kv_cache,
-                                                 int64_t max_context) const override {
+                                                 const RunnerLimits& limits) const override {
+    CHECK(limits.max_context > 0, "a runner for no tokens");
     ModelPlan plan{.engine = options_};
-    plan.engine.max_context = max_context;
-    RETURN_IF_ERROR(
-        PlanCache(weights_->model->config(), kv_cache, weights_->backend->code_order(), &plan));
-    ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights_->backend.get(), &plan));
+    EngineOptions& engine = plan.engine;
+    const auto narrow = [](int64_t limit, int64_t* own) {
+      if (limit > 0) *own = std::min(*own, limit);
+    };
+    engine.max_context = limits.max_context;
+    narrow(limits.max_sequences, &engine.max_sequences);
+    narrow(limits.max_batch_tokens, &engine.max_batch_tokens);
+    Backend* backend = weights_->backend.get();
+    RETURN_IF_ERROR(PlanCache(weights_->model->config(), kv_cache, backend->code_order(), &plan));
+    plan.pools = TrimKvPools(plan.layout, plan.pools, UsefulPages(plan.layout, engine),
+                             engine.exact_prefill);
+    ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(backend, &plan));
     return std::unique_ptr<ModelRunner>(
-        std::make_unique<LlamaRunner>(weights_, std::move(memory), plan.engine));
+        std::make_unique<LlamaRunner>(weights_, std::move(memory), engine));
   }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
+    CHECK(!weights_->in_use.exchange(true), "two runners on the same weights step at once");
     const ConstTensorView logits = weights_->model->Forward(batch, layout(), cache_->layers());
-    RETURN_IF_ERROR(weights_->backend->Synchronize());
+    const Result<void> computed = weights_->backend->Synchronize();
+    weights_->in_use = false;
+    RETURN_IF_ERROR(computed);
     RETURN_IF_ERROR(CountGroups(batch));
     return std::span(logits.As<float>(), static_cast<size_t>(logits.shape.num_elements()));
   }
@@ -188,12 +213,13 @@ Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
   const auto weights = std::make_shared<Weights>();
   weights->backend = std::move(plan.backend);
   ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
+  weights->max_logit_rows = MaxLogitRows(engine);
   // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
   const int64_t most_pages = CeilDiv(checkpoint->config().max_positions, kLeastPageTokens);
   ASSIGN_OR_RETURN(weights->model,
                    LlamaModel::Load(std::move(checkpoint), weights->backend.get(),
                                     {.max_rows = engine.max_batch_tokens,
-                                     .max_logit_rows = MaxLogitRows(engine),
+                                     .max_logit_rows = weights->max_logit_rows,
                                      .format = options.dtype,
                                      .progress = options.progress,
                                      .max_pages = engine.max_sequences * most_pages}));

@@ -20,7 +20,8 @@ struct ModelRunnerOptions {
   BackendOptions backend;
   KvCacheOptions kv_cache;
   EngineOptions engine;
-  std::function<void(int64_t done, int64_t total)> progress;  // while loading weights; may be empty
+  // While loading weights; false ends it with the error "cancelled". May be empty.
+  std::function<bool(int64_t done, int64_t total)> progress;
 };
 
 // What would come up: the device, and how the cache fills its memory. Cheap; loads no weights.
@@ -47,6 +48,13 @@ struct ModelReport {
   int64_t max_context = 0;            // resolved
 };
 
+// What a further runner on loaded weights is for.
+struct RunnerLimits {
+  int64_t max_context = 0;       // tokens, positive
+  int64_t max_sequences = 0;     // at once; 0, or more: as the runner that it is made from
+  int64_t max_batch_tokens = 0;  // rows of a step; likewise
+};
+
 class ModelRunner : public StepModel {
  public:
   // Errors: whatever is wrong with checkpoint, backend, cache options or memory, explained.
@@ -55,11 +63,12 @@ class ModelRunner : public StepModel {
   virtual const ModelReport& report() const = 0;
   // `options.engine` with max_context resolved; pass it to Engine::Create.
   virtual const EngineOptions& engine_options() const = 0;
-  // Another runner on the same weights and device, with a cache of its own. `max_context` is as in
-  // the options, the other limits are this runner's. Of all that share weights only one may step at
-  // a time, and its logits last until the next step of any. Errors: as of PlanModel.
+  // Another runner on the same weights and device, with a cache of its own: of no more pages than
+  // its sequences and a step can make use of, nor than the cache's memory. Of all that share
+  // weights only one may step at a time (CHECK), and its logits last until the next step of any.
+  // Errors: as of PlanModel.
   virtual Result<std::unique_ptr<ModelRunner>> WithCache(const KvCacheOptions& kv_cache,
-                                                         int64_t max_context) const = 0;
+                                                         const RunnerLimits& limits) const = 0;
 };
 
 }  // namespace innerq

@@ -32,7 +32,7 @@ struct SelfCheckArgs {
   KvCacheOptions kv_cache;      // of `runner`
   std::vector<int32_t> tokens;  // a text that is longer than the F16 windows
   double max_kl = 0;            // nats
-  double seconds = 0;           // that it may take
+  double seconds = 0;           // that it may take; a step of 32 rows may end later
   std::function<double()> now;  // seconds, since whenever
 };
 

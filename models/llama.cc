@@ -104,7 +104,7 @@ class FusedLlama : public LlamaModel {
     ASSIGN_OR_RETURN(embedding_buffer_, backend_->Import(embedding_));
     embedding_.data = embedding_buffer_.data();
     weight_bytes_ += embedding_buffer_.bytes();
-    ReportProgress(1);
+    RETURN_IF_ERROR(ReportProgress(1));
 
     layers_.resize(static_cast<size_t>(config_.num_layers));
     for (size_t i = 0; i < layers_.size(); ++i) RETURN_IF_ERROR(BuildLayer(i));
@@ -162,7 +162,7 @@ class FusedLlama : public LlamaModel {
       if (part.name + ".weight" != embedding_name_) source_->Drop(part.name + ".weight");
     }
     weight_bytes_ += packed.data.bytes() + packed.bias.bytes();
-    ReportProgress(static_cast<int64_t>(parts.size()));
+    RETURN_IF_ERROR(ReportProgress(static_cast<int64_t>(parts.size())));
     return packed;
   }
 
@@ -186,15 +186,18 @@ class FusedLlama : public LlamaModel {
                      backend_->Import({reinterpret_cast<const std::byte*>(values.data()),
                                        DType::kF32, Shape{hidden()}}));
     weight_bytes_ += buffer.bytes();
-    ReportProgress(1);
+    RETURN_IF_ERROR(ReportProgress(1));
     return buffer;
   }
 
-  void ReportProgress(int64_t tensors) {
+  Result<void> ReportProgress(int64_t tensors) {
     constexpr int64_t kPerLayer = 9, kOthers = 3;  // two norms, seven matrices; table, norm, head
     tensors_done_ += tensors;
     const int64_t total = config_.num_layers * kPerLayer + kOthers;
-    if (options_.progress) options_.progress(tensors_done_, total);
+    if (options_.progress && !options_.progress(tensors_done_, total)) {
+      return Error{ErrorCode::kCancelled, "interrupted"};
+    }
+    return {};
   }
 
   Result<void> AllocateActivations() {

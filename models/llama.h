@@ -20,8 +20,9 @@ struct LoadOptions {
   int64_t max_logit_rows = 0;  // of a step, those that need logits
   // nullopt: as stored (F32 stays F32, F16 F16, BF16 BF16).
   std::optional<WeightFormat> format;
-  // Called with (tensors done, tensors in all) as weights are packed; may be empty.
-  std::function<void(int64_t, int64_t)> progress;
+  // Called with (tensors done, tensors in all) as weights are packed; false ends it with the error
+  // "cancelled". May be empty.
+  std::function<bool(int64_t, int64_t)> progress;
   int64_t max_pages = StepLimits{}.max_pages;  // of a step, of all sequences together
 };
 

@@ -176,31 +176,36 @@ Result<RecallQuestions> MakeRecallQuestions(const Evaluation& evaluation, const 
   recall.questions.max_tokens = args.max_tokens;
   recall.questions.complete = [](const std::string&) { return false; };
   if (!args.chat) recall.questions.stops = {"\n"};
+  const EncodeNeedle encode = [&](const std::string& text, const std::string& question) {
+    return args.chat
+               ? EncodeConversation(evaluation,
+                                    {{.role = "user", .content = text + "\n\n" + question}})
+               : evaluation.parts.tokenizer->Encode(text + "\n\n" + ProblemPrompt(question), {});
+  };
+  int64_t least = 0;
   TextRandom seeds(args.seed);
   for (const int64_t length : args.lengths) {
     for (const int64_t depth : args.depths) {
       for (int64_t trial = 0; trial < args.trials; ++trial) {
         if (evaluation.interrupted()) return Error{ErrorCode::kCancelled, "interrupted"};
-        const Needle needle =
-            MakeNeedle({.length = length,
-                        .depth_percent = depth,
-                        .record_percent = kRecordPercents[trial % std::ssize(kRecordPercents)],
-                        .seed = seeds.Next()},
-                       *evaluation.parts.tokenizer);
-        std::vector<int32_t> prompt;
-        if (args.chat) {
-          ASSIGN_OR_RETURN(
-              prompt, EncodeConversation(
-                          evaluation,
-                          {{.role = "user", .content = needle.text + "\n\n" + needle.question}}));
-        } else {
-          prompt = evaluation.parts.tokenizer->Encode(
-              needle.text + "\n\n" + ProblemPrompt(needle.question), {});
-        }
-        recall.questions.prompts.push_back(std::move(prompt));
+        const NeedleSpec spec{
+            .length = length,
+            .depth_percent = depth,
+            .record_percent = kRecordPercents[trial % std::ssize(kRecordPercents)],
+            .seed = seeds.Next()};
+        ASSIGN_OR_RETURN(Needle needle, MakeNeedle(spec, *evaluation.parts.tokenizer, encode));
+        least = std::max(least, needle.least_length);
+        recall.questions.prompts.push_back(std::move(needle.prompt));
         recall.trials.push_back({length, depth, needle.code});
       }
     }
+  }
+  const int64_t shortest = *std::min_element(args.lengths.begin(), args.lengths.end());
+  if (shortest < least) {
+    return InvalidArgument(
+        fmt::format("--lengths: a code, the question for it and what is around them take {} "
+                    "tokens, more than {}",
+                    least, shortest));
   }
   return recall;
 }
@@ -247,7 +252,7 @@ Result<EvalReport> EvaluateProblems(const Evaluation& evaluation, const ProblemA
     for (size_t i = 0; i < problems.size(); ++i) {
       const std::string number = FinalNumber(all[cache].texts[i]);
       right += number == FinalNumber(problems[i].answer) ? 1 : 0;
-      same += number == FinalNumber(all[0].texts[i]) ? 1 : 0;
+      same += !number.empty() && number == FinalNumber(all[0].texts[i]) ? 1 : 0;
       ended += number.empty() ? 0 : 1;
     }
     EvalRow& row = report.rows.emplace_back();

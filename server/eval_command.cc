@@ -20,6 +20,36 @@ Result<std::optional<OutputFile>> OpenIfNamed(const std::filesystem::path& path)
   return std::optional<OutputFile>(std::move(file));
 }
 
+// Files that exist: under two names too. A device may be both.
+Result<void> RefuseOneFile(const EvalOutputArgs& args) {
+  std::error_code ignored;
+  if (args.json.empty() || args.plot.empty() ||
+      !std::filesystem::equivalent(args.json, args.plot, ignored) ||
+      !std::filesystem::is_regular_file(args.json, ignored)) {
+    return {};
+  }
+  return InvalidArgument("--json and --plot name the same file, " + args.json.string());
+}
+
+// The worked examples, which must not give solutions away.
+Result<std::vector<Problem>> ReadShots(const ProblemArgs& args,
+                                       const std::vector<Problem>& problems) {
+  if (args.shots.empty() || args.num_shots == 0) return std::vector<Problem>();
+  ASSIGN_OR_RETURN(std::vector<Problem> shots, ReadProblems(args.shots, args.num_shots));
+  if (const auto found = static_cast<int64_t>(shots.size()); found < args.num_shots) {
+    return InvalidArgument(fmt::format("--num-shots: {} has {} problems, not {}",
+                                       args.shots.string(), found, args.num_shots));
+  }
+  for (const Problem& shot : shots) {
+    for (const Problem& problem : problems) {
+      if (shot.question != problem.question) continue;
+      return InvalidArgument(fmt::format("--shots: {} shows how to solve a problem of --data: {}",
+                                         args.shots.string(), problem.question));
+    }
+  }
+  return shots;
+}
+
 // Reads what the task needs before it loads the model: what is wrong there shows at once.
 Result<EvalReport> RunTask(const ConfigSource& source, const EvalArgs& args,
                            std::function<bool()> interrupted) {
@@ -40,15 +70,7 @@ Result<EvalReport> RunTask(const ConfigSource& source, const EvalArgs& args,
     case EvalArgs::Task::kGsm8k: {
       const ProblemArgs& problem_args = args.problems;
       ASSIGN_OR_RETURN(const auto problems, ReadProblems(problem_args.data, problem_args.limit));
-      std::vector<Problem> shots;
-      if (!problem_args.shots.empty() && problem_args.num_shots > 0) {
-        ASSIGN_OR_RETURN(shots, ReadProblems(problem_args.shots, problem_args.num_shots));
-        if (const auto found = static_cast<int64_t>(shots.size()); found < problem_args.num_shots) {
-          return InvalidArgument(fmt::format("--num-shots: {} has {} problems, not {}",
-                                             problem_args.shots.string(), found,
-                                             problem_args.num_shots));
-        }
-      }
+      ASSIGN_OR_RETURN(const auto shots, ReadShots(problem_args, problems));
       ASSIGN_OR_RETURN(const Evaluation evaluation, prepare());
       return EvaluateProblems(evaluation, problem_args, problems, shots);
     }
@@ -75,6 +97,7 @@ Result<void> Evaluate(const ConfigSource& source, const EvalArgs& args,
                       std::function<bool()> interrupted) {
   ASSIGN_OR_RETURN(std::optional<OutputFile> json, OpenIfNamed(args.output.json));
   ASSIGN_OR_RETURN(std::optional<OutputFile> plot, OpenIfNamed(args.output.plot));
+  RETURN_IF_ERROR(RefuseOneFile(args.output));
   ASSIGN_OR_RETURN(const EvalReport report, RunTask(source, args, std::move(interrupted)));
   fmt::print("{}", FormatTable(report));
   if (json) RETURN_IF_ERROR(json->Write(FormatJson(report)));

@@ -183,7 +183,10 @@ Result<std::vector<EvalText>> WriteAnswers(const Evaluation& evaluation, const L
   for (const std::vector<int32_t>& prompt : prompts) {
     const auto length = static_cast<int64_t>(prompt.size());
     longest = std::max(longest, length + args.tokens);
-    texts.push_back({.tokens = prompt, .first_scored = length, .prompt_length = length});
+    texts.push_back({.tokens = prompt,
+                     .first_scored = length,
+                     .prompt_length = length,
+                     .never_chosen = evaluation.parts.stop_token_ids});
     Request& request = requests.emplace_back();
     request.prompt = prompt;
     request.sampling.temperature = args.temperature;
@@ -213,8 +216,7 @@ Result<std::vector<EvalText>> WriteAnswers(const Evaluation& evaluation, const L
   return texts;
 }
 
-// Tokens at the beginning of each answer for which cache and reference would have written the
-// same; mean over answers.
+// Tokens at the beginning of each answer that the cache would have written too; mean over answers.
 double MeanAgreement(const std::vector<TokenScore>& scores, const std::vector<EvalText>& texts) {
   std::vector<int64_t> lengths;
   for (const EvalText& text : texts) {
@@ -223,11 +225,24 @@ double MeanAgreement(const std::vector<TokenScore>& scores, const std::vector<Ev
   for (const TokenScore& score : scores) {
     int64_t& length = lengths[static_cast<size_t>(score.text)];
     const int64_t index = score.position - texts[static_cast<size_t>(score.text)].prompt_length;
-    if (!score.same_top) length = std::min(length, index);
+    if (!score.chosen) length = std::min(length, index);
   }
   double sum = 0;
   for (const int64_t length : lengths) sum += static_cast<double>(length);
   return sum / static_cast<double>(lengths.size());
+}
+
+constexpr int64_t kMaxColumns = 4;
+constexpr int64_t kMaxStretches = 16;
+
+// Cuts [0, tokens) into at most `count` parts [begin, end) of nearly the same length.
+std::vector<std::pair<int64_t, int64_t>> Stretches(int64_t tokens, int64_t count) {
+  count = std::min(count, tokens);
+  std::vector<std::pair<int64_t, int64_t>> stretches;
+  for (int64_t i = 0; i < count; ++i) {
+    stretches.emplace_back(tokens * i / count, tokens * (i + 1) / count);
+  }
+  return stretches;
 }
 
 // Scores of the answers' tokens [begin, end).
@@ -239,22 +254,78 @@ ScoreSummary SummarizeAnswers(const CacheScores& scores, const std::vector<EvalT
   });
 }
 
-}  // namespace
-
-Result<EvalReport> EvaluateLongAnswers(const Evaluation& evaluation, const LongAnswerArgs& args,
-                                       const std::vector<std::string>& documents) {
+Result<std::vector<std::vector<int32_t>>> EncodePrompts(const Tokenizer& tokenizer,
+                                                        const LongAnswerArgs& args,
+                                                        const std::vector<std::string>& documents) {
   std::vector<std::vector<int32_t>> prompts;
-  for (const std::string& prompt : args.prompts) {
-    prompts.push_back(evaluation.parts.tokenizer->Encode(prompt, {}));
-  }
+  for (const std::string& prompt : args.prompts) prompts.push_back(tokenizer.Encode(prompt, {}));
   for (const std::string& document : documents) {
-    std::vector<int32_t>& prompt =
-        prompts.emplace_back(evaluation.parts.tokenizer->Encode(document, {}));
+    std::vector<int32_t>& prompt = prompts.emplace_back(tokenizer.Encode(document, {}));
     prompt.resize(std::min(prompt.size(), static_cast<size_t>(args.prompt_tokens)));
   }
   for (const auto& prompt : prompts) {
     if (prompt.empty()) return InvalidArgument("a prompt has no tokens");
   }
+  return prompts;
+}
+
+// A report without rows.
+EvalReport LongAnswerReport(const Evaluation& evaluation, const LongAnswerArgs& args,
+                            size_t num_prompts) {
+  EvalReport report = evaluation.Report("longgen");
+  report.scope = fmt::format(
+      "longgen of {} on {}: {} tokens that the reference {} wrote after each of {} prompts; KL("
+      "reference || cache) in nats along them{}",
+      report.model, report.device, args.tokens, evaluation.caches[0].name, num_prompts,
+      args.temperature == 0
+          ? "; \"same for\": tokens until the first that the cache would not have chosen"
+          : "");
+  const Json settings = {{"prompts", num_prompts},
+                         {"tokens", args.tokens},
+                         {"temperature", args.temperature},
+                         {"seed", args.seed},
+                         {"reference", evaluation.caches[0].name}};
+  report.settings = settings.dump();
+  report.columns = {{"kl_mean", "KL mean", Format::kSmall},
+                    {"kl_p99", "99th pct", Format::kSmall},
+                    {"top1_agreement", "top-1", Format::kPercent},
+                    {"same_tokens", "same for", Format::kCount}};
+  for (const auto& [begin, end] : Stretches(args.tokens, kMaxColumns)) {
+    report.columns.push_back({fmt::format("kl_mean_{}_{}", begin, end),
+                              fmt::format("KL {}-{}", begin, end - 1), Format::kSmall});
+  }
+  report.plot_log = true;
+  return report;
+}
+
+// A cache's row of it, but for its name and bits.
+EvalRow LongAnswerRow(const CacheScores& scores, const LongAnswerArgs& args,
+                      const std::vector<EvalText>& texts) {
+  const ScoreSummary all = SummarizeAnswers(scores, texts, 0, args.tokens);
+  EvalRow row{.cache = "", .effective_bits = scores.effective_bits};
+  // What would have been sampled the scores do not say.
+  const std::optional<double> same =
+      args.temperature == 0 ? std::optional(MeanAgreement(scores.tokens, texts)) : std::nullopt;
+  row.values = {all.kl_mean, all.kl_p99, all.top1_agreement, same};
+  for (const auto& [begin, end] : Stretches(args.tokens, kMaxColumns)) {
+    row.values.push_back(SummarizeAnswers(scores, texts, begin, end).kl_mean);
+  }
+  Json stretches = Json::array();
+  for (const auto& [begin, end] : Stretches(args.tokens, kMaxStretches)) {
+    Json stretch = ToJson(SummarizeAnswers(scores, texts, begin, end));
+    stretch["begin"] = begin;
+    stretch["end"] = end;
+    stretches.push_back(std::move(stretch));
+  }
+  row.details = Json{{"all", ToJson(all)}, {"by_position", std::move(stretches)}}.dump();
+  return row;
+}
+
+}  // namespace
+
+Result<EvalReport> EvaluateLongAnswers(const Evaluation& evaluation, const LongAnswerArgs& args,
+                                       const std::vector<std::string>& documents) {
+  ASSIGN_OR_RETURN(const auto prompts, EncodePrompts(*evaluation.parts.tokenizer, args, documents));
   ASSIGN_OR_RETURN(const std::vector<EvalText> texts, WriteAnswers(evaluation, args, prompts));
   int64_t longest = 0;
   int64_t total = 0;
@@ -272,56 +343,11 @@ Result<EvalReport> EvaluateLongAnswers(const Evaluation& evaluation, const LongA
   };
   ASSIGN_OR_RETURN(const auto scores, ScoreTexts(runners, texts, /*compare=*/true, progress));
 
-  EvalReport report = evaluation.Report("longgen");
-  report.scope = fmt::format(
-      "longgen of {} on {}: {} tokens that the reference {} wrote after each of {} prompts; KL("
-      "reference || cache) in nats along them; \"same for\": tokens until the first that the cache "
-      "would not have chosen",
-      report.model, report.device, args.tokens, evaluation.caches[0].name, texts.size());
-  const Json settings = {{"prompts", texts.size()},
-                         {"tokens", args.tokens},
-                         {"temperature", args.temperature},
-                         {"seed", args.seed},
-                         {"reference", evaluation.caches[0].name}};
-  report.settings = settings.dump();
-  report.columns = {{"kl_mean", "KL mean", Format::kSmall},
-                    {"kl_p99", "99th pct", Format::kSmall},
-                    {"top1_agreement", "top-1", Format::kPercent},
-                    {"same_tokens", "same for", Format::kCount}};
-  report.plot_log = true;
-  constexpr int64_t kMaxColumns = 4;
-  constexpr int64_t kMaxStretches = 16;
-  const int64_t columns = std::min(kMaxColumns, args.tokens);
-  for (int64_t i = 0; i < columns; ++i) {
-    const int64_t begin = args.tokens * i / columns;
-    const int64_t end = args.tokens * (i + 1) / columns;
-    report.columns.push_back({fmt::format("kl_mean_{}_{}", begin, end),
-                              fmt::format("KL {}-{}", begin, end - 1), Format::kSmall});
-  }
+  EvalReport report = LongAnswerReport(evaluation, args, texts.size());
   for (size_t i = 0; i < scores.size(); ++i) {
-    const ScoreSummary all = SummarizeAnswers(scores[i], texts, 0, args.tokens);
-    EvalRow& row = report.rows.emplace_back();
+    EvalRow& row = report.rows.emplace_back(LongAnswerRow(scores[i], args, texts));
     row.cache = evaluation.caches[i].name;
     row.sealed_bits = runners[i]->layout().sealed_bits_per_element();
-    row.effective_bits = scores[i].effective_bits;
-    row.values = {all.kl_mean, all.kl_p99, all.top1_agreement,
-                  MeanAgreement(scores[i].tokens, texts)};
-    for (int64_t j = 0; j < columns; ++j) {
-      row.values.push_back(SummarizeAnswers(scores[i], texts, args.tokens * j / columns,
-                                            args.tokens * (j + 1) / columns)
-                               .kl_mean);
-    }
-    Json stretches = Json::array();
-    const int64_t count = std::min(kMaxStretches, args.tokens);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t begin = args.tokens * j / count;
-      const int64_t end = args.tokens * (j + 1) / count;
-      Json stretch = ToJson(SummarizeAnswers(scores[i], texts, begin, end));
-      stretch["begin"] = begin;
-      stretch["end"] = end;
-      stretches.push_back(std::move(stretch));
-    }
-    row.details = Json{{"all", ToJson(all)}, {"by_position", std::move(stretches)}}.dump();
   }
   return report;
 }

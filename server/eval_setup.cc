@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <utility>
 
 namespace innerq {
@@ -32,10 +33,11 @@ Error OfCache(const std::string& name, Error error) {
   return error;
 }
 
-KvCacheOptions HalfPrecision(int64_t page_tokens) {
+// F16, in as much memory as its sequences need.
+KvCacheOptions HalfPrecision() {
   KvCacheOptions options;
-  options.page_tokens = page_tokens;
-  options.sink_tokens = options.recent_tokens = page_tokens;
+  options.memory_bytes = std::numeric_limits<int64_t>::max();
+  options.sink_tokens = options.recent_tokens = options.page_tokens;
   options.key.bits = options.value.bits = 16;
   options.normalize_keys = false;
   return options;
@@ -82,7 +84,7 @@ Result<void> AddReference(const ModelConfig& config, std::vector<CacheChoice>* c
     std::rotate(caches->begin(), it, it + 1);
     return {};
   }
-  caches->insert(caches->begin(), {"fp16", HalfPrecision(KvCacheOptions{}.page_tokens)});
+  caches->insert(caches->begin(), {"fp16", HalfPrecision()});
   return {};
 }
 
@@ -121,10 +123,8 @@ int64_t Evaluation::max_context() const {
 Result<std::unique_ptr<ModelRunner>> Evaluation::RunnerFor(size_t index, int64_t num_sequences,
                                                            int64_t context) const {
   const CacheChoice& cache = caches[index];
-  auto runner =
-      parts.runner->WithCache(WithoutSpareMemory(cache.options, parts.config, num_sequences,
-                                                 context, options.runner.engine.max_batch_tokens),
-                              context);
+  auto runner = parts.runner->WithCache(cache.options,
+                                        {.max_context = context, .max_sequences = num_sequences});
   if (!runner) return OfCache(cache.name, runner.error());
   return runner;
 }
@@ -161,11 +161,11 @@ Result<Evaluation> PrepareEvaluation(const ConfigSource& source,
   }
   // The runner that holds the weights has a cache that is never used.
   Options load = options;
-  const KvCacheOptions least = HalfPrecision(KvCacheOptions{}.page_tokens);
-  load.runner.kv_cache = WithoutSpareMemory(least, config, 1, 4 * least.page_tokens,
-                                            options.runner.engine.max_batch_tokens);
-  load.runner.engine.max_context = std::min(config.max_positions, 4 * least.page_tokens);
-  ASSIGN_OR_RETURN(evaluation.parts, LoadParts(load));
+  KvCacheOptions& least = load.runner.kv_cache = HalfPrecision();
+  ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf({"fp16", least}, config));
+  least.memory_bytes = layout.open_pool_bytes(1);
+  load.runner.engine.max_context = std::min(config.max_positions, least.page_tokens);
+  ASSIGN_OR_RETURN(evaluation.parts, LoadParts(load, evaluation.interrupted));
   return evaluation;
 }
 

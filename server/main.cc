@@ -26,6 +26,86 @@ constexpr const char* kCacheHelp =
     "replaced: --cache configs/innerq_base.json,key.bits=2,key.normalize=off. Default: the one of "
     "--config. An F16 cache is always measured too, as the reference";
 
+// More than any context, and far from what sums of a few could not hold.
+CLI::Range TokenRange() { return CLI::Range(1, 1 << 24); }
+
+void AddScoringOptions(CLI::App* command, innerq::ScoringArgs* args) {
+  command
+      ->add_option("--text", args->texts,
+                   "Text to measure on (repeatable): plain, one document; or .jsonl with \"text\", "
+                   "\"prompt\" and \"answer\", or \"question\" and \"answer\"")
+      ->allow_extra_args(false)
+      ->required();
+  command->add_option("--limit", args->limit, "Documents of each file; 0: all")
+      ->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--context", args->context,
+                   "Tokens of a window that texts are cut into; default: 2048, or the model's "
+                   "longest context if that is less")
+      ->check(CLI::Range(2, 1 << 24));
+  command->add_option("--skip", args->skip, "Leave out tokens at positions below this")
+      ->check(CLI::NonNegativeNumber);
+}
+
+void AddProblemOptions(CLI::App* command, innerq::ProblemArgs* args) {
+  command->add_option("--data", args->data, "Problems: JSONL with \"question\" and \"answer\"")
+      ->required();
+  CLI::Option* const shots = command->add_option(
+      "--shots", args->shots,
+      "Worked examples to begin with: JSONL as --data, of other problems. Default: none");
+  command->add_option("--num-shots", args->num_shots, "Worked examples of that file")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str()
+      ->needs(shots);
+  command->add_option("--limit", args->limit, "Problems; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--max-tokens", args->max_tokens, "Longest answer, tokens")
+      ->check(TokenRange())
+      ->capture_default_str();
+  command->add_flag("--chat", args->chat, "Ask in the model's chat template");
+}
+
+void AddRecallOptions(CLI::App* command, innerq::RecallArgs* args) {
+  command->add_option("--lengths", args->lengths, "Tokens of a prompt, at most")
+      ->delimiter(',')
+      ->check(TokenRange())
+      ->capture_default_str();
+  command->add_option("--depths", args->depths, "Where the code stands, percent of the text")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 100))
+      ->capture_default_str();
+  command->add_option("--trials", args->trials, "Texts of each length and depth")
+      ->check(CLI::Range(1, 10'000))
+      ->capture_default_str();
+  command->add_option("--max-tokens", args->max_tokens, "Longest answer, tokens")
+      ->check(TokenRange())
+      ->capture_default_str();
+  command->add_option("--seed", args->seed, "Of the texts")->capture_default_str();
+  command->add_flag("--chat", args->chat, "Ask in the model's chat template");
+}
+
+void AddLongAnswerOptions(CLI::App* command, innerq::LongAnswerArgs* args) {
+  command->add_option("--prompt", args->prompts, "A prompt (repeatable)")->allow_extra_args(false);
+  command
+      ->add_option("--text", args->texts,
+                   "Further prompts: the beginning of each document (repeatable)")
+      ->allow_extra_args(false);
+  command->add_option("--limit", args->limit, "Documents of each file; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--prompt-tokens", args->prompt_tokens, "Of a document")
+      ->check(TokenRange())
+      ->capture_default_str();
+  command->add_option("--tokens", args->tokens, "Of the answer, which does not end before")
+      ->check(TokenRange())
+      ->capture_default_str();
+  command->add_option("--temperature", args->temperature, "0 is greedy")
+      ->check(CLI::Range(0.0, 2.0))
+      ->capture_default_str();
+  command->add_option("--seed", args->seed, "Of the sampling")->capture_default_str();
+}
+
 // The command eval with its tasks.
 CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs* args) {
   using Task = innerq::EvalArgs::Task;
@@ -42,91 +122,21 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
     command->callback([=] { args->task = task; });
     return command;
   };
-  const auto add_texts = [=](CLI::App* command) {
-    innerq::ScoringArgs* const scoring = &args->scoring;
-    command
-        ->add_option("--text", scoring->texts,
-                     "Text to measure on (repeatable): plain, one document; or .jsonl with "
-                     "\"text\", \"prompt\" and \"answer\", or \"question\" and \"answer\"")
-        ->allow_extra_args(false)
-        ->required();
-    command->add_option("--limit", scoring->limit, "Documents of each file; 0: all")
-        ->check(CLI::NonNegativeNumber);
-    command
-        ->add_option("--context", scoring->context,
-                     "Tokens of a window that texts are cut into; default: 2048, or the model's "
-                     "longest context if that is less")
-        ->check(CLI::Range(2, 1 << 24));
-    command->add_option("--skip", scoring->skip, "Leave out tokens at positions below this")
-        ->check(CLI::NonNegativeNumber);
-  };
-  add_texts(add(Task::kPerplexity, "perplexity", "Perplexity of texts"));
-  add_texts(add(Task::kKl, "kl",
-                "KL divergence of next-token distributions from those of the F16 cache, and how "
-                "often the most likely token is the same"));
-
-  CLI::App* const gsm8k =
-      add(Task::kGsm8k, "gsm8k", "Share of word problems that are answered right, greedily");
-  innerq::ProblemArgs* const problems = &args->problems;
-  gsm8k->add_option("--data", problems->data, "Problems: JSONL with \"question\" and \"answer\"")
-      ->required();
-  CLI::Option* const shots = gsm8k->add_option("--shots", problems->shots,
-                                               "Worked examples to begin with: JSONL as --data");
-  gsm8k->add_option("--num-shots", problems->num_shots, "Worked examples of that file")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str()
-      ->needs(shots);
-  gsm8k->add_option("--limit", problems->limit, "Problems; 0: all")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  gsm8k->add_option("--max-tokens", problems->max_tokens, "Longest answer, tokens")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  gsm8k->add_flag("--chat", problems->chat, "Ask in the model's chat template");
-
-  CLI::App* const recall =
-      add(Task::kRecall, "recall", "Share of codes found in long texts, by length and depth");
-  innerq::RecallArgs* const needles = &args->recall;
-  recall->add_option("--lengths", needles->lengths, "Tokens of a prompt")
-      ->delimiter(',')
-      ->check(CLI::Range(64, 1 << 24))
-      ->capture_default_str();
-  recall->add_option("--depths", needles->depths, "Where the code stands, percent of the text")
-      ->delimiter(',')
-      ->check(CLI::Range(0, 100))
-      ->capture_default_str();
-  recall->add_option("--trials", needles->trials, "Texts of each length and depth")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  recall->add_option("--max-tokens", needles->max_tokens, "Longest answer, tokens")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  recall->add_option("--seed", needles->seed, "Of the texts")->capture_default_str();
-  recall->add_flag("--chat", needles->chat, "Ask in the model's chat template");
-
-  CLI::App* const longgen =
+  AddScoringOptions(add(Task::kPerplexity, "perplexity", "Perplexity of texts"), &args->scoring);
+  AddScoringOptions(add(Task::kKl, "kl",
+                        "KL divergence of next-token distributions from those of the F16 cache, "
+                        "and how often the most likely token is the same"),
+                    &args->scoring);
+  AddProblemOptions(
+      add(Task::kGsm8k, "gsm8k", "Share of word problems that are answered right, greedily"),
+      &args->problems);
+  AddRecallOptions(
+      add(Task::kRecall, "recall", "Share of codes found in long texts, by length and depth"),
+      &args->recall);
+  AddLongAnswerOptions(
       add(Task::kLonggen, "longgen",
-          "KL divergence, by position, along a long answer that the F16 cache gives");
-  innerq::LongAnswerArgs* const answers = &args->long_answers;
-  longgen->add_option("--prompt", answers->prompts, "A prompt (repeatable)")
-      ->allow_extra_args(false);
-  longgen
-      ->add_option("--text", answers->texts,
-                   "Further prompts: the beginning of each document (repeatable)")
-      ->allow_extra_args(false);
-  longgen->add_option("--limit", answers->limit, "Documents of each file; 0: all")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  longgen->add_option("--prompt-tokens", answers->prompt_tokens, "Of a document")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  longgen->add_option("--tokens", answers->tokens, "Of the answer, which does not end before")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  longgen->add_option("--temperature", answers->temperature, "0 is greedy")
-      ->check(CLI::Range(0.0, 2.0))
-      ->capture_default_str();
-  longgen->add_option("--seed", answers->seed, "Of the sampling")->capture_default_str();
+          "KL divergence, by position, along a long answer that the F16 cache gives"),
+      &args->long_answers);
   return eval;
 }
 
@@ -168,7 +178,7 @@ int main(int argc, char** argv) {
   generate->add_option("-p,--prompt", generate_args.prompt, "The prompt")->required();
   generate->add_flag("--chat", generate_args.chat, "The prompt is a user's message");
   generate->add_option("-n,--max-tokens", generate_args.max_tokens, "Longest answer, tokens")
-      ->check(CLI::PositiveNumber)
+      ->check(TokenRange())
       ->capture_default_str();
   generate->add_option("--temperature", generate_args.temperature, "0 is greedy")
       ->capture_default_str();

@@ -67,7 +67,7 @@ Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config) {
   return KvLayout::Create(spec, CodeOrder::kRowMajor);
 }
 
-Result<ModelParts> LoadParts(const Options& options) {
+Result<ModelParts> LoadParts(const Options& options, const std::function<bool()>& interrupted) {
   ModelParts parts;
   ASSIGN_OR_RETURN(parts.tokenizer, Tokenizer::Load(options.model.path));
   ASSIGN_OR_RETURN(
@@ -78,7 +78,10 @@ Result<ModelParts> LoadParts(const Options& options) {
   parts.stop_token_ids = StopTokens(parts);
   ModelRunnerOptions runner_options = options.runner;
   ProgressBar bar("loading weights");
-  runner_options.progress = [&bar](int64_t done, int64_t total) { bar.Show(done, total); };
+  runner_options.progress = [&](int64_t done, int64_t total) {
+    bar.Show(done, total);
+    return !interrupted();
+  };
   auto created = ModelRunner::Create(std::move(checkpoint), runner_options);
   if (!created) {
     Error error = created.error();

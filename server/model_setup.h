@@ -1,6 +1,7 @@
 // LoadedModel: everything that a configuration names, brought up and ready to run.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,8 +25,10 @@ struct ModelParts {
 };
 
 // Loads tokenizer, template and weights. Shows a progress bar on standard error if that is a
-// terminal. Errors: as of the parts; the message says which.
-Result<ModelParts> LoadParts(const Options& options);
+// terminal. `interrupted` is asked while weights are read; true ends it with the error "cancelled".
+// Errors: as of the parts; the message says which.
+Result<ModelParts> LoadParts(
+    const Options& options, const std::function<bool()>& interrupted = [] { return false; });
 
 struct LoadedModel {
   ModelConfig config;

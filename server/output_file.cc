@@ -38,7 +38,17 @@ OutputFile::~OutputFile() {
 }
 
 Result<void> OutputFile::Write(std::string_view text) {
-  created_ = false;
+  const Result<void> written = Replace(text);
+  if (written) {
+    created_ = false;
+    return {};
+  }
+  // A part of a document is worse than none. If this fails too there is nothing left to do.
+  [[maybe_unused]] const int ignored = fd_ >= 0 ? ::ftruncate(fd_, 0) : 0;
+  return written;
+}
+
+Result<void> OutputFile::Replace(std::string_view text) {
   // What is no regular file has no length to cut.
   if (::ftruncate(fd_, 0) != 0 && errno != EINVAL) return CannotWrite(path_);
   while (!text.empty()) {

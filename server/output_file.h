@@ -10,7 +10,7 @@
 namespace innerq {
 
 // Opened at once, written at the end. Until then what it held before stays; a file that Open made
-// is removed again unless it was written. Move-only.
+// is removed again unless it was written as a whole. Move-only.
 class OutputFile {
  public:
   // Errors: unavailable, with the path and the system's reason.
@@ -19,16 +19,19 @@ class OutputFile {
   OutputFile& operator=(OutputFile&&) = delete;
   ~OutputFile();
 
-  // Replaces the content. Errors: as Open; the disk may be full.
+  // Replaces the content. Errors: as Open; the disk may be full. What could not be written as a
+  // whole is left empty.
   Result<void> Write(std::string_view text);
 
  private:
   OutputFile(std::filesystem::path path, int fd, bool created)
       : path_(std::move(path)), fd_(fd), created_(created) {}
 
+  Result<void> Replace(std::string_view text);
+
   std::filesystem::path path_;
   int fd_ = -1;           // -1: closed, or moved from
-  bool created_ = false;  // and not written yet
+  bool created_ = false;  // and not written as a whole yet
 };
 
 }  // namespace innerq

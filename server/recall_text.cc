@@ -110,33 +110,34 @@ uint64_t TextRandom::Next() {
   return mixed ^ (mixed >> 31);
 }
 
-Needle MakeNeedle(const NeedleSpec& spec, const Tokenizer& tokenizer) {
-  const auto tokens = [&tokenizer](const std::string& text, bool bos) {
-    return static_cast<int64_t>(tokenizer.Encode(text, {.add_bos = bos}).size());
-  };
+Result<Needle> MakeNeedle(const NeedleSpec& spec, const Tokenizer& tokenizer,
+                          const EncodeNeedle& encode) {
   TextRandom random(spec.seed);
   Records records;
   const auto record = *records.Make(random);
-  const std::string sentence = RecordSentence(record);
   Needle needle;
   needle.question = fmt::format("What is the code of the {}?", record.first);
   needle.code = record.second;
-  const std::string rest = "\n\nQuestion: " + needle.question + "\nAnswer:";
+  needle.text = RecordSentence(record);
+  const std::string sentence = needle.text;
+  ASSIGN_OR_RETURN(needle.prompt, encode(needle.text, needle.question));
+  needle.least_length = static_cast<int64_t>(needle.prompt.size());
 
   std::vector<std::string> sentences;
-  int64_t length = tokens(sentence + rest, true);
-  while (length < spec.length) {
+  for (int64_t length = needle.least_length; length < spec.length;) {
     std::optional<std::pair<std::string, std::string>> other;
     if (random.Chance(spec.record_percent)) other = records.Make(random);
     sentences.push_back(other ? RecordSentence(*other) : FillerSentence(random));
-    length += tokens(" " + sentences.back(), false);
+    length += std::ssize(tokenizer.Encode(" " + sentences.back(), {.add_bos = false}));
   }
   // Sentences in a row may have other tokens than alone.
-  do {
+  for (; !sentences.empty(); sentences.pop_back()) {
     needle.text = Join(sentences, sentence, spec.depth_percent);
-    if (tokens(needle.text + rest, true) <= spec.length || sentences.empty()) break;
-    sentences.pop_back();
-  } while (true);
+    ASSIGN_OR_RETURN(needle.prompt, encode(needle.text, needle.question));
+    if (std::ssize(needle.prompt) <= spec.length) return needle;
+  }
+  needle.text = sentence;
+  ASSIGN_OR_RETURN(needle.prompt, encode(needle.text, needle.question));
   return needle;
 }
 

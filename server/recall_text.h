@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,7 @@ class TextRandom {
 
 // What a haystack is to be.
 struct NeedleSpec {
-  int64_t length = 0;          // tokens of text and question together, at most
+  int64_t length = 0;          // tokens of a prompt, at most
   int64_t depth_percent = 0;   // where the needle stands: 0 first, 100 last sentence
   int64_t record_percent = 0;  // share of other sentences that state codes too
   uint64_t seed = 0;
@@ -40,9 +41,17 @@ struct Needle {
   std::string text;
   std::string question;  // "What is the code of the red lantern?"
   std::string code;      // four digits
+  std::vector<int32_t> prompt;
+  int64_t least_length = 0;  // tokens of the prompt without other sentences
 };
 
-// Makes one, as long as `spec.length` allows for the question as it stands after the text.
-Needle MakeNeedle(const NeedleSpec& spec, const Tokenizer& tokenizer);
+// The prompt of a text and a question, all that a template writes around them included.
+using EncodeNeedle = std::function<Result<std::vector<int32_t>>(const std::string& text,
+                                                                const std::string& question)>;
+
+// Makes one whose prompt is as long as `spec.length` allows; where that is below the least length,
+// its prompt has no other sentences. Errors: those of `encode`.
+Result<Needle> MakeNeedle(const NeedleSpec& spec, const Tokenizer& tokenizer,
+                          const EncodeNeedle& encode);
 
 }  // namespace innerq

@@ -120,12 +120,12 @@ std::vector<SelfCheckLine> SelfCheck(const Options& options, const ModelParts& p
   }
   const double begin = Now();
   const auto report = CheckCache(*parts.runner, parts.config, args);
-  if (!report) {
-    return {{true, "self-check: not done, " +
-                       (report.error().code == ErrorCode::kCancelled
-                            ? "the time was over before the text was read; see self_check.seconds"
-                            : report.error().message)}};
+  if (!report && report.error().code == ErrorCode::kCancelled) {
+    return {{false,
+             "self-check: not done, the time was over before the text was read; see "
+             "self_check.seconds"}};
   }
+  if (!report) return {{true, "self-check: not done, " + report.error().message}};
   return Describe(*report, options.self_check, Now() - begin);
 }
 

@@ -7,8 +7,6 @@
 #include <iterator>
 #include <string_view>
 
-#include "kernels/result.h"
-
 namespace innerq {
 namespace {
 
@@ -134,10 +132,12 @@ std::string Style(size_t index) {
 
 }  // namespace
 
-std::string RenderSvg(const SvgPlot& plot) {
+std::string RenderSvg(SvgPlot plot) {
+  std::erase_if(plot.points, [](const PlotPoint& point) {
+    return !std::isfinite(point.x) || !std::isfinite(point.y);
+  });
   std::vector<double> x_values, y_values;
   for (const PlotPoint& point : plot.points) {
-    CHECK(std::isfinite(point.x) && std::isfinite(point.y), "a point that cannot be drawn");
     x_values.push_back(point.x);
     y_values.push_back(point.y);
   }

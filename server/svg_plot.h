@@ -22,8 +22,8 @@ struct SvgPlot {
 };
 
 // The plot as a stand-alone SVG document: axes with ticks at round values, a dot per point and a
-// legend in the points' order. Equal plots give equal bytes. CHECK: all
-// coordinates are finite.
-std::string RenderSvg(const SvgPlot& plot);
+// legend in the points' order. Points that are not finite are left out. Equal plots give equal
+// bytes.
+std::string RenderSvg(SvgPlot plot);
 
 }  // namespace innerq

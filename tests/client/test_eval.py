@@ -18,6 +18,7 @@ from server_process import run_tests
 BINARY, CONFIG = sys.argv[1:3]
 CONFIGS = pathlib.Path(CONFIG).resolve().parent
 EVAL = CONFIGS.parent / "models" / "demo" / "eval"
+SHOTS = CONFIGS.parent / "tests" / "eval" / "shots.jsonl"
 KEYS = {"task", "model", "device", "scope", "settings", "caches"}
 
 
@@ -35,7 +36,7 @@ def test_every_task_prints_a_table_and_writes_its_files():
         "perplexity": ["--text", EVAL / "recall.jsonl", "--limit", 1, "--context", 192],
         "kl": ["--text", EVAL / "recall.jsonl", "--limit", 1, "--context", 192, "--skip", 10],
         "gsm8k": ["--data", EVAL / "problems.jsonl", "--limit", 2, "--max-tokens", 100,
-                  "--shots", EVAL / "problems.jsonl", "--num-shots", 1, "--chat"],
+                  "--shots", SHOTS, "--num-shots", 1, "--chat"],
         "recall": ["--lengths", "96,128", "--depths", "0,100", "--trials", 1, "--seed", 3],
         "longgen": ["--prompt", "The code", "--prompt", "Question:", "--tokens", 20,
                     "--temperature", 1, "--seed", 2],
@@ -66,6 +67,12 @@ def test_wrong_usage_is_exit_code_2():
             ("kl", "none.json", [*text, "--cache", "none.json"]),
             ("recall", "--depths", ["--depths", "101"]),
             ("gsm8k", "--shots", ["--data", EVAL / "problems.jsonl", "--num-shots", 1]),
+            ("gsm8k", "--shots", ["--data", SHOTS, "--shots", SHOTS]),
+            ("gsm8k", "--max-tokens", ["--data", SHOTS, "--max-tokens", 2**62]),
+            ("recall", "--trials", ["--trials", 2**62]),
+            ("recall", "--lengths", ["--lengths", 20]),
+            ("longgen", "--tokens", ["--prompt", "a", "--tokens", 2**62]),
+            ("longgen", "--prompt-tokens", ["--prompt", "a", "--prompt-tokens", 2**62]),
             ("perplexity", "no.txt", ["--text", "no.txt"])):
         done = run(task, *options)
         assert done.returncode == 2 and word in done.stderr, (task, options, done.stderr)

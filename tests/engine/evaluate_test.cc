@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <random>
 
+#include "engine/page_budget.h"
 #include "models/tokenizer.h"
 #include "tests/engine/engine_test_util.h"
 #include "tests/models/test_files.h"
@@ -58,7 +59,7 @@ using Runners = std::vector<std::unique_ptr<ModelRunner>>;
 TEST(Evaluate, EqualCachesDivergeByExactlyNothing) {
   Runners runners;
   runners.push_back(TinyRunner(ThreeBits()));
-  runners.push_back(runners[0]->WithCache(ThreeBits(), 256).value());
+  runners.push_back(runners[0]->WithCache(ThreeBits(), {.max_context = 256}).value());
   const std::vector<EvalText> texts = {{.tokens = RandomTokens(256, 1)},
                                        {.tokens = RandomTokens(200, 2)}};
   const auto scores = ScoreTexts(runners, texts, /*compare=*/true, GoOn).value();
@@ -77,7 +78,7 @@ TEST(Evaluate, EqualCachesDivergeByExactlyNothing) {
 TEST(Evaluate, AQuantizedCacheDivergesWhereItsPagesAreReadAndNowhereElse) {
   Runners runners;
   runners.push_back(TinyRunner(HalfPrecision()));
-  runners.push_back(runners[0]->WithCache(ThreeBits(), 256).value());
+  runners.push_back(runners[0]->WithCache(ThreeBits(), {.max_context = 256}).value());
   const std::vector<EvalText> texts = {{.tokens = RandomTokens(256, 3)}};
   const auto scores = ScoreTexts(runners, texts, /*compare=*/true, GoOn).value();
   int64_t damaged = 0;
@@ -103,7 +104,7 @@ TEST(Evaluate, ScoresAreThoseOfTheServedModel) {
   request.prompt_logprobs = 0;
   auto served = TinyRunner(ThreeBits(), 64);
   const auto other_steps = TinyRunner(ThreeBits(), 23);
-  const auto same_steps = served->WithCache(ThreeBits(), 256).value();
+  const auto same_steps = served->WithCache(ThreeBits(), {.max_context = 256}).value();
   const EngineOptions options = served->engine_options();
   const auto engine = Engine::Create(options, std::move(served)).value();
   const Response response = ReadAll(engine->Submit(std::move(request)).value());
@@ -134,7 +135,7 @@ TEST(Evaluate, AForcedAnswerIsScoredAsItWasWritten) {
     KvCacheOptions cache = ThreeBits();
     cache.exact_prefill = exact;
     auto runner = TinyRunner(cache);
-    const auto scorer = runner->WithCache(cache, 256).value();
+    const auto scorer = runner->WithCache(cache, {.max_context = 256}).value();
     std::vector<Request> requests(1);
     requests[0].prompt = RandomTokens(190, 5);
     requests[0].sampling.temperature = 0;
@@ -150,7 +151,7 @@ TEST(Evaluate, AForcedAnswerIsScoredAsItWasWritten) {
     ASSERT_TRUE(AnswerAll(std::move(runner), std::move(requests), take, GoOn).ok());
     ASSERT_EQ(written.size(), 60u);
     Runners runners;
-    runners.push_back(scorer->WithCache(cache, 256).value());
+    runners.push_back(scorer->WithCache(cache, {.max_context = 256}).value());
     const auto scores = ScoreTexts(runners, std::vector{text}, /*compare=*/false, GoOn).value();
     ASSERT_EQ(scores[0].tokens.size(), 60u);
     for (size_t i = 0; i < written.size(); ++i) {
@@ -188,7 +189,7 @@ TEST(Evaluate, AnswersAllRequestsAndEndsThoseThatHaveSaidEnough) {
   }
   std::vector<std::vector<int32_t>> expected;
   {
-    auto alone = runner->WithCache(ThreeBits(), 256).value();
+    auto alone = runner->WithCache(ThreeBits(), {.max_context = 256}).value();
     const EngineOptions options = alone->engine_options();
     const auto engine = Engine::Create(options, std::move(alone)).value();
     for (const Request& request : requests) {
@@ -205,15 +206,16 @@ TEST(Evaluate, AnswersAllRequestsAndEndsThoseThatHaveSaidEnough) {
     done += more;
     return true;
   };
-  ASSERT_TRUE(
-      AnswerAll(runner->WithCache(ThreeBits(), 256).value(), requests, take, progress).ok());
+  ASSERT_TRUE(AnswerAll(runner->WithCache(ThreeBits(), {.max_context = 256}).value(), requests,
+                        take, progress)
+                  .ok());
   EXPECT_EQ(done, 9);
   expected[3].resize(5);
   EXPECT_EQ(answers, expected);
 
   requests[4].prompt.clear();
-  const auto refused =
-      AnswerAll(runner->WithCache(ThreeBits(), 256).value(), requests, take, progress);
+  const auto refused = AnswerAll(runner->WithCache(ThreeBits(), {.max_context = 256}).value(),
+                                 requests, take, progress);
   ASSERT_FALSE(refused.ok());
   EXPECT_EQ(refused.error().message.substr(0, 11), "request 5: ");
   requests[4].prompt = {1};
@@ -223,26 +225,73 @@ TEST(Evaluate, AnswersAllRequestsAndEndsThoseThatHaveSaidEnough) {
   EXPECT_EQ(cancelled.error().code, ErrorCode::kCancelled);
 }
 
-TEST(Evaluate, SpareMemoryIsWhatNoSequenceNeeds) {
+TEST(Evaluate, FurtherCachesHaveThePagesThatTheirSequencesNeed) {
   const auto runner = TinyRunner(HalfPrecision());
-  const ModelConfig config = TinyCheckpoint()->config();
   for (const int bits : {2, 3, 8, 16}) {
     for (const bool exact : {false, true}) {
       for (const int64_t context : {2, 31, 33, 160, 161, 256}) {
-        KvCacheOptions options;
+        KvCacheOptions options;  // of 1 GiB
         options.key.bits = options.value.bits = bits;
         options.exact_prefill = exact;
-        const KvCacheOptions trimmed = WithoutSpareMemory(options, config, 3, context, 64);
-        EXPECT_LT(trimmed.memory_bytes, int64_t{16} << 20);
-        const auto fits = runner->WithCache(trimmed, context);
-        ASSERT_TRUE(fits.ok()) << bits << " " << exact << " " << context << ": "
-                               << fits.error().message;
-        options.memory_bytes = 1000;
-        EXPECT_EQ(WithoutSpareMemory(options, config, 3, context, 64).memory_bytes, 1000)
-            << "never more than there was";
+        const auto scorer = runner->WithCache(
+            options, {.max_context = context, .max_sequences = 1, .max_batch_tokens = 32});
+        ASSERT_TRUE(scorer.ok()) << scorer.error().message;
+        const KvPoolPlan& pools = (*scorer)->report().pools;
+        const PageCounts need = WorstPeakPages((*scorer)->layout(), context, exact);
+        EXPECT_TRUE(need.FitsIn({pools.open_pages, pools.sealed_pages, pools.norm_slots}));
+        EXPECT_LE(pools.open_pages, need.open + 1) << "one for the rows of a step";
+        EXPECT_EQ(pools.sealed_pages, need.sealed);
+        EXPECT_LT(pools.bytes, int64_t{1} << 20);
+        EXPECT_GE(pools.tokens_that_fit, context);
+        ASSERT_TRUE(ScoreTokens(**scorer, {.tokens = RandomTokens(context, 1)}, nullptr, GoOn));
       }
     }
   }
+}
+
+TEST(Evaluate, LogitsThatNoMachineHoldsAreAnError) {
+  const auto huge = ReferenceLogits::Create(int64_t{1} << 24, int64_t{1} << 24);
+  ASSERT_FALSE(huge.ok());
+  EXPECT_EQ(huge.error().code, ErrorCode::kResourceExhausted);
+  EXPECT_TRUE(huge.error().message.starts_with(
+      "the reference's logits of 16777216 tokens: cannot allocate 1125899906842624 bytes: "))
+      << huge.error().message;
+}
+
+// Greedy answers are what their cache chooses, but for tokens that must not be written.
+TEST(Evaluate, ScoresSayWhetherTheCacheWouldHaveChosenTheToken) {
+  const auto runner = TinyRunner(ThreeBits());
+  const auto ask = [&](std::vector<int32_t> stops) {
+    std::vector<Request> requests(1);
+    requests[0].prompt = RandomTokens(180, 5);
+    requests[0].sampling.temperature = 0;
+    requests[0].max_tokens = requests[0].min_tokens = 50;
+    requests[0].stop_token_ids = stops;
+    EvalText text{.tokens = requests[0].prompt,
+                  .first_scored = 180,
+                  .prompt_length = 180,
+                  .never_chosen = std::move(stops)};
+    const auto take = [&](size_t, const TokenEvent& event) {
+      text.tokens.push_back(event.token_id);
+      return true;
+    };
+    EXPECT_TRUE(AnswerAll(runner->WithCache(ThreeBits(), {.max_context = 256}).value(),
+                          std::move(requests), take, GoOn));
+    return text;
+  };
+  const auto chosen = [&](const EvalText& text) {
+    const auto scores = ScoreTokens(*runner, text, nullptr, GoOn).value();
+    return std::count_if(scores.begin(), scores.end(), [](const auto& s) { return s.chosen; });
+  };
+  const EvalText free = ask({});
+  EXPECT_EQ(chosen(free), 50);
+  EvalText banned = ask({free.tokens[180], free.tokens[190]});
+  EXPECT_NE(banned.tokens, free.tokens);
+  EXPECT_EQ(chosen(banned), 50);
+  banned.never_chosen.clear();
+  EXPECT_LT(chosen(banned), 50);
+  banned.tokens[200] = (banned.tokens[200] + 1) % 128;
+  EXPECT_FALSE(ScoreTokens(*runner, banned, nullptr, GoOn).value()[20].chosen);
 }
 
 // As models/perplexity_test.cc, but in the steps that serve.

@@ -31,6 +31,7 @@ TEST(ModelRunner, ReportsWhatCameUp) {
     EXPECT_GT(done, last_done);
     last_done = done;
     total = of;
+    return true;
   };
   const auto runner = ModelRunner::Create(TinyCheckpoint(), options).value();
   EXPECT_EQ(last_done, total);
@@ -103,18 +104,28 @@ TEST(ModelRunner, BringsUpFurtherCachesOnTheSameWeights) {
   auto first = ModelRunner::Create(TinyCheckpoint(), TinyOptions()).value();
   KvCacheOptions kv_cache = TinyOptions().kv_cache;
   kv_cache.key.bits = 8;
-  const auto second = first->WithCache(kv_cache, 200).value();
+  const auto second = first->WithCache(kv_cache, {.max_context = 200}).value();
   EXPECT_EQ(first->layout().layer(0).key.bits, 3);
   EXPECT_EQ(second->layout().layer(0).key.bits, 8);
   EXPECT_EQ(second->engine_options().max_context, 200);
   EXPECT_EQ(second->engine_options().max_batch_tokens, 64);
   EXPECT_EQ(second->report().weight_bytes, first->report().weight_bytes);
   first.reset();
-  EXPECT_EQ(second->WithCache(kv_cache, 0).value()->engine_options().max_context, 256)
+  EXPECT_EQ(second->WithCache(kv_cache, {.max_context = 256})->get()->report().max_context, 256)
       << "the weights live as long as any runner";
-  EXPECT_EQ(second->WithCache(kv_cache, 257).error().param, "scheduler.max_context");
+  EXPECT_EQ(second->WithCache(kv_cache, {.max_context = 257}).error().param,
+            "scheduler.max_context");
+  const auto small =
+      second->WithCache(kv_cache, {.max_context = 200, .max_sequences = 1, .max_batch_tokens = 32});
+  EXPECT_EQ((*small)->engine_options().max_sequences, 1);
+  EXPECT_EQ((*small)->engine_options().max_batch_tokens, 32);
+  EXPECT_EQ((*second->WithCache(kv_cache, {.max_context = 200, .max_sequences = 99}))
+                ->engine_options()
+                .max_sequences,
+            4)
+      << "no more than before";
   kv_cache.memory_bytes = 1000;
-  EXPECT_EQ(second->WithCache(kv_cache, 200).error().param, "kv_cache.memory");
+  EXPECT_EQ(second->WithCache(kv_cache, {.max_context = 200}).error().param, "kv_cache.memory");
 }
 
 TEST(ModelRunner, ServesRequestsThroughTheEngine) {

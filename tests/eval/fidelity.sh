@@ -12,9 +12,12 @@
 #   SHOTS       worked examples for gsm8k             tests/eval/shots.jsonl
 #   NUM_SHOTS   of them                               8
 #   LENGTHS     prompts of recall, tokens             512,1024,2048
+#   TOKENS      answers of longgen, tokens            512
 #   LIMIT       documents and problems of a file      20
 #   TRIALS      needles per length and depth          4
-#   INNERQ      the program                           build/release/innerq
+#   OVERRIDES   keys replaced in all quantized caches none; key.group_size=8,value.group_size=8
+#                                                     for a model with heads of 8 dimensions
+#   INNERQ      the program                           build/release/innerq, which it builds
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -22,12 +25,19 @@ out=${1:-build/fidelity}
 shift || true
 mkdir -p "$out"
 
-caches=()
-for preset in fp16 int8 int4 innerq_base innerq_small innerq_hybrid kivi kivi_sink; do
-  caches+=(--cache "configs/$preset.json")
+if [[ -z ${INNERQ:-} ]]; then
+  [[ -f build/release/build.ninja ]] || cmake --preset release >/dev/null
+  cmake --build --preset release
+  INNERQ=build/release/innerq
+fi
+
+overrides=${OVERRIDES:+,$OVERRIDES}
+caches=(--cache configs/fp16.json)
+for preset in int8 int4 innerq_base innerq_small innerq_hybrid kivi kivi_sink; do
+  caches+=(--cache "configs/$preset.json$overrides")
 done
 # The paper's codec at the bits of innerq_base.
-caches+=(--cache configs/innerq_base.json,key.codec=paper,value.codec=paper)
+caches+=(--cache "configs/innerq_base.json,key.codec=paper,value.codec=paper$overrides")
 
 # The options that give a list of files.
 text_options() {
@@ -40,7 +50,7 @@ limit=${LIMIT:-20}
 measure() {
   local task=$1
   shift
-  "${INNERQ:-build/release/innerq}" eval "$task" -c "${CONFIG:-configs/demo.json}" \
+  "$INNERQ" eval "$task" -c "${CONFIG:-configs/demo.json}" \
     "${caches[@]}" --json "$out/$task.json" --plot "$out/$task.svg" "$@"
   echo
 }
@@ -50,4 +60,4 @@ measure perplexity "${texts[@]}" --limit "$limit" "$@"
 measure gsm8k --data "${PROBLEMS:-models/demo/eval/problems.jsonl}" --limit "$limit" \
   --shots "${SHOTS:-tests/eval/shots.jsonl}" --num-shots "${NUM_SHOTS:-8}" "$@"
 measure recall --lengths "${LENGTHS:-512,1024,2048}" --trials "${TRIALS:-4}" "$@"
-measure longgen "${prompts[@]}" --limit "$limit" "$@"
+measure longgen "${prompts[@]}" --limit "$limit" --tokens "${TOKENS:-512}" "$@"

@@ -228,7 +228,7 @@ class LlamaLoadTest : public testing::Test {
     return *at;
   }
 
-  Result<std::unique_ptr<LlamaModel>> Load(std::function<void(int64_t, int64_t)> progress = {}) {
+  Result<std::unique_ptr<LlamaModel>> Load(std::function<bool(int64_t, int64_t)> progress = {}) {
     WriteAll(directory_.path() / "config.json", config_.dump());
     WriteAll(directory_.path() / "model.safetensors", Safetensors(tensors_));
     ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(directory_.path()));
@@ -295,11 +295,15 @@ TEST_F(LlamaLoadTest, ReportsProgressUntilEveryTensorIsPacked) {
   const auto model = Load([&](int64_t tensors, int64_t all) {
     done.push_back(tensors);
     total = all;
+    return true;
   });
   ASSERT_TRUE(model.ok());
   EXPECT_TRUE(std::is_sorted(done.begin(), done.end()));
   EXPECT_EQ(done.back(), total);
   EXPECT_EQ(total, 21);  // 2 layers of 9, table, norm, head
+  const auto stopped = Load([&](int64_t tensors, int64_t) { return tensors < 5; });
+  ASSERT_FALSE(stopped.ok());
+  EXPECT_EQ(stopped.error().code, ErrorCode::kCancelled);
 }
 
 TEST_F(LlamaLoadTest, ARandomModelIsAFunctionOfItsSeed) {

@@ -1,6 +1,9 @@
 #include "server/eval_data.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <csignal>
 
 #include "server/eval_setup.h"
 #include "server/output_file.h"
@@ -115,15 +118,19 @@ TEST(CacheChoice, IsAFileWithReplacedKeys) {
 
 TEST(Needle, IsAsLongAsItIsToldAndStandsWhereItIsTold) {
   const auto tokenizer = DemoTokenizer();
+  const EncodeNeedle encode = [&](const std::string& text, const std::string& question) {
+    return tokenizer->Encode(text + "\n\n" + ProblemPrompt(question), {});
+  };
   for (const int64_t length : {64, 300, 2000}) {
     for (const int64_t records : {0, 20, 100}) {
       for (const int64_t depth : {0, 50, 100}) {
-        const Needle needle = MakeNeedle(
-            {.length = length, .depth_percent = depth, .record_percent = records, .seed = 7},
-            *tokenizer);
-        const std::string prompt = needle.text + "\n\n" + ProblemPrompt(needle.question);
-        const auto tokens = static_cast<int64_t>(tokenizer->Encode(prompt, {}).size());
+        const NeedleSpec spec{
+            .length = length, .depth_percent = depth, .record_percent = records, .seed = 7};
+        const Needle needle = MakeNeedle(spec, *tokenizer, encode).value();
+        const int64_t tokens = std::ssize(needle.prompt);
+        EXPECT_EQ(needle.prompt, encode(needle.text, needle.question).value());
         EXPECT_LE(tokens, length);
+        EXPECT_LE(needle.least_length, tokens);
         EXPECT_GT(tokens, length - 40) << "a sentence less at most";
         const size_t at = needle.text.find(" is " + needle.code + ".");
         ASSERT_NE(at, std::string::npos);
@@ -134,7 +141,18 @@ TEST(Needle, IsAsLongAsItIsToldAndStandsWhereItIsTold) {
     }
   }
   const NeedleSpec spec{.length = 200, .depth_percent = 50, .record_percent = 50, .seed = 1};
-  EXPECT_EQ(MakeNeedle(spec, *tokenizer).text, MakeNeedle(spec, *tokenizer).text);
+  EXPECT_EQ(MakeNeedle(spec, *tokenizer, encode)->text, MakeNeedle(spec, *tokenizer, encode)->text);
+
+  NeedleSpec least = spec;
+  least.length = MakeNeedle(spec, *tokenizer, encode)->least_length;
+  EXPECT_EQ(std::ssize(MakeNeedle(least, *tokenizer, encode)->prompt), least.length);
+  least.length = 1;
+  const Needle shortest = MakeNeedle(least, *tokenizer, encode).value();
+  EXPECT_EQ(std::ssize(shortest.prompt), shortest.least_length) << "never without its code";
+  const auto fails = [](const std::string&, const std::string&) -> Result<std::vector<int32_t>> {
+    return InvalidArgument("no template");
+  };
+  EXPECT_EQ(MakeNeedle(spec, *tokenizer, fails).error().message, "no template");
 }
 
 TEST(OutputFile, KeepsTheOldContentUntilItIsWritten) {
@@ -149,6 +167,39 @@ TEST(OutputFile, KeepsTheOldContentUntilItIsWritten) {
   EXPECT_EQ(ReadAll(path), "a long old content");
   ASSERT_TRUE(file.Write("new").ok());
   EXPECT_EQ(ReadAll(path), "new");
+}
+
+// Files of at most so many bytes while it lives: writing ends early, as on a full disk.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(rlim_t bytes) {
+    std::signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &before_);
+    const rlimit limit{bytes, before_.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FileSizeLimit() { setrlimit(RLIMIT_FSIZE, &before_); }
+
+ private:
+  rlimit before_{};
+};
+
+TEST(OutputFile, LeavesNoPartOfADocument) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path path = directory.path() / "file";
+  {
+    OutputFile file = OutputFile::Open(path).value();
+    const FileSizeLimit limit(4);
+    EXPECT_FALSE(file.Write("too long").ok());
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
+  WriteAll(path, "old");
+  {
+    OutputFile file = OutputFile::Open(path).value();
+    const FileSizeLimit limit(4);
+    EXPECT_FALSE(file.Write("too long").ok());
+  }
+  EXPECT_EQ(ReadAll(path), "");
 }
 
 }  // namespace

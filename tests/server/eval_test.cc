@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <regex>
 
 #include "server/eval_command.h"
 #include "server/eval_data.h"
@@ -20,6 +21,10 @@ std::string Config(const std::string& name) {
 
 std::filesystem::path DemoFile(const std::string& name) {
   return std::filesystem::path(INNERQ_SOURCE_DIR) / "models/demo/eval" / name;
+}
+
+std::filesystem::path Shots() {
+  return std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/eval/shots.jsonl";
 }
 
 ConfigSource Source() { return {.file = Config("demo"), .overrides = {"backend.threads=1"}}; }
@@ -130,7 +135,7 @@ TEST(Eval, Gsm8kCountsTheNumbersThatAreRight) {
   args.problems.limit = 6;
   args.problems.max_tokens = 120;
   const Outputs plain = Measure(args);
-  args.problems.shots = DemoFile("problems.jsonl");
+  args.problems.shots = Shots();
   args.problems.num_shots = 2;
   args.problems.chat = true;
   const Outputs chat = Measure(args);
@@ -143,6 +148,11 @@ TEST(Eval, Gsm8kCountsTheNumbersThatAreRight) {
       EXPECT_EQ(cache["ended"], 1.0);
     }
     EXPECT_EQ(outputs->json["caches"][0]["as_reference"], 1.0);
+  }
+  args.problems.max_tokens = 1;
+  for (const Json& cache : Measure(args).json["caches"]) {
+    EXPECT_EQ(cache["ended"], 0.0);
+    EXPECT_EQ(cache["as_reference"], 0.0) << "no number is not the same number";
   }
 }
 
@@ -163,6 +173,25 @@ TEST(Eval, RecallFindsNeedlesAtEveryDepth) {
     EXPECT_NEAR(sum / 6, cache["found"], 1e-12);
     EXPECT_TRUE(cache.contains("found_length_128"));
     EXPECT_TRUE(cache.contains("found_depth_50"));
+  }
+}
+
+TEST(Eval, RecallRefusesLengthsThatHoldNoNeedle) {
+  EvalArgs args;
+  args.task = Task::kRecall;
+  args.recall.trials = 1;
+  args.recall.max_tokens = 1;
+  for (const bool chat : {false, true}) {
+    args.recall.chat = chat;
+    args.recall.lengths = {1};
+    const std::string message = Refusal(args).message;
+    std::smatch least;
+    ASSERT_TRUE(std::regex_search(message, least, std::regex("take (\\d+) tokens, more than 1$")))
+        << message;
+    args.recall.lengths = {std::stoll(least[1]) - 1};
+    EXPECT_EQ(Refusal(args).param, "");
+    ++args.recall.lengths[0];
+    EXPECT_EQ(Measure(args).json["caches"].size(), 2u);
   }
 }
 
@@ -194,6 +223,11 @@ TEST(Eval, LonggenFollowsTheReferencesAnswer) {
   }
   EXPECT_GT(caches[1]["kl_mean"], 0.0);
   EXPECT_EQ(caches[1]["kl_mean_0_10"], 0.0) << "positions that read no quantized page";
+
+  args.long_answers.temperature = 1;
+  const Outputs sampled = Measure(args);
+  for (const Json& cache : sampled.json["caches"]) EXPECT_TRUE(cache["same_tokens"].is_null());
+  EXPECT_EQ(sampled.table.find("would not have chosen"), std::string::npos) << sampled.table;
 }
 
 TEST(Eval, RefusesWhatItCannotMeasureBeforeItLoadsTheModel) {
@@ -231,13 +265,25 @@ TEST(Eval, RefusesWhatItCannotMeasureBeforeItLoadsTheModel) {
   EXPECT_EQ(Refusal(args).message, "--prompt or --text is required");
   args.task = Task::kGsm8k;
   args.problems.data = DemoFile("problems.jsonl");
-  args.problems.shots = DemoFile("problems.jsonl");
+  args.problems.shots = Shots();
   args.problems.num_shots = 1000;
-  EXPECT_NE(Refusal(args).message.find("has 200 problems, not 1000"), std::string::npos);
+  EXPECT_NE(Refusal(args).message.find("has 8 problems, not 1000"), std::string::npos);
+  args.problems.shots = args.problems.data;
+  args.problems.num_shots = 1;
+  EXPECT_NE(Refusal(args).message.find("shows how to solve a problem of --data: "),
+            std::string::npos);
   args.task = Task::kRecall;
   args.recall.lengths = {5000};
   args.recall.trials = 1;
   EXPECT_NE(Refusal(args).message.find("the longest context is 4096"), std::string::npos);
+
+  args = Scoring(Task::kKl);
+  const TemporaryDirectory directory;
+  args.output.json = directory.path() / "a";
+  args.output.plot = directory.path() / "." / "a";
+  EXPECT_EQ(Refusal(args).message,
+            "--json and --plot name the same file, " + args.output.json.string());
+  EXPECT_FALSE(std::filesystem::exists(args.output.json));
 }
 
 TEST(Eval, AnInterruptedRunLeavesNoFileAndAFullDiskIsAnError) {

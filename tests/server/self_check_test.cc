@@ -26,7 +26,7 @@ bool Contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-TEST(SelfCheck, FindsTheDemoModelsCacheGood) {
+TEST(SelfCheck, FindsTheDemoModelsCacheGoodInTheTimeItHas) {
   const Lines lines = Check({});
   ASSERT_EQ(lines.size(), 1u);
   EXPECT_TRUE(lines[0].starts_with("self-check: KL divergence from an F16 cache 0.0")) << lines[0];
@@ -51,7 +51,7 @@ TEST(SelfCheck, SaysWhatItLeftOut) {
   EXPECT_EQ(Check({"scheduler.max_context=100"}),
             Lines{"self-check: skipped, the context ends before pages are quantized"});
   EXPECT_EQ(Check({"self_check.seconds=0"}),
-            Lines{"!self-check: not done, the time was over before the text was read; see "
+            Lines{"self-check: not done, the time was over before the text was read; see "
                   "self_check.seconds"});
 }
 

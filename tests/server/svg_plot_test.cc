@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <regex>
 
 #include "tests/models/test_files.h"
@@ -58,6 +60,14 @@ TEST(SvgPlot, LogarithmicAxesHaveAPlaceForZero) {
   const auto dots = Dots(svg);
   ASSERT_EQ(dots.size(), 3u);
   EXPECT_GT(dots[0].second, dots[1].second) << "on the lower edge";
+}
+
+TEST(SvgPlot, LeavesOutWhatIsNotFinite) {
+  const SvgPlot finite{.title = "t", .x_label = "x", .y_label = "y", .points = {{"a", 3, 10}}};
+  SvgPlot plot = finite;
+  plot.points.push_back({"b", 4, std::numeric_limits<double>::infinity()});
+  plot.points.push_back({"c", std::nan(""), 5});
+  EXPECT_EQ(RenderSvg(plot), RenderSvg(finite));
 }
 
 TEST(SvgPlot, StaysXmlWhateverItIsGiven) {
