@@ -149,7 +149,7 @@ KvPoolPlan TrimKvPools(const KvLayout& layout, const KvPoolPlan& plan, const Pag
                        bool exact_prefill) {
   const PageCounts pools{.open = std::min(plan.open_pages, most.open),
                          .sealed = std::min(plan.sealed_pages, most.sealed),
-                         .norms = plan.norm_slots};
+                         .norms = std::min(plan.norm_slots, most.norms)};
   return {.open_pages = pools.open,
           .sealed_pages = pools.sealed,
           .norm_slots = pools.norms,

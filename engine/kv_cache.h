@@ -68,7 +68,7 @@ Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& opt
                                int64_t max_sequences, int64_t max_batch_tokens,
                                int64_t min_context);
 
-// The same plan with at most so many pages; it keeps its key norms, which are small.
+// The same plan with at most so many pages and key norms.
 KvPoolPlan TrimKvPools(const KvLayout& layout, const KvPoolPlan& plan, const PageCounts& most,
                        bool exact_prefill);
 

@@ -62,7 +62,8 @@ PageCounts UsefulPages(const KvLayout& layout, const EngineOptions& engine) {
   const PageCounts longest = WorstPeakPages(layout, engine.max_context, engine.exact_prefill);
   return {.open = engine.max_sequences * longest.open +
                   CeilDiv(engine.max_batch_tokens, layout.page_tokens()),
-          .sealed = engine.max_sequences * longest.sealed};
+          .sealed = engine.max_sequences * longest.sealed,
+          .norms = engine.max_sequences * longest.norms};
 }
 
 ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_context) {
