@@ -176,11 +176,15 @@ Result<RecallQuestions> MakeRecallQuestions(const Evaluation& evaluation, const 
   recall.questions.max_tokens = args.max_tokens;
   recall.questions.complete = [](const std::string&) { return false; };
   if (!args.chat) recall.questions.stops = {"\n"};
-  const EncodeNeedle encode = [&](const std::string& text, const std::string& question) {
-    return args.chat
-               ? EncodeConversation(evaluation,
-                                    {{.role = "user", .content = text + "\n\n" + question}})
-               : evaluation.parts.tokenizer->Encode(text + "\n\n" + ProblemPrompt(question), {});
+  const EncodeNeedle encode = [&](const std::string& text,
+                                  const std::string& question) -> Result<std::vector<int32_t>> {
+    if (!args.chat) {
+      return evaluation.parts.tokenizer->Encode(text + "\n\n" + ProblemPrompt(question), {});
+    }
+    ChatMessage message;
+    message.role = "user";
+    message.content = text + "\n\n" + question;
+    return EncodeConversation(evaluation, {std::move(message)});
   };
   int64_t least = 0;
   TextRandom seeds(args.seed);

@@ -150,7 +150,8 @@ TEST(Eval, Gsm8kCountsTheNumbersThatAreRight) {
     EXPECT_EQ(outputs->json["caches"][0]["as_reference"], 1.0);
   }
   args.problems.max_tokens = 1;
-  for (const Json& cache : Measure(args).json["caches"]) {
+  const Outputs cut = Measure(args);
+  for (const Json& cache : cut.json["caches"]) {
     EXPECT_EQ(cache["ended"], 0.0);
     EXPECT_EQ(cache["as_reference"], 0.0) << "no number is not the same number";
   }
