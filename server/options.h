@@ -55,7 +55,7 @@ struct LogOptions {
 struct SelfCheckOptions {
   bool enabled = true;
   double seconds = 5;     // time it may take
-  double warn_kl = 0.05;  // nats, mean
+  double warn_kl = 0.005;  // nats, mean
 };
 
 // One configuration file, checked, with defaults and overrides applied. See configs/schema.json for
