@@ -25,7 +25,7 @@ struct Tile {
 };
 
 // Where row r of a tile begins in q and out, in elements.
-__device__ int64_t RowOffset(const AttentionKernelLaunch& args, const AttentionTile& tile,
+__device__ int64_t RowOffset(const AttentionKernelLaunch& args, const PlannedTile& tile,
                              int64_t kv_head, int r) {
   const int64_t group = args.num_heads / args.layout.kv_heads;
   const int64_t row = tile.first_row + r;
@@ -67,7 +67,7 @@ __device__ float Merge(const MergeWeights& weights, float before, float after) {
 template <int R, int C>
 class TileAttention {
  public:
-  __device__ TileAttention(const AttentionKernelLaunch& args, const AttentionTile& from,
+  __device__ TileAttention(const AttentionKernelLaunch& args, const PlannedTile& from,
                            const Tile<R>& tile, float* shared)
       : args_(args),
         layout_(args.layout),
@@ -234,7 +234,7 @@ class TileAttention {
 
   const AttentionKernelLaunch& args_;
   const KvLayerLayout& layout_;
-  const AttentionTile& from_;
+  const PlannedTile& from_;
   const Tile<R>& tile_;
   PagedKvView kv_;
   const int dim_, padded_, lane_;
@@ -244,7 +244,7 @@ class TileAttention {
 };
 
 template <int R>
-__device__ Tile<R> TileOf(const AttentionKernelLaunch& args, const AttentionTile& from) {
+__device__ Tile<R> TileOf(const AttentionKernelLaunch& args, const PlannedTile& from) {
   const int64_t group = args.num_heads / args.layout.kv_heads;
   Tile<R> tile;
   tile.slice = args.slices + from.slice;
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kWarpSize)
     AttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {
   extern __shared__ float4 shared[];
   const AttentionItem item = args.items[blockIdx.x];
-  const AttentionTile from = args.tiles[item.tile];
+  const PlannedTile from = args.tiles[item.tile];
   const Tile<R> tile = TileOf<R>(args, from);
   TileAttention<R, C> attention(args, from, tile, reinterpret_cast<float*>(shared));
   State<R, C> state;
@@ -329,7 +329,7 @@ constexpr int kMergeThreads = 128;
 // a time. No shared memory.
 template <int R>
 __global__ void MergeKernel(const __grid_constant__ AttentionKernelLaunch args) {
-  const AttentionTile from = args.tiles[blockIdx.x];
+  const PlannedTile from = args.tiles[blockIdx.x];
   const int row = blockIdx.z;
   if (row >= from.num_rows) return;
   const int64_t dim = args.layout.head_dim;

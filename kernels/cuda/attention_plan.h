@@ -37,7 +37,7 @@ struct DeviceSlice {
 
 // Rows [first_row, first_row + num_rows) of a slice: all of their tokens lie in one strip and on
 // one side of the slice's exact_before, so they see the same pages in the same form.
-struct AttentionTile {
+struct PlannedTile {
   int32_t slice = 0;
   int32_t first_row = 0;
   int32_t num_rows = 0;
@@ -52,7 +52,7 @@ struct AttentionItem {
 };
 
 // Where the state of row r of a tile of up to `tile_rows` rows is kept, counted in states.
-INNERQ_HOST_DEVICE inline int64_t StateIndex(const AttentionTile& tile, int tile_rows,
+INNERQ_HOST_DEVICE inline int64_t StateIndex(const PlannedTile& tile, int tile_rows,
                                              int64_t kv_head, int64_t segment, int64_t r) {
   return tile.first_state + ((kv_head * tile.num_segments + segment) * tile_rows + r);
 }
@@ -62,7 +62,7 @@ INNERQ_HOST_DEVICE constexpr int64_t StateFloats(int64_t head_dim) { return head
 // The tiles that one launch attends to, with kernels for `tile_rows` rows.
 struct AttentionLaunch {
   int tile_rows = kMaxTileRows;
-  std::vector<AttentionTile> tiles;
+  std::vector<PlannedTile> tiles;
   std::vector<AttentionItem> items;
   int64_t num_states = 0;
   bool split() const { return num_states > 0; }
@@ -136,7 +136,7 @@ class AttentionPlan {
       const int64_t last_row = (next - slice.first_position) * group;
       for (int64_t row = (at - slice.first_position) * group; row < last_row;
            row += launch.tile_rows) {
-        AttentionTile tile;
+        PlannedTile tile;
         tile.slice = index;
         tile.first_row = static_cast<int32_t>(row);
         tile.num_rows = static_cast<int32_t>(std::min<int64_t>(launch.tile_rows, last_row - row));
@@ -152,7 +152,7 @@ class AttentionPlan {
   static void Split(AttentionLaunch& launch, const AttentionShape& shape) {
     const auto num_tiles = static_cast<int64_t>(launch.tiles.size());
     int64_t num_items = 0, longest = 0;
-    for (const AttentionTile& tile : launch.tiles) {
+    for (const PlannedTile& tile : launch.tiles) {
       num_items += tile.num_segments;
       longest = std::max<int64_t>(longest, tile.num_segments);
     }
@@ -160,7 +160,7 @@ class AttentionPlan {
     const bool split = num_tiles * shape.kv_heads < shape.busy_warps && longest > 1 &&
                        num_items <= shape.max_items && num_states <= shape.max_states;
     for (int32_t i = 0; i < static_cast<int32_t>(num_tiles); ++i) {
-      AttentionTile& tile = launch.tiles[static_cast<size_t>(i)];
+      PlannedTile& tile = launch.tiles[static_cast<size_t>(i)];
       if (!split) {
         launch.items.push_back({i, -1});
         continue;

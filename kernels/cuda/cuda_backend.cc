@@ -152,7 +152,7 @@ class CudaBackend final : public Backend {
     const int64_t per_row = sizeof(DeviceSlice) + sizeof(AppendTarget) + sizeof(SealItem) + 64;
     // Both launches of one attention, every page table, and as much again for the rest of a step.
     const int64_t once =
-        2 * tiles * static_cast<int64_t>(sizeof(AttentionTile)) +
+        2 * tiles * static_cast<int64_t>(sizeof(PlannedTile)) +
         2 * std::max(kMaxItems, tiles) * static_cast<int64_t>(sizeof(AttentionItem)) +
         limits.max_pages * static_cast<int64_t>(sizeof(PageRef) + sizeof(SealItem)) +
         limits.max_rows * per_row;
@@ -377,7 +377,7 @@ class CudaBackend final : public Backend {
                                  .scale = args.scale};
     const std::span<const DeviceSlice> slices(slices_);
     const std::span<const PageRef> pages(pages_);
-    const std::span<const AttentionTile> decode_tiles(plan_.decode().tiles),
+    const std::span<const PlannedTile> decode_tiles(plan_.decode().tiles),
         prefill_tiles(plan_.prefill().tiles);
     const std::span<const AttentionItem> decode_items(plan_.decode().items),
         prefill_items(plan_.prefill().items);
@@ -402,7 +402,7 @@ class CudaBackend final : public Backend {
     launch.split = plan.split();
     launch.num_tiles = static_cast<int64_t>(plan.tiles.size());
     launch.num_items = static_cast<int64_t>(plan.items.size());
-    if (!Upload(slots.tiles, std::span<const AttentionTile>(plan.tiles), &launch.tiles) ||
+    if (!Upload(slots.tiles, std::span<const PlannedTile>(plan.tiles), &launch.tiles) ||
         !Upload(slots.items, std::span<const AttentionItem>(plan.items), &launch.items)) {
       return;
     }

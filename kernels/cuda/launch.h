@@ -108,7 +108,7 @@ struct AttentionKernelLaunch {
   float* states = nullptr;   // [num_states][StateFloats(D)]
   const DeviceSlice* slices = nullptr;
   const PageRef* pages = nullptr;  // of all slices
-  const AttentionTile* tiles = nullptr;
+  const PlannedTile* tiles = nullptr;
   const AttentionItem* items = nullptr;
   int64_t num_tiles = 0, num_items = 0;
   int64_t num_heads = 0;

@@ -53,7 +53,7 @@ TEST(AttentionPlan, EveryRowIsInOneTileThatSeesItsPages) {
     std::set<std::pair<int32_t, int64_t>> rows;  // of a slice
     for (const AttentionLaunch* launch : {&plan.decode(), &plan.prefill()}) {
       EXPECT_LE(launch->tile_rows, MostTileRows(c.head_dim));
-      for (const AttentionTile& tile : launch->tiles) {
+      for (const PlannedTile& tile : launch->tiles) {
         const SequenceSlice& slice = c.slices[static_cast<size_t>(tile.slice)];
         EXPECT_EQ(slice.num_rows == 1, launch == &plan.decode());
         ASSERT_GT(tile.num_rows, 0);
@@ -89,7 +89,7 @@ TEST(AttentionPlan, ItemsCoverEverySegmentOnceAndStatesDoNotOverlap) {
       for (const AttentionItem& item : launch->items) {
         EXPECT_TRUE(items.insert({item.tile, item.segment}).second);
         EXPECT_EQ(item.segment >= 0, launch->split());
-        const AttentionTile& tile = launch->tiles[static_cast<size_t>(item.tile)];
+        const PlannedTile& tile = launch->tiles[static_cast<size_t>(item.tile)];
         EXPECT_LT(item.segment, tile.num_segments);
         for (int64_t head = 0; head < c.kv_heads && launch->split(); ++head) {
           for (int r = 0; r < launch->tile_rows; ++r) {
@@ -100,7 +100,7 @@ TEST(AttentionPlan, ItemsCoverEverySegmentOnceAndStatesDoNotOverlap) {
         }
       }
       size_t expected = 0;
-      for (const AttentionTile& tile : launch->tiles) {
+      for (const PlannedTile& tile : launch->tiles) {
         expected += launch->split() ? static_cast<size_t>(tile.num_segments) : 1;
       }
       EXPECT_EQ(items.size(), expected);
