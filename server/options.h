@@ -54,7 +54,7 @@ struct LogOptions {
 // Configuration "self_check".
 struct SelfCheckOptions {
   bool enabled = true;
-  double seconds = 5;     // time it may take
+  double seconds = 5;      // time it may take
   double warn_kl = 0.005;  // nats, mean
 };
 
