@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -66,12 +67,32 @@ PageCounts UsefulPages(const KvLayout& layout, const EngineOptions& engine) {
           .norms = engine.max_sequences * longest.norms};
 }
 
+// The same for a further cache: of no more pages than it can make use of. The plan's options are
+// those of the runner that it is made from.
+Result<void> PlanNarrowCache(const ModelConfig& config, const KvCacheOptions& kv_cache,
+                             const RunnerLimits& limits, CodeOrder order, ModelPlan* plan) {
+  CHECK(limits.max_context > 0, "a runner for no tokens");
+  EngineOptions& engine = plan->engine;
+  const auto narrow = [](int64_t limit, int64_t* own) {
+    if (limit > 0) *own = std::min(*own, limit);
+  };
+  engine.max_context = limits.max_context;
+  narrow(limits.max_sequences, &engine.max_sequences);
+  narrow(limits.max_batch_tokens, &engine.max_batch_tokens);
+  RETURN_IF_ERROR(PlanCache(config, kv_cache, order, plan));
+  plan->pools = TrimKvPools(plan->layout, plan->pools, UsefulPages(plan->layout, engine),
+                            engine.exact_prefill);
+  return {};
+}
+
 ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_context) {
   const KvLayout& shape = cache.layout();
   const auto page_tokens = static_cast<double>(shape.page_tokens());
   return {.backend = std::string(weights.backend->name()),
+          .threads = weights.backend->threads(),
           .parameters = weights.model->config().num_parameters(),
           .weight_bytes = weights.model->weight_bytes(),
+          .step_weight_bytes = weights.model->step_weight_bytes(),
           .open_page_bytes = shape.open_page_bytes(),
           .sealed_page_bytes = shape.sealed_page_bytes(),
           .pools = cache.plan(),
@@ -124,22 +145,17 @@ class LlamaRunner final : public ModelRunner {
 
   Result<std::unique_ptr<ModelRunner>> WithCache(const KvCacheOptions& kv_cache,
                                                  const RunnerLimits& limits) const override {
-    CHECK(limits.max_context > 0, "a runner for no tokens");
     ModelPlan plan{.engine = options_};
-    EngineOptions& engine = plan.engine;
-    const auto narrow = [](int64_t limit, int64_t* own) {
-      if (limit > 0) *own = std::min(*own, limit);
-    };
-    engine.max_context = limits.max_context;
-    narrow(limits.max_sequences, &engine.max_sequences);
-    narrow(limits.max_batch_tokens, &engine.max_batch_tokens);
     Backend* backend = weights_->backend.get();
-    RETURN_IF_ERROR(PlanCache(weights_->model->config(), kv_cache, backend->code_order(), &plan));
-    plan.pools = TrimKvPools(plan.layout, plan.pools, UsefulPages(plan.layout, engine),
-                             engine.exact_prefill);
+    RETURN_IF_ERROR(
+        PlanNarrowCache(weights_->model->config(), kv_cache, limits, backend->code_order(), &plan));
     ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(backend, &plan));
     return std::unique_ptr<ModelRunner>(
-        std::make_unique<LlamaRunner>(weights_, std::move(memory), engine));
+        std::make_unique<LlamaRunner>(weights_, std::move(memory), plan.engine));
+  }
+
+  Result<std::optional<double>> MeasureReadBandwidth() const override {
+    return weights_->backend->MeasureReadBandwidth();
   }
 
   Result<std::span<const float>> Step(const ForwardBatch& batch) override {
@@ -197,6 +213,38 @@ class LlamaRunner final : public ModelRunner {
   std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
 };
 
+using MakeModel = std::function<Result<std::unique_ptr<LlamaModel>>(Backend*, LoadOptions)>;
+
+Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
+                                                  const ModelRunnerOptions& options,
+                                                  const MakeModel& make) {
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(config, options));
+  const EngineOptions& engine = plan.engine;
+
+  const auto weights = std::make_shared<Weights>();
+  weights->backend = std::move(plan.backend);
+  ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
+  weights->max_logit_rows = MaxLogitRows(engine);
+  // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
+  const int64_t most_pages = CeilDiv(config.max_positions, kLeastPageTokens);
+  ASSIGN_OR_RETURN(weights->model,
+                   make(weights->backend.get(), {.max_rows = engine.max_batch_tokens,
+                                                 .max_logit_rows = weights->max_logit_rows,
+                                                 .format = options.dtype,
+                                                 .progress = options.progress,
+                                                 .max_pages = engine.max_sequences * most_pages}));
+  return std::unique_ptr<ModelRunner>(
+      std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
+}
+
+// Bytes of a model's weights in a format; the table of embeddings is held as BF16 and, where it is
+// the last matrix as well, packed once more.
+int64_t LeastWeightBytes(const ModelConfig& config, WeightFormat format) {
+  const int64_t table = config.vocab_size * config.hidden_size;
+  const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table);
+  return table * DTypeBytes(DType::kBF16) + packed * (format == WeightFormat::kF32 ? 4 : 2);
+}
+
 }  // namespace
 
 Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options) {
@@ -206,26 +254,39 @@ Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions&
   return plan;
 }
 
+Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
+                         int64_t cache_bytes) {
+  ASSIGN_OR_RETURN(const auto backend, CreateBackend(options.backend));
+  const int64_t weights = LeastWeightBytes(config, options.dtype.value_or(WeightFormat::kBF16));
+  const int64_t available = backend->available_bytes();
+  if (cache_bytes <= available - weights) return {};
+  return Error{ErrorCode::kResourceExhausted,
+               "weights of " + std::to_string(weights) + " bytes and a cache of " +
+                   std::to_string(cache_bytes) + " are more than " + std::string(backend->name()) +
+                   " has left, " + std::to_string(available) + " bytes"};
+}
+
+Result<KvPoolPlan> PlanFurtherCache(const ModelConfig& config, const EngineOptions& engine,
+                                    const KvCacheOptions& kv_cache, const RunnerLimits& limits) {
+  ModelPlan plan{.engine = engine};
+  // Devices order codes differently, in the same number of bytes.
+  RETURN_IF_ERROR(PlanNarrowCache(config, kv_cache, limits, CodeOrder::kRowMajor, &plan));
+  return plan.pools;
+}
+
 Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
     std::shared_ptr<const Checkpoint> checkpoint, const ModelRunnerOptions& options) {
-  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(checkpoint->config(), options));
-  const EngineOptions& engine = plan.engine;
+  return CreateRunner(checkpoint->config(), options, [&](Backend* backend, LoadOptions load) {
+    return LlamaModel::Load(checkpoint, backend, std::move(load));
+  });
+}
 
-  const auto weights = std::make_shared<Weights>();
-  weights->backend = std::move(plan.backend);
-  ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
-  weights->max_logit_rows = MaxLogitRows(engine);
-  // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
-  const int64_t most_pages = CeilDiv(checkpoint->config().max_positions, kLeastPageTokens);
-  ASSIGN_OR_RETURN(weights->model,
-                   LlamaModel::Load(std::move(checkpoint), weights->backend.get(),
-                                    {.max_rows = engine.max_batch_tokens,
-                                     .max_logit_rows = weights->max_logit_rows,
-                                     .format = options.dtype,
-                                     .progress = options.progress,
-                                     .max_pages = engine.max_sequences * most_pages}));
-  return std::unique_ptr<ModelRunner>(
-      std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
+Result<std::unique_ptr<ModelRunner>> ModelRunner::CreateRandom(const ModelConfig& config,
+                                                               uint64_t seed,
+                                                               const ModelRunnerOptions& options) {
+  return CreateRunner(config, options, [&](Backend* backend, LoadOptions load) {
+    return LlamaModel::Random(config, seed, backend, std::move(load));
+  });
 }
 
 }  // namespace innerq

@@ -33,12 +33,19 @@ struct ModelPlan {
 };
 // Errors: whatever is wrong with device, cache options or memory, with the key's path in `param`.
 Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options);
+// Errors: resource exhausted, with the numbers, if weights of such a model in `options.dtype`
+// (nullopt: BF16) and `cache_bytes` beside them are more than the device has left. What steps take
+// comes on top.
+Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
+                         int64_t cache_bytes);
 
 // What came up: for the start-up report and `inspect`.
 struct ModelReport {
   std::string backend;  // "cpu/amx"
+  int threads = 1;      // of the host, that compute an operation
   int64_t parameters = 0;
   int64_t weight_bytes = 0;
+  int64_t step_weight_bytes = 0;  // of those, what every step with logits reads
   int64_t open_page_bytes = 0;
   int64_t sealed_page_bytes = 0;
   KvPoolPlan pools;
@@ -55,11 +62,18 @@ struct RunnerLimits {
   int64_t max_batch_tokens = 0;  // rows of a step; likewise
 };
 
+// The pools that WithCache would make beside a runner of these options. Errors: as of PlanModel.
+Result<KvPoolPlan> PlanFurtherCache(const ModelConfig& config, const EngineOptions& engine,
+                                    const KvCacheOptions& kv_cache, const RunnerLimits& limits);
+
 class ModelRunner : public StepModel {
  public:
   // Errors: whatever is wrong with checkpoint, backend, cache options or memory, explained.
   static Result<std::unique_ptr<ModelRunner>> Create(std::shared_ptr<const Checkpoint> checkpoint,
                                                      const ModelRunnerOptions& options);
+  // The same with seeded random weights of a shape, for benchmarks.
+  static Result<std::unique_ptr<ModelRunner>> CreateRandom(const ModelConfig& config, uint64_t seed,
+                                                           const ModelRunnerOptions& options);
   virtual const ModelReport& report() const = 0;
   // `options.engine` with max_context resolved; pass it to Engine::Create.
   virtual const EngineOptions& engine_options() const = 0;
@@ -69,6 +83,8 @@ class ModelRunner : public StepModel {
   // Errors: as of PlanModel.
   virtual Result<std::unique_ptr<ModelRunner>> WithCache(const KvCacheOptions& kv_cache,
                                                          const RunnerLimits& limits) const = 0;
+  // See Backend. No runner on the same weights may step meanwhile.
+  virtual Result<std::optional<double>> MeasureReadBandwidth() const = 0;
 };
 
 }  // namespace innerq

@@ -57,6 +57,7 @@ ScheduledBatch Scheduler::Schedule() {
   // Oldest first, so that whoever is preempted has not been planned yet.
   for (size_t i = 0; i < running_.size(); ++i) {
     Sequence* sequence = running_[i].get();
+    if (sequence->num_uncomputed() == 0) continue;
     const bool decodes = Decodes(*sequence);
     int64_t& rows = decodes ? decode_rows : prefill_rows;
     int64_t wanted = std::min(sequence->num_uncomputed(), rows);

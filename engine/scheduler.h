@@ -55,6 +55,7 @@ struct ScheduledBatch {
 //     in the middle of a prefill. It starts where its longest cached prefix ends, in the state of
 //     a sequence that has computed as much: with its last token and all that it has yet to score
 //     before it.
+//   - A running sequence without a token to compute keeps its pages and is passed over.
 //   - Pages that only the index of prefixes holds are free pages: whoever needs one takes it.
 // Hence the oldest sequence computes at least one token in every step, provided that each sequence
 // would fit alone (PeakPages), and every sequence becomes the oldest: once all others are preempted
@@ -70,8 +71,9 @@ class Scheduler {
 
   // Puts a sequence at the end of the line. CHECK: it fits alone.
   void Admit(std::unique_ptr<Sequence> sequence);
-  // Plans the next step and takes its pages. Not empty unless there are no sequences. Must be
-  // followed by Commit, unless all its sequences have ended.
+  // Plans the next step and takes its pages. Not empty unless there are no sequences; CHECK: if
+  // there are, one has a token to compute. Must be followed by Commit, unless all its sequences
+  // have ended.
   ScheduledBatch Schedule();
   // The step was computed: counts its tokens, lets the index keep what it may, and releases the
   // open copies of what it sealed.

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -160,7 +162,7 @@ struct StepLimits {
 
 // Allocates memory and runs operations in the order of the calls. One thread at a time may call it.
 // Operations are checked at the door (CHECK), may run later, and report through Synchronize.
-// Only PackWeight, Allocate, Import and Reserve allocate.
+// Only PackWeight, Allocate, Import, Reserve and MeasureReadBandwidth allocate.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -183,6 +185,15 @@ class Backend {
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
   virtual Result<void> Synchronize() = 0;
+
+  // Threads of the host that compute an operation.
+  virtual int threads() const { return 1; }
+  // Bytes that Allocate could still give; the largest number where nobody knows.
+  virtual int64_t available_bytes() const { return std::numeric_limits<int64_t>::max(); }
+  // Bytes per second at which a loop that does nothing else reads this backend's memory, measured
+  // now, in about a second: what must read so many bytes takes no less. nullopt: there is no such
+  // loop. Errors: resource exhausted without 1 GiB to read.
+  virtual Result<std::optional<double>> MeasureReadBandwidth() { return std::optional<double>(); }
 
   // Whether the host may read and write this backend's memory at its addresses, once operations
   // are synchronized. Where it may not, ReadToHost is the way to what operations computed.

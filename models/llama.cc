@@ -69,6 +69,7 @@ class FusedLlama : public LlamaModel {
 
   const ModelConfig& config() const override { return config_; }
   int64_t weight_bytes() const override { return weight_bytes_; }
+  int64_t step_weight_bytes() const override { return weight_bytes_ - embedding_buffer_.bytes(); }
 
   ConstTensorView Forward(const ForwardBatch& batch, const KvLayout& layout,
                           std::span<const PagedKvView> layers) override {
@@ -313,16 +314,21 @@ Result<std::unique_ptr<LlamaModel>> LlamaModel::Load(std::shared_ptr<const Check
   return std::unique_ptr<LlamaModel>(std::move(model));
 }
 
-Result<std::unique_ptr<LlamaModel>> LlamaModel::Random(const ModelConfig& config,
-                                                       WeightFormat format, uint64_t seed,
-                                                       Backend* backend, int64_t max_rows,
-                                                       int64_t max_logit_rows) {
-  LoadOptions options{
-      .max_rows = max_rows, .max_logit_rows = max_logit_rows, .format = format, .progress = {}};
+Result<std::unique_ptr<LlamaModel>> LlamaModel::Random(const ModelConfig& config, uint64_t seed,
+                                                       Backend* backend, LoadOptions options) {
   auto model =
       std::make_unique<FusedLlama>(config, backend, CreateRandomSource(seed), std::move(options));
   RETURN_IF_ERROR(model->Build());
   return std::unique_ptr<LlamaModel>(std::move(model));
+}
+
+Result<std::unique_ptr<LlamaModel>> LlamaModel::Random(const ModelConfig& config,
+                                                       WeightFormat format, uint64_t seed,
+                                                       Backend* backend, int64_t max_rows,
+                                                       int64_t max_logit_rows) {
+  return Random(
+      config, seed, backend,
+      {.max_rows = max_rows, .max_logit_rows = max_logit_rows, .format = format, .progress = {}});
 }
 
 }  // namespace innerq

@@ -35,7 +35,11 @@ class LlamaModel {
   // exhausted.
   static Result<std::unique_ptr<LlamaModel>> Load(std::shared_ptr<const Checkpoint> checkpoint,
                                                   Backend* backend, LoadOptions options);
-  // A model with seeded random weights of the given shape, for benchmarks and tests.
+  // A model with seeded random weights of the given shape, for benchmarks and tests. "As stored" is
+  // BF16. Errors: resource exhausted, and cancelled.
+  static Result<std::unique_ptr<LlamaModel>> Random(const ModelConfig& config, uint64_t seed,
+                                                    Backend* backend, LoadOptions options);
+  // The same without progress.
   static Result<std::unique_ptr<LlamaModel>> Random(const ModelConfig& config, WeightFormat format,
                                                     uint64_t seed, Backend* backend,
                                                     int64_t max_rows, int64_t max_logit_rows);
@@ -44,6 +48,9 @@ class LlamaModel {
   virtual const ModelConfig& config() const = 0;
   // Bytes of packed weights.
   virtual int64_t weight_bytes() const = 0;
+  // Bytes of those that a step with logits reads: all but the table of embeddings, of which it
+  // reads a row for each token.
+  virtual int64_t step_weight_bytes() const = 0;
 
   // Runs one step: appends, computes norms, seals and attends in every layer of `layers`
   // ([num_layers] views), and returns logits [R, V] F32, in host memory, for batch.logit_rows. The

@@ -2,12 +2,14 @@
 
 #include <fmt/format.h>
 
+#include <chrono>
 #include <cstdio>
 
 #include "server/access.h"
 #include "server/model_setup.h"
 #include "server/openai_api.h"
 #include "server/options.h"
+#include "server/signals.h"
 #include "server/text_stream.h"
 
 namespace innerq {
@@ -124,6 +126,16 @@ int ReportError(const Error& error) {
   const bool usage = error.code == ErrorCode::kInvalidArgument ||
                      error.code == ErrorCode::kNotFound || !error.param.empty();
   return usage ? 2 : 1;
+}
+
+int RunUntilSignal(const std::function<Result<void>(std::function<bool()>)>& work) {
+  Signals signals;
+  signals.Catch();
+  const auto caught = [&signals] { return signals.Wait(std::chrono::milliseconds(0)); };
+  const Result<void> done = work([&caught] { return caught() != 0; });
+  if (done) return 0;
+  const int code = ReportError(done.error());
+  return done.error().code == ErrorCode::kCancelled ? 128 + caught() : code;
 }
 
 int GenerateCommand(const ConfigSource& source, const GenerateArgs& args) {

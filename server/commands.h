@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,10 @@ struct ConfigSource {
 
 // Prints an error on standard error; returns the exit code for it.
 int ReportError(const Error& error);
+
+// Runs work that asks `interrupted` again and again and ends with the error "cancelled" once that
+// is true: from SIGINT or SIGTERM on. Returns the exit code, 128 and the signal's number after one.
+int RunUntilSignal(const std::function<Result<void>(std::function<bool()> interrupted)>& work);
 
 struct GenerateArgs {
   std::string prompt;

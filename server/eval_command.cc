@@ -2,23 +2,15 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
 #include <optional>
 #include <utility>
 
 #include "server/eval_data.h"
 #include "server/eval_report.h"
 #include "server/output_file.h"
-#include "server/signals.h"
 
 namespace innerq {
 namespace {
-
-Result<std::optional<OutputFile>> OpenIfNamed(const std::filesystem::path& path) {
-  if (path.empty()) return std::optional<OutputFile>();
-  ASSIGN_OR_RETURN(OutputFile file, OutputFile::Open(path));
-  return std::optional<OutputFile>(std::move(file));
-}
 
 // Files that exist: under two names too. A device may be both.
 Result<void> RefuseOneFile(const EvalOutputArgs& args) {
@@ -95,8 +87,8 @@ Result<EvalReport> RunTask(const ConfigSource& source, const EvalArgs& args,
 
 Result<void> Evaluate(const ConfigSource& source, const EvalArgs& args,
                       std::function<bool()> interrupted) {
-  ASSIGN_OR_RETURN(std::optional<OutputFile> json, OpenIfNamed(args.output.json));
-  ASSIGN_OR_RETURN(std::optional<OutputFile> plot, OpenIfNamed(args.output.plot));
+  ASSIGN_OR_RETURN(std::optional<OutputFile> json, OutputFile::OpenIfNamed(args.output.json));
+  ASSIGN_OR_RETURN(std::optional<OutputFile> plot, OutputFile::OpenIfNamed(args.output.plot));
   RETURN_IF_ERROR(RefuseOneFile(args.output));
   ASSIGN_OR_RETURN(const EvalReport report, RunTask(source, args, std::move(interrupted)));
   fmt::print("{}", FormatTable(report));
@@ -106,13 +98,9 @@ Result<void> Evaluate(const ConfigSource& source, const EvalArgs& args,
 }
 
 int EvalCommand(const ConfigSource& source, const EvalArgs& args) {
-  Signals signals;
-  signals.Catch();
-  const auto caught = [&signals] { return signals.Wait(std::chrono::milliseconds(0)); };
-  const Result<void> done = Evaluate(source, args, [&caught] { return caught() != 0; });
-  if (done) return 0;
-  const int code = ReportError(done.error());
-  return done.error().code == ErrorCode::kCancelled ? 128 + caught() : code;
+  return RunUntilSignal([&](std::function<bool()> interrupted) {
+    return Evaluate(source, args, std::move(interrupted));
+  });
 }
 
 }  // namespace innerq

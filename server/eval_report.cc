@@ -24,6 +24,10 @@ std::string Cell(std::optional<double> value, EvalColumn::Format format) {
       return *value == 0 ? "0" : fmt::format("{:.3g}", *value);
     case EvalColumn::Format::kCount:
       return fmt::format("{:.1f}", *value);
+    case EvalColumn::Format::kInteger:
+      return fmt::format("{:.0f}", *value);
+    case EvalColumn::Format::kMiB:
+      return fmt::format("{:.1f}", *value / (1 << 20));
   }
   return "";
 }
@@ -77,12 +81,13 @@ std::string FormatJson(const EvalReport& report) {
     json.update(Json::parse(row.details));
     caches.push_back(std::move(json));
   }
-  const Json json = {{"task", report.task},
-                     {"model", report.model},
-                     {"device", report.device},
-                     {"scope", report.scope},
-                     {"settings", Json::parse(report.settings)},
-                     {"caches", std::move(caches)}};
+  Json json = {{"task", report.task},
+               {"model", report.model},
+               {"device", report.device},
+               {"scope", report.scope},
+               {"settings", Json::parse(report.settings)}};
+  json.update(Json::parse(report.details));
+  json["caches"] = std::move(caches);
   return Dump(json, 2) + "\n";
 }
 

@@ -1,4 +1,4 @@
-// EvalReport: what an evaluation found, as a table, JSON and a plot.
+// EvalReport: what an evaluation or a benchmark found, as a table, JSON and a plot.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,14 @@ namespace innerq {
 
 // A measured figure of every cache.
 struct EvalColumn {
-  enum class Format { kRatio, kPercent, kSmall, kCount };  // 12.345; 98.7 %; 0.00123; 12.3
+  enum class Format {
+    kRatio,    // 12.345
+    kPercent,  // 98.7 %
+    kSmall,    // 0.00123
+    kCount,    // 12.3
+    kInteger,  // 12
+    kMiB,      // 12.3, of bytes
+  };
 
   std::string key;      // in JSON
   std::string heading;  // in the table
@@ -27,11 +34,12 @@ struct EvalRow {
 };
 
 struct EvalReport {
-  std::string task;             // perplexity, kl, ...
+  std::string task;             // perplexity, kl, ..., bench
   std::string model;            // its alias
   std::string device;           // "cpu/amx"
   std::string scope;            // what was measured, in a line
   std::string settings = "{}";  // JSON object: the same for programs
+  std::string details = "{}";   // JSON object: further keys of the report
   std::vector<EvalColumn> columns = {};
   std::vector<EvalRow> rows = {};
   size_t plot_column = 0;
@@ -40,8 +48,9 @@ struct EvalReport {
 
 // The scope and a table, in Markdown, aligned.
 std::string FormatTable(const EvalReport& report);
-// {"task", "model", "device", "scope", "settings": {}, "caches": [{"cache", "sealed_bits",
-// "effective_bits", a number or null per column's key, further keys of the task}]}
+// {"task", "model", "device", "scope", "settings": {}, further keys of the report, "caches":
+// [{"cache", "sealed_bits", "effective_bits", a number or null per column's key, further keys of
+// the row}]}
 std::string FormatJson(const EvalReport& report);
 // The plot column against effective bits.
 std::string FormatPlot(const EvalReport& report);

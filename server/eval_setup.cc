@@ -1,80 +1,10 @@
 #include "server/eval_setup.h"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
-#include <limits>
 #include <utility>
 
 namespace innerq {
 namespace {
-
-// Whether `text` begins with a key and "=".
-bool BeginsOverride(std::string_view text) {
-  const size_t end = text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_.");
-  return end != std::string_view::npos && end > 0 && text[end] == '=';
-}
-
-// Cuts at the commas that begin an override.
-std::vector<std::string> SplitChoice(std::string_view text) {
-  std::vector<std::string> parts(1);
-  for (size_t i = 0; i < text.size(); ++i) {
-    if (text[i] == ',' && BeginsOverride(text.substr(i + 1))) {
-      parts.emplace_back();
-    } else {
-      parts.back() += text[i];
-    }
-  }
-  return parts;
-}
-
-Error OfCache(const std::string& name, Error error) {
-  error.message = "cache " + name + ": " + error.message;
-  return error;
-}
-
-// F16, in as much memory as its sequences need.
-KvCacheOptions HalfPrecision() {
-  KvCacheOptions options;
-  options.memory_bytes = std::numeric_limits<int64_t>::max();
-  options.sink_tokens = options.recent_tokens = options.page_tokens;
-  options.key.bits = options.value.bits = 16;
-  options.normalize_keys = false;
-  return options;
-}
-
-Result<KvLayout> LayoutOf(const CacheChoice& cache, const ModelConfig& config) {
-  const auto spec = ResolveKvCacheSpec(cache.options, config);
-  if (!spec) return OfCache(cache.name, spec.error());
-  auto layout = KvLayout::Create(*spec, CodeOrder::kRowMajor);
-  if (!layout) return OfCache(cache.name, layout.error());
-  return layout;
-}
-
-Result<std::vector<CacheChoice>> ReadChoices(const Options& options, const ConfigSource& source,
-                                             const std::vector<std::string>& choices) {
-  if (choices.empty()) {
-    return std::vector<CacheChoice>{{source.file.stem().string(), options.runner.kv_cache}};
-  }
-  for (const std::string& text : source.overrides) {
-    if (!text.starts_with("kv_cache.")) continue;
-    return InvalidArgument("--set " + text +
-                           ": the configuration's own kv_cache is not used beside --cache; write "
-                           "--cache FILE," +
-                           text.substr(std::string_view("kv_cache.").size()));
-  }
-  std::vector<CacheChoice> caches;
-  for (const std::string& text : choices) {
-    ASSIGN_OR_RETURN(CacheChoice cache, ParseCacheChoice(text));
-    for (const CacheChoice& other : caches) {
-      if (other.name == cache.name) {
-        return InvalidArgument("--cache: two caches are called " + cache.name);
-      }
-    }
-    caches.push_back(std::move(cache));
-  }
-  return caches;
-}
 
 // Puts the reference first.
 Result<void> AddReference(const ModelConfig& config, std::vector<CacheChoice>* caches) {
@@ -90,31 +20,6 @@ Result<void> AddReference(const ModelConfig& config, std::vector<CacheChoice>* c
 
 }  // namespace
 
-Result<CacheChoice> ParseCacheChoice(std::string_view text) {
-  std::vector<std::string> parts = SplitChoice(text);
-  const std::filesystem::path file = parts[0];
-  CacheChoice choice{.name = file.stem().string(), .options = {}};
-  std::vector<std::string> overrides;
-  for (size_t i = 1; i < parts.size(); ++i) {
-    choice.name += "," + parts[i];
-    overrides.push_back("kv_cache." + parts[i]);
-  }
-  std::error_code ignored;
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream.is_open() || std::filesystem::is_directory(file, ignored)) {
-    return Error{ErrorCode::kNotFound, "--cache: cannot read configuration file " + file.string()};
-  }
-  const std::string content{std::istreambuf_iterator<char>(stream), {}};
-  const auto options = ParseOptions(content, overrides);
-  if (!options) {
-    Error error = options.error();
-    error.message = file.string() + ": " + error.message;
-    return error;
-  }
-  choice.options = options->runner.kv_cache;
-  return choice;
-}
-
 int64_t Evaluation::max_context() const {
   const int64_t wanted = options.runner.engine.max_context;
   return wanted > 0 ? std::min(wanted, parts.config.max_positions) : parts.config.max_positions;
@@ -125,7 +30,7 @@ Result<std::unique_ptr<ModelRunner>> Evaluation::RunnerFor(size_t index, int64_t
   const CacheChoice& cache = caches[index];
   auto runner = parts.runner->WithCache(cache.options,
                                         {.max_context = context, .max_sequences = num_sequences});
-  if (!runner) return OfCache(cache.name, runner.error());
+  if (!runner) return OfCache(cache, runner.error());
   return runner;
 }
 
@@ -152,19 +57,14 @@ Result<Evaluation> PrepareEvaluation(const ConfigSource& source,
   evaluation.interrupted = std::move(interrupted);
   ASSIGN_OR_RETURN(evaluation.options, LoadOptions(source.file, source.overrides));
   Options& options = evaluation.options;
-  ASSIGN_OR_RETURN(evaluation.caches, ReadChoices(options, source, choices));
+  ASSIGN_OR_RETURN(evaluation.caches, ReadCacheChoices(options, source, choices));
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
   const ModelConfig& config = checkpoint->config();
   RETURN_IF_ERROR(AddReference(config, &evaluation.caches));
   for (const CacheChoice& cache : evaluation.caches) {
     RETURN_IF_ERROR(LayoutOf(cache, config));
   }
-  // The runner that holds the weights has a cache that is never used.
-  Options load = options;
-  KvCacheOptions& least = load.runner.kv_cache = HalfPrecision();
-  ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf({"fp16", least}, config));
-  least.memory_bytes = layout.open_pool_bytes(1);
-  load.runner.engine.max_context = std::min(config.max_positions, least.page_tokens);
+  ASSIGN_OR_RETURN(const Options load, WithLeastCache(options, config));
   ASSIGN_OR_RETURN(evaluation.parts, LoadParts(load, evaluation.interrupted));
   return evaluation;
 }

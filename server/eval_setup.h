@@ -5,28 +5,17 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "engine/evaluate.h"
 #include "engine/model_runner.h"
+#include "server/cache_choice.h"
 #include "server/commands.h"
 #include "server/eval_report.h"
 #include "server/model_setup.h"
 #include "server/options.h"
 
 namespace innerq {
-
-// A cache and what tables call it.
-struct CacheChoice {
-  std::string name;
-  KvCacheOptions options;
-};
-
-// Reads "FILE[,key=value...]": the section kv_cache of a configuration, with keys of that section
-// replaced ("key.bits=2"). A comma begins a replacement where a key and "=" follow. Named by the
-// file's stem and the replacements. Errors: as of ParseOptions.
-Result<CacheChoice> ParseCacheChoice(std::string_view text);
 
 // What an evaluation needs. The weights are loaded once, for all caches.
 struct Evaluation {

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "server/bench_command.h"
+#include "server/bench_shapes.h"
 #include "server/commands.h"
 #include "server/eval_command.h"
 
@@ -140,6 +142,49 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
   return eval;
 }
 
+CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArgs* args) {
+  CLI::App* const bench =
+      app->add_subcommand("bench", "Measure how fast a model and its caches are");
+  AddConfigOptions(bench, source);
+  bench
+      ->add_option("--cache", args->caches,
+                   "A cache to measure (repeatable): the section kv_cache of a configuration file, "
+                   "with keys replaced: --cache configs/innerq_base.json,key.bits=2. Its memory is "
+                   "what the sequences need. Default: the one of --config")
+      ->allow_extra_args(false);
+  CLI::Option* const shape = bench->add_option(
+      "--shape", args->shape,
+      "Random weights of this shape, in model.dtype (auto: bf16), instead of the configuration's "
+      "model: " +
+          innerq::ShapeNames());
+  bench->add_option("--layers", args->layers, "Layers of the shape; default: all")
+      ->check(CLI::Range(1, 1000))
+      ->needs(shape);
+  bench->add_option("--batch", args->batches, "Sequences at once")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  bench
+      ->add_option("--depth", args->depths,
+                   "Tokens of each sequence that are cached before its prompt, not timed")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  bench->add_option("--prompt", args->prompt, "Tokens of each prompt")
+      ->check(TokenRange())
+      ->capture_default_str();
+  bench
+      ->add_option("--generate", args->generate,
+                   "Steps after the prompts: a token of each sequence")
+      ->check(TokenRange())
+      ->capture_default_str();
+  bench->add_option("--runs", args->runs, "Runs of each measurement; the median counts")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  bench->add_option("--json", args->json, "Write the results to this file");
+  return bench;
+}
+
 // Opens /dev/null in place of standard files that were closed. A connection would else be given the
 // number of standard error, and the logs.
 void OpenStandardFiles() {
@@ -201,6 +246,9 @@ int main(int argc, char** argv) {
   innerq::EvalArgs eval_args;
   CLI::App* const eval = AddEval(&app, &source, &eval_args);
 
+  innerq::BenchArgs bench_args;
+  CLI::App* const bench = AddBench(&app, &source, &bench_args);
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -209,6 +257,9 @@ int main(int argc, char** argv) {
   if (serve->parsed()) return innerq::ServeCommand(source, INNERQ_VERSION);
   if (generate->parsed()) return ExitCode(innerq::GenerateCommand(source, generate_args));
   if (eval->parsed()) return ExitCode(innerq::EvalCommand(source, eval_args));
+  if (bench->parsed()) {
+    return ExitCode(innerq::BenchCommand(source, bench_args, INNERQ_VERSION));
+  }
   if (check->parsed()) return ExitCode(innerq::CheckConfigCommand(source));
   return ExitCode(innerq::InspectCommand(path, source.overrides));
 }

@@ -48,6 +48,17 @@ std::vector<int32_t> StopTokens(const ModelParts& model) {
   return ids;
 }
 
+// The runner's options with a bar that shows how far it has come.
+ModelRunnerOptions WithProgress(const Options& options, const std::function<bool()>& interrupted,
+                                ProgressBar* bar) {
+  ModelRunnerOptions runner_options = options.runner;
+  runner_options.progress = [&interrupted, bar](int64_t done, int64_t total) {
+    bar->Show(done, total);
+    return !interrupted();
+  };
+  return runner_options;
+}
+
 }  // namespace
 
 std::vector<std::string> DescribeCache(const KvLayout& layout) {
@@ -76,23 +87,30 @@ Result<ModelParts> LoadParts(const Options& options, const std::function<bool()>
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
   parts.config = checkpoint->config();
   parts.stop_token_ids = StopTokens(parts);
-  ModelRunnerOptions runner_options = options.runner;
-  ProgressBar bar("loading weights");
-  runner_options.progress = [&](int64_t done, int64_t total) {
-    bar.Show(done, total);
-    return !interrupted();
-  };
-  auto created = ModelRunner::Create(std::move(checkpoint), runner_options);
-  if (!created) {
-    Error error = created.error();
-    if (error.code == ErrorCode::kResourceExhausted && error.param.empty()) {
-      error.message = "model.path: the weights and one step's memory: " + error.message;
-      error.param = "model.path";
-    }
-    return error;
-  }
-  parts.runner = std::move(created).value();
+  ASSIGN_OR_RETURN(parts.runner, LoadWeights(options, std::move(checkpoint), interrupted));
   return parts;
+}
+
+Result<std::unique_ptr<ModelRunner>> LoadWeights(const Options& options,
+                                                 std::shared_ptr<const Checkpoint> checkpoint,
+                                                 const std::function<bool()>& interrupted) {
+  ProgressBar bar("loading weights");
+  auto runner =
+      ModelRunner::Create(std::move(checkpoint), WithProgress(options, interrupted, &bar));
+  if (runner) return runner;
+  Error error = runner.error();
+  if (error.code == ErrorCode::kResourceExhausted && error.param.empty()) {
+    error.message = "model.path: the weights and one step's memory: " + error.message;
+    error.param = "model.path";
+  }
+  return error;
+}
+
+Result<std::unique_ptr<ModelRunner>> MakeRandomWeights(const Options& options,
+                                                       const ModelConfig& shape, uint64_t seed,
+                                                       const std::function<bool()>& interrupted) {
+  ProgressBar bar("making weights");
+  return ModelRunner::CreateRandom(shape, seed, WithProgress(options, interrupted, &bar));
 }
 
 Result<LoadedModel> LoadModel(const Options& options) {

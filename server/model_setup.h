@@ -30,6 +30,15 @@ struct ModelParts {
 Result<ModelParts> LoadParts(
     const Options& options, const std::function<bool()>& interrupted = [] { return false; });
 
+// Loads the weights alone. Progress, interruption and errors as of LoadParts.
+Result<std::unique_ptr<ModelRunner>> LoadWeights(const Options& options,
+                                                 std::shared_ptr<const Checkpoint> checkpoint,
+                                                 const std::function<bool()>& interrupted);
+// Makes random weights of a shape instead. Progress and interruption alike.
+Result<std::unique_ptr<ModelRunner>> MakeRandomWeights(const Options& options,
+                                                       const ModelConfig& shape, uint64_t seed,
+                                                       const std::function<bool()>& interrupted);
+
 struct LoadedModel {
   ModelConfig config;
   std::shared_ptr<const Tokenizer> tokenizer;

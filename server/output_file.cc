@@ -27,6 +27,12 @@ Result<OutputFile> OutputFile::Open(const std::filesystem::path& path) {
   return OutputFile(path, fd, created);
 }
 
+Result<std::optional<OutputFile>> OutputFile::OpenIfNamed(const std::filesystem::path& path) {
+  if (path.empty()) return std::optional<OutputFile>();
+  ASSIGN_OR_RETURN(OutputFile file, Open(path));
+  return std::optional<OutputFile>(std::move(file));
+}
+
 OutputFile::OutputFile(OutputFile&& other) noexcept
     : path_(std::move(other.path_)),
       fd_(std::exchange(other.fd_, -1)),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -15,6 +16,8 @@ class OutputFile {
  public:
   // Errors: unavailable, with the path and the system's reason.
   static Result<OutputFile> Open(const std::filesystem::path& path);
+  // The same; no file for an empty path.
+  static Result<std::optional<OutputFile>> OpenIfNamed(const std::filesystem::path& path);
   OutputFile(OutputFile&& other) noexcept;
   OutputFile& operator=(OutputFile&&) = delete;
   ~OutputFile();

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "kernels/cpu/cpu_attention.h"
@@ -14,6 +15,7 @@
 #include "kernels/cpu/matmul_dnnl.h"
 #include "kernels/cpu/matmul_pack.h"
 #include "kernels/cpu/op_table.h"
+#include "kernels/cpu/read_bandwidth.h"
 #include "kernels/cpu/thread_index.h"
 
 namespace innerq {
@@ -67,6 +69,12 @@ class CpuBackend final : public Backend {
   std::string_view name() const override { return name_; }
   CodeOrder code_order() const override { return CodeOrder::kPanel16; }
   bool deterministic() const override { return dnnl_ == nullptr; }
+  int threads() const override { return threads_; }
+  int64_t available_bytes() const override { return AvailableHostBytes(); }
+  Result<std::optional<double>> MeasureReadBandwidth() override {
+    ASSIGN_OR_RETURN(const double bandwidth, innerq::MeasureReadBandwidth(threads_));
+    return std::optional(bandwidth);
+  }
 
   Result<Buffer> Allocate(int64_t bytes) override { return AllocateHost(bytes); }
 

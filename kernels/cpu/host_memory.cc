@@ -31,9 +31,9 @@ int64_t Field(const char* path, const std::string& name) {
   return -1;
 }
 
-// Memory that can be used without swapping, in bytes: of the machine and, in a container with a
-// limit (cgroup v2), of that. Unlimited if unknown.
-int64_t AvailableBytes() {
+}  // namespace
+
+int64_t AvailableHostBytes() {
   int64_t available = std::numeric_limits<int64_t>::max();
   const int64_t kib = Field("/proc/meminfo", "MemAvailable:");
   if (kib >= 0) available = kib * 1024;
@@ -47,13 +47,11 @@ int64_t AvailableBytes() {
   return available;
 }
 
-}  // namespace
-
 Result<Buffer> AllocateHost(int64_t bytes) {
   CHECK(bytes >= 0, "negative size");
   const bool large = bytes >= kLargeBytes;
   // A system that overcommits grants any size and kills the process on use: look first.
-  const int64_t available = large ? AvailableBytes() : bytes;
+  const int64_t available = large ? AvailableHostBytes() : bytes;
   const bool fits = bytes <= available;
   const int64_t alignment = large ? kHugePage : kCacheLine;
   const auto padded = static_cast<size_t>(RoundUp(std::max<int64_t>(bytes, 1), alignment));

@@ -1,10 +1,16 @@
 // AllocateHost: aligned, zeroed host memory that says when there is not enough of it.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/result.h"
 #include "kernels/tensor.h"
 
 namespace innerq {
+
+// Memory that can be used without swapping, in bytes: of the machine and, in a container with a
+// limit (cgroup v2), of that. The largest number if nobody knows.
+int64_t AvailableHostBytes();
 
 // Zeroed memory, 64-byte aligned; from 4 MiB on aligned to 2 MiB and backed by huge pages where the
 // system has them. Errors: resource exhausted when it is more than the system has available.

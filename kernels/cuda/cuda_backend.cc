@@ -3,7 +3,10 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,9 +27,10 @@ using namespace cuda;  // NOLINT: this file is the module's own
 constexpr int64_t kMaxHeadDim = 256;
 // States of split attention: 8 rows of 128 channels, 8 heads, 4 million tokens in segments.
 constexpr int64_t kStateBytes = int64_t{256} << 20;
-constexpr int64_t kMaxItems = 32768;    // of one launch of split attention
-constexpr int64_t kWarpsPerSm = 16;     // that keep a multiprocessor busy
-constexpr int64_t kSpareBytes = 65536;  // of staging, for small arguments
+constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
+constexpr int64_t kWarpsPerSm = 16;      // that keep a multiprocessor busy
+constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
+constexpr int64_t kSpareBytes = 65536;   // of staging, for small arguments
 
 float ElementAsFloat(const ConstTensorView& view, int64_t i) {
   switch (view.dtype) {
@@ -82,6 +86,38 @@ class CudaBackend final : public Backend {
   CodeOrder code_order() const override { return CodeOrder::kRowMajor; }
   bool deterministic() const override { return cublas_ == nullptr; }
   bool host_visible() const override { return false; }
+  int64_t available_bytes() const override {
+    size_t available = 0, total = 0;
+    if (cudaMemGetInfo(&available, &total) != cudaSuccess) return Backend::available_bytes();
+    return static_cast<int64_t>(available);
+  }
+
+  // Many launches between two times of the host's clock, so that waiting for them costs little.
+  Result<std::optional<double>> MeasureReadBandwidth() override {
+    using Clock = std::chrono::steady_clock;
+    constexpr int64_t kBytes = int64_t{1} << 30;
+    constexpr int kPasses = 8;
+    constexpr int kRounds = 5;
+    ASSIGN_OR_RETURN(Buffer memory, AllocateDevice(kBytes));
+    ASSIGN_OR_RETURN(Buffer all_zero, AllocateDevice(sizeof(uint32_t)));
+    const ReadLaunch launch{.quads = reinterpret_cast<uint4*>(memory.data()),
+                            .num_quads = kBytes / static_cast<int64_t>(sizeof(uint4)),
+                            .all_zero = reinterpret_cast<uint32_t*>(all_zero.data()),
+                            .num_blocks = device_.num_multiprocessors * kReadBlocksPerSm};
+    RETURN_IF_CUDA_ERROR(LaunchFill(launch, stream_.get()), "filling memory");
+    RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream_.get()), "reading memory");
+    double fastest = std::numeric_limits<double>::infinity();
+    for (int round = 0; round < kRounds; ++round) {
+      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()), "reading memory");
+      const Clock::time_point begin = Clock::now();
+      for (int pass = 0; pass < kPasses; ++pass) {
+        RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream_.get()), "reading memory");
+      }
+      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()), "reading memory");
+      fastest = std::min(fastest, std::chrono::duration<double>(Clock::now() - begin).count());
+    }
+    return std::optional(static_cast<double>(kPasses * kBytes) / fastest);
+  }
 
   Result<Buffer> Allocate(int64_t bytes) override { return AllocateDevice(bytes); }
   Result<Buffer> AllocateForHost(int64_t bytes) override { return AllocatePinned(bytes); }

@@ -148,4 +148,16 @@ struct AddBiasLaunch {
 };
 cudaError_t LaunchAddBias(const AddBiasLaunch& launch, cudaStream_t stream);
 
+// --- bandwidth.cu ---
+
+struct ReadLaunch {
+  uint4* quads = nullptr;  // [num_quads]
+  int64_t num_quads = 0;
+  uint32_t* all_zero = nullptr;  // set to 1 by a thread whose quads are zero
+  int64_t num_blocks = 0;        // of 256 threads
+};
+// Writes numbers of which no thread of LaunchRead finds zeros alone.
+cudaError_t LaunchFill(const ReadLaunch& launch, cudaStream_t stream);
+cudaError_t LaunchRead(const ReadLaunch& launch, cudaStream_t stream);
+
 }  // namespace innerq::cuda

@@ -7,9 +7,8 @@
 #include <dnnl.hpp>
 #include <vector>
 
-#include "kernels/cpu/host_memory.h"
+#include "kernels/cpu/read_bandwidth.h"
 #include "kernels/float16.h"
-#include "kernels/tensor.h"
 
 namespace innerq {
 
@@ -22,31 +21,7 @@ double Fastest(const std::vector<double>& values) {
   return *std::min_element(values.begin(), values.end());
 }
 
-double ReadBandwidth(int threads) {
-  constexpr int64_t kBytes = int64_t{1} << 30;
-  constexpr int64_t kSlices = 32;
-  Buffer memory = *AllocateHost(kBytes);
-  auto* words = reinterpret_cast<uint64_t*>(memory.data());
-  const int64_t n = kBytes / static_cast<int64_t>(sizeof(uint64_t));
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) words[i] = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u;
-  std::vector<double> seconds;
-  uint64_t all = 0;
-  for (int64_t run = 0; run < 3 * kSlices; ++run) {
-    const uint64_t* slice = words + run % kSlices * (n / kSlices);
-    const auto begin = std::chrono::steady_clock::now();
-    uint64_t any = 0;
-#pragma omp parallel for num_threads(threads) reduction(| : any)
-    for (int64_t i = 0; i < n / kSlices; i += 32) {  // one word of each cache line
-      any |= slice[i] | slice[i + 8] | slice[i + 16] | slice[i + 24];
-    }
-    all |= any;
-    seconds.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-  }
-  CHECK(all != 0, "what was read must be used");
-  return static_cast<double>(kBytes / kSlices) / Fastest(seconds);
-}
+double ReadBandwidth(int threads) { return *MeasureReadBandwidth(threads); }
 
 double DnnlBf16Seconds(int64_t m, int64_t n, int64_t k, int threads) {
   using Memory = dnnl::memory;

@@ -9,9 +9,7 @@ namespace innerq {
 double Median(std::vector<double> values);
 double Fastest(const std::vector<double>& values);
 
-// Bytes per second of a plain loop on `threads` threads that touches every cache line of 1 GiB of
-// written memory: slices of it are timed one by one, about as long as a matrix product, and the
-// fastest counts.
+// Bytes per second of the plain loop that MeasureReadBandwidth times.
 double ReadBandwidth(int threads);
 
 // Median seconds of out [M, N] F32 = x [M, K] BF16 times a packed BF16 weight [N, K], in oneDNN's

@@ -338,6 +338,34 @@ TEST(Scheduler, OldestAlwaysRunsInPoolsThatHoldJustOne) {
   }
 }
 
+TEST(Scheduler, PassesOverASequenceWithoutATokenToCompute) {
+  const KvLayout layout = TestLayout();
+  const SchedulerLimits limits{
+      .max_sequences = 2, .max_batch_tokens = 2, .pools = {8, 8, 2}, .max_logit_rows = 2};
+  Scheduler scheduler(limits, layout);
+  std::vector<Sequence*> sequences;
+  for (const size_t prompt_length : {1, 4}) {
+    Request request;
+    request.prompt.assign(prompt_length, static_cast<int32_t>(prompt_length));
+    auto sequence = std::make_unique<Sequence>(std::move(request), nullptr, int64_t{0});
+    sequences.push_back(sequence.get());
+    scheduler.Admit(std::move(sequence));
+  }
+  const auto step = [&] {
+    const ScheduledBatch batch = scheduler.Schedule();
+    scheduler.Commit(batch);
+    std::map<const Sequence*, int64_t> rows;
+    for (const ScheduledChunk& chunk : batch.chunks) rows[chunk.sequence] = chunk.num_tokens;
+    return rows;
+  };
+  using Rows = std::map<const Sequence*, int64_t>;
+  EXPECT_EQ(step(), (Rows{{sequences[0], 1}, {sequences[1], 1}}));
+  EXPECT_EQ(step(), (Rows{{sequences[1], 2}})) << "the first waits for its next token";
+  sequences[0]->Append(8);
+  EXPECT_EQ(step(), (Rows{{sequences[0], 1}, {sequences[1], 1}}));
+  EXPECT_EQ(sequences[0]->pages.num_pages(), 1);
+}
+
 TEST(SchedulerDeathTest, RefusesASequenceThatCanNeverFit) {
   const KvLayout layout = TestLayout();
   Simulation simulation({16, 64, WorstPeakPages(layout, 400, false)}, layout);

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything about a GPU in one go: builds the preset cuda for the one that is here, checks the
-# kernels against the reference, and measures attention. What it prints is kept in
+# kernels against the reference, and measures attention and a whole model. What it prints is kept in
 # tests/gpu/results/<date>-<device>.txt.
 #   tests/gpu/run.sh            all of it, on a machine with a GPU and the CUDA toolkit
 #   tests/gpu/run.sh build      only the build, e.g. where there is no GPU; ARCHITECTURES=90 names one
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 what=${1:-all}
 [[ $what =~ ^(all|build|check)$ ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
 out=build/cuda/gpu
-programs=(kernels_test models_test engine_test attention_gpu_bench)
+programs=(innerq kernels_test models_test engine_test attention_gpu_bench)
 step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
 
@@ -27,7 +27,7 @@ if [[ $what != check ]]; then
   mkdir -p $out/lib
   git describe --always --dirty >$out/commit
   for program in "${programs[@]}"; do
-    path=$(find build/cuda/tests -name "$program" -type f -not -path '*/CMakeFiles/*')
+    path=$(find build/cuda -name "$program" -type f -not -path '*/CMakeFiles/*' -not -path "$out/*")
     strip -o "$out/$program" "$path"
     ldd "$path" | awk '$3 ~ /^\// {print $3}'
   done | sort -u |
@@ -84,6 +84,11 @@ done
 
 step "attention"
 timeout 240 $out/attention_gpu_bench || failed=1
+
+step "a whole model"
+timeout 240 $out/innerq bench -c configs/innerq_base.json --set backend.device=cuda \
+  --shape llama-3.1-8b --cache configs/fp16.json --cache configs/innerq_base.json \
+  --batch 1,16 --prompt 1024 --generate 64 --runs 2 || failed=1
 
 step "done, $([[ $failed == 0 ]] && echo "all passed" || echo "with failures"); kept in $log"
 exit $failed

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -123,10 +124,33 @@ TEST(Backend, DevicesOtherThanTheCpuHaveNoVariants) {
   }
 }
 
+#if !defined(INNERQ_SANITIZED)  // the shadow of a gigabyte is several
+TEST(Backend, MeasuresHowFastItsMemoryIsRead) {
+  const auto cpu = CreateBackend({.device = "cpu", .threads = 2}).value();
+  EXPECT_EQ(cpu->threads(), 2);
+  const std::optional<double> bandwidth = cpu->MeasureReadBandwidth().value();
+  EXPECT_GT(bandwidth.value(), 1e8) << "bytes per second";
+  EXPECT_LT(bandwidth.value(), 1e14);
+}
+#endif
+
+TEST(Backend, KnowsWhatMemoryIsLeftAndWhatItCannotMeasure) {
+  const auto reference = CreateReferenceBackend();
+  EXPECT_EQ(reference->threads(), 1);
+  EXPECT_FALSE(reference->MeasureReadBandwidth().value().has_value());
+  for (const std::string device : {"cpu", "reference"}) {
+    const int64_t bytes = CreateBackend({.device = device}).value()->available_bytes();
+    EXPECT_GT(bytes, int64_t{1} << 20);
+    EXPECT_LT(bytes, int64_t{1} << 50);
+  }
+}
+
 TEST(Backend, CudaComesUpOrSaysWhyNot) {
   const auto cuda = CreateBackend({.device = "cuda"});
   if (cuda.ok()) {
     EXPECT_FALSE((*cuda)->host_visible());
+    EXPECT_GT((*cuda)->available_bytes(), int64_t{1} << 20);
+    EXPECT_GT((*cuda)->MeasureReadBandwidth().value().value(), 1e10) << "bytes per second";
     return;
   }
   EXPECT_EQ(cuda.error().code, ErrorCode::kUnavailable);

@@ -30,6 +30,9 @@ struct float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 
 inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
@@ -45,6 +48,11 @@ inline cudaError_t cudaFree(void* memory) {
   return cudaSuccess;
 }
 inline cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
+// All that can be told of the host's memory here.
+inline cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
+  *available = *total = SIZE_MAX / 2;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
   std::memset(memory, value, bytes);
   return cudaSuccess;
