@@ -176,9 +176,8 @@ class Backend {
   virtual Result<Buffer> Import(ConstTensorView host) = 0;
   // Packs [n_i, K] parts (F32, F16 or BF16, host memory), stacked along N, converted to `format`;
   // `bias_parts` is empty or one [n_i] per part. The host memory is not needed afterwards.
-  virtual Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                                    std::span<const ConstTensorView> bias_parts,
-                                    WeightFormat format) = 0;
+  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, WeightFormat format);
   // Readies scratch memory; must be called before the first step, and again before a larger one.
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
@@ -205,6 +204,10 @@ class Backend {
   void GatherRows(const GatherRowsArgs& args);
 
  private:
+  // Makes the data and the bias of a weight whose format and extents are set.
+  virtual Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                                    std::span<const ConstTensorView> bias_parts,
+                                    Weight* weight) = 0;
   virtual void DoEmbed(const EmbedArgs& args) = 0;
   virtual void DoRmsNorm(const RmsNormArgs& args) = 0;
   virtual void DoMatMul(const MatMulArgs& args) = 0;

@@ -155,7 +155,8 @@ double KvLayout::effective_bits_per_element(int64_t tokens) const {
   if (tokens <= 0) return 0.0;
   const int64_t pages = CeilDiv(tokens, page_tokens());
   const int64_t sealed = SealedPages(tokens - 1).size();
-  const int64_t bytes = (pages - sealed) * open_page_bytes_ + sealed * sealed_page_bytes_;
+  const int64_t norm = normalizes_keys() && sealed > 0 ? key_norm_bytes() : 0;
+  const int64_t bytes = (pages - sealed) * open_page_bytes_ + sealed * sealed_page_bytes_ + norm;
   const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * tokens;
   return static_cast<double>(bytes) * 8.0 / static_cast<double>(elements);
 }

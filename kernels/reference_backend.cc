@@ -13,18 +13,6 @@
 namespace innerq {
 namespace {
 
-float ReadElement(const ConstTensorView& view, int64_t i) {
-  switch (view.dtype) {
-    case DType::kF32:
-      return view.As<float>()[i];
-    case DType::kF16:
-      return F16ToF32(view.As<uint16_t>()[i]);
-    case DType::kBF16:
-      return BF16ToF32(view.As<uint16_t>()[i]);
-  }
-  return 0;
-}
-
 // What a weight becomes in a format, as a float.
 float RoundTo(WeightFormat format, float x) {
   switch (format) {
@@ -50,32 +38,6 @@ class ReferenceBackend final : public Backend {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
   }
 
-  // Weights are [N, K] F32, already rounded to their format.
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias_parts,
-                            WeightFormat format) override {
-    CHECK(!parts.empty(), "PackWeight: no parts");
-    Weight weight;
-    weight.format = format;
-    weight.cols = parts[0].shape[1];
-    for (const ConstTensorView& part : parts) weight.rows += part.shape[0];
-    ASSIGN_OR_RETURN(weight.data, Allocate(weight.rows * weight.cols * 4));
-    float* out = reinterpret_cast<float*>(weight.data.data());
-    for (const ConstTensorView& part : parts) {
-      CHECK(part.shape[1] == weight.cols, "PackWeight: parts differ in columns");
-      for (int64_t i = 0; i < part.shape.num_elements(); ++i) {
-        *out++ = RoundTo(format, ReadElement(part, i));
-      }
-    }
-    if (bias_parts.empty()) return weight;
-    ASSIGN_OR_RETURN(weight.bias, Allocate(weight.rows * 4));
-    float* bias = reinterpret_cast<float*>(weight.bias.data());
-    for (const ConstTensorView& part : bias_parts) {
-      for (int64_t i = 0; i < part.shape.num_elements(); ++i) *bias++ = ReadElement(part, i);
-    }
-    return weight;
-  }
-
   Result<void> Reserve(const StepLimits&) override { return {}; }
 
   Result<void> Synchronize() override {
@@ -85,11 +47,30 @@ class ReferenceBackend final : public Backend {
   }
 
  private:
+  // Weights are [N, K] F32, already rounded to their format.
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, Weight* weight) override {
+    ASSIGN_OR_RETURN(weight->data, Allocate(weight->rows * weight->cols * 4));
+    float* out = reinterpret_cast<float*>(weight->data.data());
+    for (const ConstTensorView& part : parts) {
+      for (int64_t i = 0; i < part.shape.num_elements(); ++i) {
+        *out++ = RoundTo(weight->format, ElementAsFloat(part, i));
+      }
+    }
+    if (bias_parts.empty()) return {};
+    ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
+    float* bias = reinterpret_cast<float*>(weight->bias.data());
+    for (const ConstTensorView& part : bias_parts) {
+      for (int64_t i = 0; i < part.shape.num_elements(); ++i) *bias++ = ElementAsFloat(part, i);
+    }
+    return {};
+  }
+
   void DoEmbed(const EmbedArgs& args) override {
     const int64_t width = args.out.shape[1];
     float* out = args.out.As<float>();
     for (const int32_t id : args.token_ids) {
-      for (int64_t c = 0; c < width; ++c) *out++ = ReadElement(args.table, id * width + c);
+      for (int64_t c = 0; c < width; ++c) *out++ = ElementAsFloat(args.table, id * width + c);
     }
   }
 

@@ -5,7 +5,6 @@
 #include <deque>
 #include <string>
 
-#include "kernels/float16.h"
 #include "models/tensor_source.h"
 
 namespace innerq {
@@ -35,12 +34,6 @@ struct Activations {
   Buffer logits;     // [R, V]
   Buffer for_host;   // [R, V] where the host can read them; empty if it can read `logits`
 };
-
-float ElementAsFloat(const ConstTensorView& tensor, int64_t i) {
-  if (tensor.dtype == DType::kF16) return F16ToF32(tensor.As<uint16_t>()[i]);
-  if (tensor.dtype == DType::kBF16) return BF16ToF32(tensor.As<uint16_t>()[i]);
-  return tensor.As<float>()[i];
-}
 
 // The decoder with q, k, v and gate, up fused into one matrix each.
 class FusedLlama : public LlamaModel {

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
-#include <limits>
 #include <utility>
+
+#include "engine/page_budget.h"
 
 namespace innerq {
 namespace {
@@ -33,10 +34,8 @@ Error OfCache(const std::string& name, Error error) {
   return error;
 }
 
-// F16, in as much memory as its sequences need.
 KvCacheOptions HalfPrecision() {
   KvCacheOptions options;
-  options.memory_bytes = std::numeric_limits<int64_t>::max();
   options.sink_tokens = options.recent_tokens = options.page_tokens;
   options.key.bits = options.value.bits = 16;
   options.normalize_keys = false;
@@ -57,11 +56,12 @@ Result<std::vector<CacheChoice>> ReadChoices(const Options& options, const Confi
     return std::vector<CacheChoice>{{source.file.stem().string(), options.runner.kv_cache}};
   }
   for (const std::string& text : source.overrides) {
-    if (!text.starts_with("kv_cache.")) continue;
-    return InvalidArgument("--set " + text +
-                           ": the configuration's own kv_cache is not used beside --cache; write "
-                           "--cache FILE," +
-                           text.substr(std::string_view("kv_cache.").size()));
+    const bool one_key = text.starts_with("kv_cache.");
+    if (!one_key && !text.starts_with("kv_cache=")) continue;
+    return InvalidArgument(
+        "--set " + text +
+        ": the configuration's own kv_cache is not used beside --cache; write --cache FILE," +
+        (one_key ? text.substr(std::string_view("kv_cache.").size()) : "key=value"));
   }
   std::vector<CacheChoice> caches;
   for (const std::string& text : choices) {
@@ -76,15 +76,28 @@ Result<std::vector<CacheChoice>> ReadChoices(const Options& options, const Confi
   return caches;
 }
 
+// The longest context that the model and the configuration allow.
+int64_t LongestContext(const Options& options, const ModelConfig& config) {
+  const int64_t wanted = options.runner.engine.max_context;
+  return wanted > 0 ? std::min(wanted, config.max_positions) : config.max_positions;
+}
+
 // Puts the reference first.
-Result<void> AddReference(const ModelConfig& config, std::vector<CacheChoice>* caches) {
+Result<void> AddReference(const Options& options, const ModelConfig& config,
+                          std::vector<CacheChoice>* caches) {
   for (auto it = caches->begin(); it != caches->end(); ++it) {
     ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf(*it, config));
     if (layout.quantized()) continue;
     std::rotate(caches->begin(), it, it + 1);
     return {};
   }
-  caches->insert(caches->begin(), {"fp16", HalfPrecision()});
+  CacheChoice reference{"fp16", HalfPrecision()};
+  ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf(reference, config));
+  const PageCounts longest =
+      WorstPeakPages(layout, LongestContext(options, config), /*exact_prefill=*/false);
+  reference.options.memory_bytes =
+      std::max(options.runner.kv_cache.memory_bytes, layout.open_pool_bytes(longest.open));
+  caches->insert(caches->begin(), std::move(reference));
   return {};
 }
 
@@ -115,10 +128,7 @@ Result<CacheChoice> ParseCacheChoice(std::string_view text) {
   return choice;
 }
 
-int64_t Evaluation::max_context() const {
-  const int64_t wanted = options.runner.engine.max_context;
-  return wanted > 0 ? std::min(wanted, parts.config.max_positions) : parts.config.max_positions;
-}
+int64_t Evaluation::max_context() const { return LongestContext(options, parts.config); }
 
 Result<std::unique_ptr<ModelRunner>> Evaluation::RunnerFor(size_t index, int64_t num_sequences,
                                                            int64_t context) const {
@@ -155,7 +165,7 @@ Result<Evaluation> PrepareEvaluation(const ConfigSource& source,
   ASSIGN_OR_RETURN(evaluation.caches, ReadChoices(options, source, choices));
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
   const ModelConfig& config = checkpoint->config();
-  RETURN_IF_ERROR(AddReference(config, &evaluation.caches));
+  RETURN_IF_ERROR(AddReference(options, config, &evaluation.caches));
   for (const CacheChoice& cache : evaluation.caches) {
     RETURN_IF_ERROR(LayoutOf(cache, config));
   }

@@ -54,8 +54,8 @@ struct LogOptions {
 // Configuration "self_check".
 struct SelfCheckOptions {
   bool enabled = true;
-  double seconds = 5;      // time it may take
-  double warn_kl = 0.005;  // nats, mean
+  double seconds = 5;       // time it may take
+  double warn_kl = 0.0045;  // nats, mean
 };
 
 // One configuration file, checked, with defaults and overrides applied. See configs/schema.json for

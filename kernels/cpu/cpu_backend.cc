@@ -74,38 +74,6 @@ class CpuBackend final : public Backend {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
   }
 
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias_parts,
-                            WeightFormat format) override {
-    CHECK(!parts.empty(), "PackWeight: no parts");
-    CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
-          "PackWeight: expected one bias per part");
-    Weight weight;
-    weight.format = format;
-    weight.cols = parts[0].shape[1];
-    for (size_t i = 0; i < parts.size(); ++i) {
-      CHECK(parts[i].shape.rank() == 2 && parts[i].shape[1] == weight.cols,
-            "PackWeight: parts differ in columns");
-      CHECK(bias_parts.empty() || bias_parts[i].shape == Shape{parts[i].shape[0]},
-            "PackWeight: bias does not match its part");
-      weight.rows += parts[i].shape[0];
-    }
-    if (UsesDnnl(format)) {
-      ASSIGN_OR_RETURN(weight.data, dnnl_->Pack(parts, format, ops_));
-    } else {
-      ASSIGN_OR_RETURN(weight.data, Allocate(PanelBytes(format, weight.rows, weight.cols)));
-      PackPanels(parts, format, ops_, threads_, weight.data.data());
-    }
-    if (bias_parts.empty()) return weight;
-    ASSIGN_OR_RETURN(weight.bias, Allocate(weight.rows * 4));
-    float* bias = reinterpret_cast<float*>(weight.bias.data());
-    for (const ConstTensorView& part : bias_parts) {
-      ReadFloats(part, 0, part.shape[0], ops_, bias);
-      bias += part.shape[0];
-    }
-    return weight;
-  }
-
   Result<void> Reserve(const StepLimits& limits) override {
     const int64_t rows = RoundUp(limits.max_rows, kRowTile);
     const int64_t packed_bytes =
@@ -122,6 +90,25 @@ class CpuBackend final : public Backend {
   Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
 
  private:
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, Weight* weight) override {
+    if (UsesDnnl(weight->format)) {
+      ASSIGN_OR_RETURN(weight->data, dnnl_->Pack(parts, weight->format, ops_));
+    } else {
+      ASSIGN_OR_RETURN(weight->data,
+                       Allocate(PanelBytes(weight->format, weight->rows, weight->cols)));
+      PackPanels(parts, weight->format, ops_, threads_, weight->data.data());
+    }
+    if (bias_parts.empty()) return {};
+    ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
+    float* bias = reinterpret_cast<float*>(weight->bias.data());
+    for (const ConstTensorView& part : bias_parts) {
+      ReadFloats(part, 0, part.shape[0], ops_, bias);
+      bias += part.shape[0];
+    }
+    return {};
+  }
+
   bool UsesDnnl(WeightFormat format) const { return dnnl_ != nullptr && dnnl_->Handles(format); }
 
   // Keeps the first error until Synchronize.

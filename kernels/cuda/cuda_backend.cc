@@ -28,18 +28,6 @@ constexpr int64_t kMaxItems = 32768;    // of one launch of split attention
 constexpr int64_t kWarpsPerSm = 16;     // that keep a multiprocessor busy
 constexpr int64_t kSpareBytes = 65536;  // of staging, for small arguments
 
-float ElementAsFloat(const ConstTensorView& view, int64_t i) {
-  switch (view.dtype) {
-    case DType::kF32:
-      return view.As<float>()[i];
-    case DType::kF16:
-      return F16ToF32(view.As<uint16_t>()[i]);
-    case DType::kBF16:
-      return BF16ToF32(view.As<uint16_t>()[i]);
-  }
-  return 0;
-}
-
 int64_t ElementBytes(WeightFormat format) { return format == WeightFormat::kF32 ? 4 : 2; }
 
 void WriteElement(WeightFormat format, float x, std::byte* to) {
@@ -96,39 +84,6 @@ class CudaBackend final : public Backend {
     return buffer;
   }
 
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias_parts,
-                            WeightFormat format) override {
-    CHECK(!parts.empty(), "PackWeight: no parts");
-    CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
-          "PackWeight: expected one bias per part");
-    Weight weight;
-    weight.format = format;
-    weight.cols = parts[0].shape[1];
-    for (size_t i = 0; i < parts.size(); ++i) {
-      CHECK(parts[i].shape.rank() == 2 && parts[i].shape[1] == weight.cols,
-            "PackWeight: parts differ in columns");
-      CHECK(bias_parts.empty() || bias_parts[i].shape == Shape{parts[i].shape[0]},
-            "PackWeight: bias does not match its part");
-      weight.rows += parts[i].shape[0];
-    }
-    const int64_t row_bytes = RoundUp(weight.cols, kMatMulUnit) * ElementBytes(format);
-    ASSIGN_OR_RETURN(weight.data, AllocateDevice(RoundUp(weight.rows, kMatMulUnit) * row_bytes));
-    std::byte* to = weight.data.data();
-    for (const ConstTensorView& part : parts) {
-      RETURN_IF_ERROR(CopyRows(part, format, row_bytes, to));
-      to += part.shape[0] * row_bytes;
-    }
-    if (bias_parts.empty()) return weight;
-    std::vector<float> bias;
-    for (const ConstTensorView& part : bias_parts) {
-      for (int64_t i = 0; i < part.shape[0]; ++i) bias.push_back(ElementAsFloat(part, i));
-    }
-    ASSIGN_OR_RETURN(weight.bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
-                                          DType::kF32, Shape{weight.rows}}));
-    return weight;
-  }
-
   Result<void> Reserve(const StepLimits& limits) override {
     if (limits.max_head_dim > kMaxHeadDim) {
       return InvalidArgument("head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " +
@@ -176,6 +131,25 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, Weight* weight) override {
+    const int64_t row_bytes = RoundUp(weight->cols, kMatMulUnit) * ElementBytes(weight->format);
+    ASSIGN_OR_RETURN(weight->data, AllocateDevice(RoundUp(weight->rows, kMatMulUnit) * row_bytes));
+    std::byte* to = weight->data.data();
+    for (const ConstTensorView& part : parts) {
+      RETURN_IF_ERROR(CopyRows(part, weight->format, row_bytes, to));
+      to += part.shape[0] * row_bytes;
+    }
+    if (bias_parts.empty()) return {};
+    std::vector<float> bias;
+    for (const ConstTensorView& part : bias_parts) {
+      for (int64_t i = 0; i < part.shape[0]; ++i) bias.push_back(ElementAsFloat(part, i));
+    }
+    ASSIGN_OR_RETURN(weight->bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
+                                           DType::kF32, Shape{weight->rows}}));
+    return {};
+  }
+
   // Keeps the first error until Synchronize; says whether all is well.
   bool Check(cudaError_t status, const char* what) {
     if (status != cudaSuccess && error_.ok()) error_ = ErrorOf(status, what);

@@ -1,19 +1,10 @@
 #include "engine/model_runner.h"
 
-#include <filesystem>
-
 #include "gtest/gtest.h"
 #include "tests/engine/engine_test_util.h"
 
 namespace innerq {
 namespace {
-
-// 2 layers, 2 key/value heads of 64, vocabulary 128, context 256.
-std::shared_ptr<const Checkpoint> TinyCheckpoint() {
-  return Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) /
-                          "tests/models/golden/tiny_llama")
-      .value();
-}
 
 ModelRunnerOptions TinyOptions() {
   ModelRunnerOptions options;

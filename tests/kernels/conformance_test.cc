@@ -784,14 +784,15 @@ class BrokenBackend final : public Backend {
   bool deterministic() const override { return true; }
   Result<Buffer> Allocate(int64_t bytes) override { return inner_->Allocate(bytes); }
   Result<Buffer> Import(ConstTensorView host) override { return inner_->Import(host); }
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias, WeightFormat format) override {
-    return inner_->PackWeight(parts, bias, format);
-  }
   Result<void> Reserve(const StepLimits& limits) override { return inner_->Reserve(limits); }
   Result<void> Synchronize() override { return inner_->Synchronize(); }
 
  private:
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias, Weight* weight) override {
+    ASSIGN_OR_RETURN(*weight, inner_->PackWeight(parts, bias, weight->format));
+    return {};
+  }
   void Break(std::string_view operation, TensorView out) {
     if (operation != operation_) return;
     float* data = out.As<float>();

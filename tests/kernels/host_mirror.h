@@ -38,15 +38,17 @@ class HostMirror final : public Backend {
   Result<Buffer> Import(ConstTensorView host) override {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
   }
-  // On the device.
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias, WeightFormat format) override {
-    return device_->PackWeight(parts, bias, format);
-  }
   Result<void> Reserve(const StepLimits& limits) override { return device_->Reserve(limits); }
   Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
 
  private:
+  // On the device.
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias, Weight* weight) override {
+    ASSIGN_OR_RETURN(*weight, device_->PackWeight(parts, bias, weight->format));
+    return {};
+  }
+
   using Pools = std::map<std::byte*, int64_t>;
   static constexpr int64_t kGuard = 256;
   static constexpr std::byte kGuardByte{0x5a};
