@@ -136,11 +136,16 @@ int CheckConfigCommand(const ConfigSource& source) {
 }
 
 int InspectCommand(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
-  if (!std::filesystem::is_directory(path)) {
+  std::error_code unseen;  // LoadOptions says why
+  if (!std::filesystem::is_directory(path, unseen)) {
     return RunWithOptions(LoadOptions(path, overrides), PrintInspection);
   }
   // The default configuration on that model.
-  auto options = ParseOptions("{}", overrides);
+  auto options = ParseOptions(R"({"model": {"path": "/"}})", overrides);
+  if (options && options->model.path != "/") {
+    return ReportError(InvalidArgument(
+        "model.path: cannot be set, for the model is in " + path.string(), "model.path"));
+  }
   if (options) options->model.path = path;
   return RunWithOptions(options, PrintInspection);
 }
