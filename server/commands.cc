@@ -54,7 +54,7 @@ Result<void> PrintConfig(const Options& options) {
   ASSIGN_OR_RETURN(const auto chat_template,
                    ChatTemplate::Load(options.model.path, options.model.chat_template, tokenizer));
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
-  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(checkpoint->config(), options.runner));
+  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(*checkpoint, options.runner));
   fmt::print("the configuration is valid; it would serve {} as {} on {}:{}\n",
              options.model.path.string(), options.model.alias, options.server.host,
              options.server.port);
