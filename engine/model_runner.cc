@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kScoreRows = 128;
 
 constexpr int64_t kLeastPageTokens = 32;  // of any layout
+constexpr int64_t kLeastContext = 2;      // tokens: one of a prompt, one of its answer
 
 int64_t MaxLogitRows(const EngineOptions& options) {
   return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
@@ -199,16 +200,28 @@ class LlamaRunner final : public ModelRunner {
 
 }  // namespace
 
-Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options) {
+Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptions& options) {
+  const ModelConfig& config = checkpoint.config();
   ModelPlan plan{.engine = options.engine};
   ASSIGN_OR_RETURN(plan.backend, CreateBackend(options.backend));
+  // For a single row: next to no memory, and all that the device says about the heads' shape.
+  RETURN_IF_ERROR(plan.backend->Reserve({.max_rows = 1,
+                                         .max_head_dim = config.head_dim,
+                                         .max_group = config.num_heads / config.num_kv_heads,
+                                         .max_pages = 1}));
   RETURN_IF_ERROR(PlanCache(config, options.kv_cache, plan.backend->code_order(), &plan));
+  if (plan.engine.max_context < kLeastContext) {
+    return InvalidArgument("a context of " + std::to_string(plan.engine.max_context) +
+                               " token has no room for a prompt and an answer",
+                           "scheduler.max_context");
+  }
+  RETURN_IF_ERROR(LlamaModel::CheckTensors(checkpoint));
   return plan;
 }
 
 Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
     std::shared_ptr<const Checkpoint> checkpoint, const ModelRunnerOptions& options) {
-  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(checkpoint->config(), options));
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(*checkpoint, options));
   const EngineOptions& engine = plan.engine;
 
   const auto weights = std::make_shared<Weights>();

@@ -9,7 +9,7 @@ constexpr int64_t kMaxHeadDim = 256;
 
 bool IsPowerOfTwo(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
 
-// `reduced` and `kept` are the extents of a page along the inner and the outer axis.
+// `inner` and `outer` are the extents of a page along these axes.
 Result<void> CheckSpec(const QuantSpec& spec, const std::string& name, int64_t inner,
                        int64_t outer) {
   if (spec.bits == 16) return {};

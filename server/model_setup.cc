@@ -86,7 +86,7 @@ Result<ModelParts> LoadParts(const Options& options, const std::function<bool()>
   if (!created) {
     Error error = created.error();
     if (error.code == ErrorCode::kResourceExhausted && error.param.empty()) {
-      error.message = "model.path: the weights and one step's memory: " + error.message;
+      error.message = "model.path: the weights: " + error.message;
       error.param = "model.path";
     }
     return error;

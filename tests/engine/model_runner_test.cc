@@ -68,6 +68,8 @@ TEST(ModelRunner, ExplainsWhatItCannotDo) {
   };
   refused(ErrorCode::kInvalidArgument, "scheduler.max_context",
           [](auto& o) { o.engine.max_context = 257; });
+  refused(ErrorCode::kInvalidArgument, "scheduler.max_context",
+          [](auto& o) { o.engine.max_context = 1; });
   refused(ErrorCode::kResourceExhausted, "kv_cache.memory",
           [](auto& o) { o.kv_cache.memory_bytes = 100; });
   refused(ErrorCode::kInvalidArgument, "kv_cache.key.group_size",
@@ -78,7 +80,7 @@ TEST(ModelRunner, ExplainsWhatItCannotDo) {
 
 TEST(PlanModel, SaysWhatWouldRunBeforeAnythingIsLoaded) {
   const auto checkpoint = TinyCheckpoint();
-  const ModelPlan plan = PlanModel(checkpoint->config(), TinyOptions()).value();
+  const ModelPlan plan = PlanModel(*checkpoint, TinyOptions()).value();
   const auto runner = ModelRunner::Create(checkpoint, TinyOptions()).value();
   EXPECT_EQ(plan.backend->name(), runner->report().backend);
   EXPECT_EQ(plan.pools.open_pages, runner->num_open_pages());
@@ -88,7 +90,10 @@ TEST(PlanModel, SaysWhatWouldRunBeforeAnythingIsLoaded) {
 
   ModelRunnerOptions wrong = TinyOptions();
   wrong.backend.variant = "none";
-  EXPECT_EQ(PlanModel(checkpoint->config(), wrong).error().param, "backend.variant");
+  EXPECT_EQ(PlanModel(*checkpoint, wrong).error().param, "backend.variant");
+  wrong = TinyOptions();
+  wrong.engine.max_context = 1;
+  EXPECT_EQ(PlanModel(*checkpoint, wrong).error().param, "scheduler.max_context");
 }
 
 TEST(ModelRunner, BringsUpFurtherCachesOnTheSameWeights) {
