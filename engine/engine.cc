@@ -56,6 +56,12 @@ void ObserveFinished(const Sequence& sequence, EngineStats* stats) {
   stats->request_generation_tokens.Observe(static_cast<double>(sequence.num_generated()));
 }
 
+// The length of a prompt that needs no more computing for the first time, else 0.
+int64_t NewlyComplete(Sequence& sequence) {
+  if (sequence.num_uncomputed() > 0 || std::exchange(sequence.prompt_counted, true)) return 0;
+  return sequence.prompt_length();
+}
+
 // Three kinds of state: what the engine thread owns (model, scheduler, scratch), what the mutex
 // guards (queue, state, statistics), and what never changes (options).
 class ThreadedEngine final : public Engine {
@@ -121,9 +127,8 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
   const auto count = static_cast<int64_t>(requests.size());
   if (count < 1 || count > options_.max_queue) {
     return InvalidArgument("a group of " + std::to_string(count) +
-                               " requests; the queue holds from 1 to " +
-                               std::to_string(options_.max_queue),
-                           "n");
+                           " requests; the queue holds from 1 to " +
+                           std::to_string(options_.max_queue));
   }
   for (const Request& request : requests) {
     RETURN_IF_ERROR(ValidateRequest(request, vocab_size_, options_.max_context));
@@ -208,6 +213,7 @@ bool ThreadedEngine::WaitForWork(const std::stop_token& stop) {
   work_.wait(lock, stop, [this] { return !queue_.empty() || !scheduler_.empty(); });
   for (auto& sequence : queue_) {
     sequence->number = ++num_admitted_;
+    stats_.prompt_tokens += NewlyComplete(*sequence);
     scheduler_.Admit(std::move(sequence));
   }
   queue_.clear();
@@ -250,12 +256,13 @@ Result<void> ThreadedEngine::Step() {
   }
   CHECK(logits->size() == forward.logit_rows.size() * static_cast<size_t>(vocab_size_),
         "a step must return one row of logits per logit row");
-  int64_t prompt_tokens = 0;
+  int64_t prompt_tokens = 0, computed = 0;
   for (const ScheduledChunk& chunk : batch.chunks) {
     const int64_t left = chunk.sequence->prompt_length() - chunk.sequence->num_computed;
-    prompt_tokens += std::clamp<int64_t>(left, 0, chunk.num_tokens);
+    computed += std::clamp<int64_t>(left, 0, chunk.num_tokens);
   }
   scheduler_.Commit(batch);
+  for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(*chunk.sequence);
   int64_t generated = 0;
   std::span<const float> rest = *logits;
   const auto next_rows = [&](int64_t count) {
@@ -271,6 +278,7 @@ Result<void> ThreadedEngine::Step() {
   const Lock lock(mutex_);
   ++stats_.steps;
   stats_.prompt_tokens += prompt_tokens;
+  stats_.prompt_tokens_computed += computed;
   stats_.generation_tokens += generated;
   stats_.step_tokens.Observe(static_cast<double>(forward.num_rows()));
   if (!forward.seals.empty()) stats_.sealed_groups = model_->sealed_groups();
