@@ -156,7 +156,8 @@ void AppendUtf8(std::string& out, uint32_t code) {
 
 size_t FindPart(std::string_view text, std::string_view part, size_t from) {
   if (from > text.size()) return std::string_view::npos;
-  // glibc's is linear: two-way, or for short parts a search that looks at each byte of them once.
+  // glibc's is linear: two-way for parts of more than 256 bytes, so that the others' worst case,
+  // their product, is bounded by a constant too.
   const void* found = memmem(text.data() + from, text.size() - from, part.data(), part.size());
   if (found == nullptr) return std::string_view::npos;
   return static_cast<size_t>(static_cast<const char*>(found) - text.data());
