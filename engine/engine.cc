@@ -95,6 +95,7 @@ class ThreadedEngine final : public Engine {
   bool WaitForWork(const std::stop_token& stop);
   void EndCancelled();
   Result<void> Step();
+  void EndFailed(const Error& error, ScheduledBatch* batch);
   void TakeScores(const ScheduledChunk& chunk, std::span<const float> logits);
   bool TakeToken(Sequence& sequence, std::span<const float> logits);
   void DeliverFinished();
@@ -233,7 +234,7 @@ void ThreadedEngine::EndCancelled() {
 // DeliverFinished. Errors: unavailable if the device is lost.
 Result<void> ThreadedEngine::Step() {
   if (scheduler_.empty()) return {};
-  const ScheduledBatch batch = scheduler_.Schedule();
+  ScheduledBatch batch = scheduler_.Schedule();
   const Clock::time_point begin = Clock::now();
   for (const ScheduledChunk& chunk : batch.chunks) {
     Sequence& sequence = *chunk.sequence;
@@ -245,14 +246,14 @@ Result<void> ThreadedEngine::Step() {
     const Lock lock(mutex_);
     PublishGauges(lock);
   }
-  const ForwardBatch forward = BuildForwardBatch(batch, model_->layout());
-  const Result<std::span<const float>> logits = model_->Step(forward);
-  if (!logits.ok()) {
+  ForwardBatch forward = BuildForwardBatch(batch, model_->layout());
+  Result<std::span<const float>> logits = model_->Step(forward);
+  while (!logits.ok()) {
     if (logits.error().code == ErrorCode::kUnavailable) return logits.error();
-    for (const ScheduledChunk& chunk : batch.chunks) {
-      chunk.sequence->End(FinishReason::kError, logits.error());
-    }
-    return {};
+    EndFailed(logits.error(), &batch);
+    if (batch.chunks.empty()) return {};
+    forward = BuildForwardBatch(batch, model_->layout());
+    logits = model_->Step(forward);
   }
   CHECK(logits->size() == forward.logit_rows.size() * static_cast<size_t>(vocab_size_),
         "a step must return one row of logits per logit row");
@@ -283,6 +284,24 @@ Result<void> ThreadedEngine::Step() {
   stats_.step_tokens.Observe(static_cast<double>(forward.num_rows()));
   if (!forward.seals.empty()) stats_.sealed_groups = model_->sealed_groups();
   return {};
+}
+
+// Ends the sequences whose pages made a step fail, or all if it was not theirs, and takes them out
+// of the step. The others compute again what they already had: the same rows into the same pages.
+void ThreadedEngine::EndFailed(const Error& error, ScheduledBatch* batch) {
+  const std::vector<int64_t> failed = model_->failed_seals();
+  const size_t num_chunks = batch->chunks.size();
+  int64_t seals_begin = 0;  // of the chunk, in ForwardBatch::seals
+  for (const ScheduledChunk& chunk : batch->chunks) {
+    const int64_t seals_end = seals_begin + chunk.seals.size();
+    const auto first = std::lower_bound(failed.begin(), failed.end(), seals_begin);
+    const bool owns = first != failed.end() && *first < seals_end;
+    if (owns || failed.empty()) chunk.sequence->End(FinishReason::kError, error);
+    seals_begin = seals_end;
+  }
+  std::erase_if(batch->chunks,
+                [](const ScheduledChunk& chunk) { return chunk.sequence->finish.has_value(); });
+  CHECK(batch->chunks.size() < num_chunks, "a seal that no sequence asked for has failed");
 }
 
 // Passes on the log-probabilities of the prompt tokens that a chunk scored, from the logits

@@ -119,7 +119,8 @@ struct KeyNormArgs {
 };
 
 // Encodes open pages into sealed ones by the layer's codecs; keys divided by their norm first
-// (division in F32). Non-finite input makes Synchronize return an internal error.
+// (division in F32). Non-finite input makes Synchronize return an internal error, and failed_seals
+// say whose it was.
 struct SealArgs {
   PagedKvView kv;
   std::span<const SealItem> items;
@@ -182,6 +183,9 @@ class Backend {
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
   virtual Result<void> Synchronize() = 0;
+  // The items that non-finite input kept from being sealed before the last Synchronize: their
+  // places in SealArgs::items, ascending, of all calls together. The other items are sealed.
+  virtual std::vector<int64_t> failed_seals() const = 0;
 
   // Whether the host may read and write this backend's memory at its addresses, once operations
   // are synchronized. Where it may not, ReadToHost is the way to what operations computed.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <set>
 #include <utility>
 
 #include "kernels/backend.h"
@@ -41,9 +42,13 @@ class ReferenceBackend final : public Backend {
   Result<void> Reserve(const StepLimits&) override { return {}; }
 
   Result<void> Synchronize() override {
-    if (!failed_) return {};
-    failed_ = false;
+    failed_seals_ = std::exchange(failing_, {});
+    if (failed_seals_.empty()) return {};
     return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
+  }
+
+  std::vector<int64_t> failed_seals() const override {
+    return {failed_seals_.begin(), failed_seals_.end()};
   }
 
  private:
@@ -181,11 +186,13 @@ class ReferenceBackend final : public Backend {
 
   void DoSeal(const SealArgs& args) override {
     const KvLayerLayout& layout = *args.kv.layout;
-    for (const SealItem& item : args.items) {
+    for (size_t i = 0; i < args.items.size(); ++i) {
+      finite_ = true;
       for (int64_t g = 0; g < layout.kv_heads; ++g) {
-        SealKeys(args.kv, item, g);
-        SealValues(args.kv, item, g);
+        SealKeys(args.kv, args.items[i], g);
+        SealValues(args.kv, args.items[i], g);
       }
+      if (!finite_) failing_.insert(static_cast<int64_t>(i));
     }
   }
 
@@ -205,7 +212,7 @@ class ReferenceBackend final : public Backend {
         weights[i] = weight(i, j);
         finite &= std::isfinite(x[i]);
       }
-      failed_ |= !finite;
+      finite_ &= finite;
       if (!finite) continue;  // EncodeGroups takes finite values only
       GroupParams params;
       EncodeGroups<1>(spec, x, weights, spec.group_size, group_codes, &params);
@@ -219,7 +226,7 @@ class ReferenceBackend final : public Backend {
   }
 
   void CheckFinite(const uint16_t* halves, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) failed_ |= !std::isfinite(F16ToF32(halves[i]));
+    for (int64_t i = 0; i < n; ++i) finite_ &= std::isfinite(F16ToF32(halves[i]));
   }
 
   void SealKeys(const PagedKvView& kv, const SealItem& item, int64_t g) {
@@ -415,7 +422,8 @@ class ReferenceBackend final : public Backend {
     }
   }
 
-  bool failed_ = false;
+  bool finite_ = true;                        // what the current item of Seal has held so far
+  std::set<int64_t> failing_, failed_seals_;  // since, and before the last Synchronize
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <set>
 #include <utility>
 
 #include "kernels/cpu/cpu_attention.h"
@@ -87,7 +88,14 @@ class CpuBackend final : public Backend {
     return attention_->Reserve(limits);
   }
 
-  Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
+  Result<void> Synchronize() override {
+    failed_seals_ = std::exchange(failing_, {});
+    return std::exchange(error_, Result<void>());
+  }
+
+  std::vector<int64_t> failed_seals() const override {
+    return {failed_seals_.begin(), failed_seals_.end()};
+  }
 
  private:
   Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
@@ -233,9 +241,10 @@ class CpuBackend final : public Backend {
   void DoRopeAppend(const RopeAppendArgs& args) override { attention_->RopeAppend(args); }
   void DoComputeKeyNorm(const KeyNormArgs& args) override { attention_->ComputeKeyNorm(args); }
   void DoSeal(const SealArgs& args) override {
-    if (!attention_->Seal(args)) {
-      Fail({ErrorCode::kInternal, "non-finite key or value in the cache"});
-    }
+    const std::vector<int64_t> failed = attention_->Seal(args);
+    if (failed.empty()) return;
+    failing_.insert(failed.begin(), failed.end());
+    Fail({ErrorCode::kInternal, "non-finite key or value in the cache"});
   }
   void DoAttention(const AttentionArgs& args) override { attention_->Attention(args); }
 
@@ -247,6 +256,7 @@ class CpuBackend final : public Backend {
   Buffer packed_;                     // activations of one product, as its kernel reads them
   Buffer scratch_;                    // [threads][kTaskScratchBytes]
   Result<void> error_;
+  std::set<int64_t> failing_, failed_seals_;  // since, and before the last Synchronize
 };
 
 }  // namespace

@@ -60,12 +60,6 @@ class CudaBackend final : public Backend {
     static_cast<void>(cudaStreamSynchronize(stream_.get()));
   }
 
-  Result<void> Start() {
-    ASSIGN_OR_RETURN(non_finite_, AllocateDevice(sizeof(int32_t)));
-    ASSIGN_OR_RETURN(non_finite_seen_, AllocatePinned(sizeof(int32_t)));
-    return {};
-  }
-
   std::string_view name() const override { return name_; }
   CodeOrder code_order() const override { return CodeOrder::kRowMajor; }
   bool deterministic() const override { return cublas_ == nullptr; }
@@ -99,6 +93,11 @@ class CudaBackend final : public Backend {
     if (states_.bytes() == 0) {
       ASSIGN_OR_RETURN(states_, AllocateDevice(kStateBytes));
     }
+    const auto flag_bytes = limits.max_pages * static_cast<int64_t>(sizeof(int32_t));
+    if (flag_bytes > non_finite_.bytes()) {
+      ASSIGN_OR_RETURN(non_finite_seen_, AllocatePinned(flag_bytes));
+      ASSIGN_OR_RETURN(non_finite_, AllocateDevice(flag_bytes));
+    }
     plan_.Reserve(limits.max_rows, limits.max_group, kMaxItems);
     pages_.reserve(static_cast<size_t>(limits.max_pages));
     slices_.reserve(static_cast<size_t>(limits.max_rows));
@@ -115,20 +114,28 @@ class CudaBackend final : public Backend {
   }
 
   Result<void> Synchronize() override {
-    Check(cudaMemcpyAsync(non_finite_seen_.data(), non_finite_.data(), sizeof(int32_t),
-                          cudaMemcpyDeviceToHost, stream_.get()),
-          "reading the device's error flag");
-    Check(cudaMemsetAsync(non_finite_.data(), 0, sizeof(int32_t), stream_.get()),
-          "clearing the device's error flag");
+    const size_t num_flags = std::exchange(num_flags_, 0);
+    if (num_flags > 0) {
+      Check(cudaMemcpyAsync(non_finite_seen_.data(), non_finite_.data(),
+                            num_flags * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_.get()),
+            "reading the device's error flags");
+      Check(cudaMemsetAsync(non_finite_.data(), 0, num_flags * sizeof(int32_t), stream_.get()),
+            "clearing the device's error flags");
+    }
     Check(cudaStreamSynchronize(stream_.get()), "running operations");
     staging_.Reset();
-    int32_t non_finite = 0;
-    std::memcpy(&non_finite, non_finite_seen_.data(), sizeof(non_finite));
-    if (error_.ok() && non_finite != 0) {
+    failed_seals_.clear();
+    const auto* flags = reinterpret_cast<const int32_t*>(non_finite_seen_.data());
+    for (size_t i = 0; i < num_flags && error_.ok(); ++i) {
+      if (flags[i] != 0) failed_seals_.push_back(static_cast<int64_t>(i));
+    }
+    if (!failed_seals_.empty()) {
       return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
     }
     return std::exchange(error_, Result<void>());
   }
+
+  std::vector<int64_t> failed_seals() const override { return failed_seals_; }
 
  private:
   Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
@@ -315,6 +322,9 @@ class CudaBackend final : public Backend {
                       .kv = args.kv,
                       .num_items = static_cast<int64_t>(args.items.size()),
                       .non_finite = reinterpret_cast<int32_t*>(non_finite_.data())};
+    CHECK(args.items.size() * sizeof(int32_t) <= static_cast<size_t>(non_finite_.bytes()),
+          "Seal: more pages than reserved");
+    num_flags_ = std::max(num_flags_, args.items.size());
     if (!UploadOne(StagingSlot::kSealItems, args.items, &launch.items)) return;
     Check(LaunchSeal(launch, stream_.get()), "Seal");
   }
@@ -414,7 +424,9 @@ class CudaBackend final : public Backend {
   Staging staging_;
   Buffer rounded_;                       // activations of one product in BF16
   Buffer states_;                        // of split attention
-  Buffer non_finite_, non_finite_seen_;  // int32: Seal met a NaN or an infinity
+  Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity
+  size_t num_flags_ = 0;                 // of them, that calls of Seal may have set
+  std::vector<int64_t> failed_seals_;
   AttentionPlan plan_;
   // Arguments on their way to staging; kept for their memory.
   std::vector<DeviceSlice> slices_;
@@ -438,10 +450,8 @@ Result<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options
   if (!options.deterministic) {
     ASSIGN_OR_RETURN(cublas, CublasMatMul::Create());
   }
-  auto backend =
-      std::make_unique<CudaBackend>(std::move(device), std::move(stream), std::move(cublas));
-  RETURN_IF_ERROR(backend->Start());
-  return std::unique_ptr<Backend>(std::move(backend));
+  return std::unique_ptr<Backend>(
+      std::make_unique<CudaBackend>(std::move(device), std::move(stream), std::move(cublas)));
 }
 
 }  // namespace innerq

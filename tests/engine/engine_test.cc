@@ -685,6 +685,57 @@ TEST(Engine, BrokenLogitsEndTheirRequestAlone) {
   ExpectAtRest(*engine);
 }
 
+// A model that cannot seal pages of sequences that began with one token.
+class UnsealableModel : public HashModel {
+ public:
+  using HashModel::HashModel;
+  Result<std::span<const float>> Step(const ForwardBatch& batch) override {
+    ASSIGN_OR_RETURN(const std::span<const float> logits, HashModel::Step(batch));
+    failed_.clear();
+    for (const SequenceSlice& slice : batch.slices) {
+      const bool begins = slice.first_position == 0;
+      if (!begins || batch.token_ids[static_cast<size_t>(slice.row_begin)] != 13) continue;
+      for (size_t i = 0; i < batch.seals.size(); ++i) {
+        const bool owns = std::any_of(
+            slice.pages.begin(), slice.pages.end(),
+            [&](const PageRef& page) { return page.sealed_id == batch.seals[i].sealed_id; });
+        if (owns) failed_.push_back(static_cast<int64_t>(i));
+      }
+    }
+    std::sort(failed_.begin(), failed_.end());
+    if (failed_.empty()) return logits;
+    return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
+  }
+  std::vector<int64_t> failed_seals() const override { return failed_; }
+
+ private:
+  std::vector<int64_t> failed_;
+};
+
+TEST(Engine, PagesThatCannotBeSealedEndTheirRequestAlone) {
+  EngineOptions options = OptionsOf(/*max_batch_tokens=*/1024);
+  const auto engine =
+      Engine::Create(options, std::make_unique<UnsealableModel>(TestLayout(), kPlenty)).value();
+  std::vector<Request> requests;
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    requests.push_back(RequestOf(230, 20, seed));
+    requests.back().prompt.front() = seed % 2 == 0 ? 13 : 12;
+  }
+  const std::vector<Request> asked = requests;
+  const ResponseGroup group = engine->SubmitGroup(std::move(requests)).value();  // one step
+  for (size_t i = 0; i < asked.size(); ++i) {
+    const Response response = ReadAll(group.readers[i]);
+    if (asked[i].prompt.front() == 12) {
+      ExpectSameEvents(response.events, OracleAnswer(asked[i], TestLayout(), false));
+      continue;
+    }
+    EXPECT_EQ(response.finish->reason, FinishReason::kError);
+    EXPECT_EQ(response.finish->error->code, ErrorCode::kInternal);
+    EXPECT_TRUE(response.events.empty());
+  }
+  ExpectAtRest(*engine);
+}
+
 TEST(Engine, DrainFinishesWhatItAcceptedAndTakesNoMore) {
   Gate gate;
   const auto engine = EngineOf(OptionsOf(), kPlenty, [&](const ForwardBatch&) {

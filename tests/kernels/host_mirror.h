@@ -39,7 +39,11 @@ class HostMirror final : public Backend {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
   }
   Result<void> Reserve(const StepLimits& limits) override { return device_->Reserve(limits); }
-  Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
+  Result<void> Synchronize() override {
+    failed_seals_ = std::exchange(failing_, {});
+    return std::exchange(error_, Result<void>());
+  }
+  std::vector<int64_t> failed_seals() const override { return failed_seals_; }
 
  private:
   // On the device.
@@ -85,7 +89,10 @@ class HostMirror final : public Backend {
         mirror_.device_->ReadToHost(output.copy->data(), output.copy->bytes(), bytes.data());
       }
       Result<void> result = mirror_.device_->Synchronize();
-      if (!result.ok()) return mirror_.Fail(result.error());
+      if (!result.ok()) {
+        mirror_.failing_ = mirror_.device_->failed_seals();
+        return mirror_.Fail(result.error());
+      }
       for (size_t i = 0; i < outputs_.size(); ++i) {
         const Output& output = outputs_[i];
         const auto bytes = static_cast<size_t>(output.bytes);
@@ -196,6 +203,7 @@ class HostMirror final : public Backend {
   std::unique_ptr<Backend> device_;
   std::shared_ptr<Pools> pools_ = std::make_shared<Pools>();
   Result<void> error_;
+  std::vector<int64_t> failing_, failed_seals_;  // since, and before the last Synchronize
 };
 
 }  // namespace innerq
