@@ -16,12 +16,13 @@ build=(
   libcli11-dev        # command line
   libhwy-dev          # portable SIMD
   libdnnl-dev         # oneDNN, dense products
+  curl                # the README's requests
 )
 test=(
   libgtest-dev libgmock-dev libbenchmark-dev  # GoogleTest's CMake files look for GoogleMock
   clang-format-14 git  # checks
   clang-14 libclang-rt-14-dev  # fuzzers
-  curl python3 python3-venv  # client tests
+  python3 python3-venv  # client tests
 )
 
 case "${1:-build}" in

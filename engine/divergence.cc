@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 namespace innerq {
 
@@ -26,16 +27,43 @@ double KlDivergence(const LogitRow& p, const LogitRow& q) {
   return std::max(sum, 0.0);  // rounding
 }
 
+namespace {
+
+// Sums over the tokens of one text.
+struct TextSum {
+  double divergence = 0;
+  double tokens = 0;
+};
+
+// The standard error of sum(divergence) / sum(tokens): tokens of one text resemble each other,
+// texts are independent (ratio estimator: Cochran, "Sampling Techniques", 1977, 2.11 and 6.4).
+double ErrorOfMean(const std::map<int64_t, TextSum>& texts, double mean, double tokens) {
+  const auto count = static_cast<double>(texts.size());
+  if (count < 2) return 0;
+  double squares = 0;
+  for (const auto& [text, sum] : texts) {
+    const double residual = sum.divergence - mean * sum.tokens;
+    squares += residual * residual;
+  }
+  return std::sqrt(squares * count / (count - 1)) / tokens;
+}
+
+}  // namespace
+
 ScoreSummary Summarize(std::span<const TokenScore> scores,
                        const std::function<bool(const TokenScore&)>& counts) {
   ScoreSummary summary;
   std::vector<double> divergences;
+  std::map<int64_t, TextSum> texts;
   for (const TokenScore& score : scores) {
     if (!counts(score)) continue;
     summary.mean_nll += score.nll;
     summary.kl_mean += score.divergence;
     summary.top1_agreement += score.same_top ? 1 : 0;
     divergences.push_back(score.divergence);
+    TextSum& text = texts[score.text];
+    text.divergence += score.divergence;
+    ++text.tokens;
   }
   if (divergences.empty()) return summary;
   summary.tokens = static_cast<int64_t>(divergences.size());
@@ -43,6 +71,7 @@ ScoreSummary Summarize(std::span<const TokenScore> scores,
   summary.mean_nll /= count;
   summary.perplexity = std::exp(summary.mean_nll);
   summary.kl_mean /= count;
+  summary.kl_error = ErrorOfMean(texts, summary.kl_mean, count);
   summary.top1_agreement /= count;
   summary.kl_median = Quantile(divergences, 0.5);
   summary.kl_p99 = Quantile(divergences, 0.99);

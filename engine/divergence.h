@@ -48,6 +48,7 @@ struct ScoreSummary {
   double mean_nll = 0;
   double perplexity = 0;  // exp(mean_nll)
   double kl_mean = 0;
+  double kl_error = 0;  // standard error of `kl_mean`, for texts as a sample; 0 for fewer than two
   double kl_median = 0;
   double kl_p99 = 0;
   double kl_max = 0;

@@ -56,6 +56,12 @@ void ObserveFinished(const Sequence& sequence, EngineStats* stats) {
   stats->request_generation_tokens.Observe(static_cast<double>(sequence.num_generated()));
 }
 
+// The length of a prompt that needs no more computing for the first time, else 0.
+int64_t NewlyComplete(Sequence& sequence) {
+  if (sequence.num_uncomputed() > 0 || std::exchange(sequence.prompt_counted, true)) return 0;
+  return sequence.prompt_length();
+}
+
 // Three kinds of state: what the engine thread owns (model, scheduler, scratch), what the mutex
 // guards (queue, state, statistics), and what never changes (options).
 class ThreadedEngine final : public Engine {
@@ -89,6 +95,7 @@ class ThreadedEngine final : public Engine {
   bool WaitForWork(const std::stop_token& stop);
   void EndCancelled();
   Result<void> Step();
+  void EndFailed(const Error& error, ScheduledBatch* batch);
   void TakeScores(const ScheduledChunk& chunk, std::span<const float> logits);
   bool TakeToken(Sequence& sequence, std::span<const float> logits);
   void DeliverFinished();
@@ -121,9 +128,8 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
   const auto count = static_cast<int64_t>(requests.size());
   if (count < 1 || count > options_.max_queue) {
     return InvalidArgument("a group of " + std::to_string(count) +
-                               " requests; the queue holds from 1 to " +
-                               std::to_string(options_.max_queue),
-                           "n");
+                           " requests; the queue holds from 1 to " +
+                           std::to_string(options_.max_queue));
   }
   for (const Request& request : requests) {
     RETURN_IF_ERROR(ValidateRequest(request, vocab_size_, options_.max_context));
@@ -208,6 +214,7 @@ bool ThreadedEngine::WaitForWork(const std::stop_token& stop) {
   work_.wait(lock, stop, [this] { return !queue_.empty() || !scheduler_.empty(); });
   for (auto& sequence : queue_) {
     sequence->number = ++num_admitted_;
+    stats_.prompt_tokens += NewlyComplete(*sequence);
     scheduler_.Admit(std::move(sequence));
   }
   queue_.clear();
@@ -227,7 +234,7 @@ void ThreadedEngine::EndCancelled() {
 // DeliverFinished. Errors: unavailable if the device is lost.
 Result<void> ThreadedEngine::Step() {
   if (scheduler_.empty()) return {};
-  const ScheduledBatch batch = scheduler_.Schedule();
+  ScheduledBatch batch = scheduler_.Schedule();
   const Clock::time_point begin = Clock::now();
   for (const ScheduledChunk& chunk : batch.chunks) {
     Sequence& sequence = *chunk.sequence;
@@ -239,23 +246,24 @@ Result<void> ThreadedEngine::Step() {
     const Lock lock(mutex_);
     PublishGauges(lock);
   }
-  const ForwardBatch forward = BuildForwardBatch(batch, model_->layout());
-  const Result<std::span<const float>> logits = model_->Step(forward);
-  if (!logits.ok()) {
+  ForwardBatch forward = BuildForwardBatch(batch, model_->layout());
+  Result<std::span<const float>> logits = model_->Step(forward);
+  while (!logits.ok()) {
     if (logits.error().code == ErrorCode::kUnavailable) return logits.error();
-    for (const ScheduledChunk& chunk : batch.chunks) {
-      chunk.sequence->End(FinishReason::kError, logits.error());
-    }
-    return {};
+    EndFailed(logits.error(), &batch);
+    if (batch.chunks.empty()) return {};
+    forward = BuildForwardBatch(batch, model_->layout());
+    logits = model_->Step(forward);
   }
   CHECK(logits->size() == forward.logit_rows.size() * static_cast<size_t>(vocab_size_),
         "a step must return one row of logits per logit row");
-  int64_t prompt_tokens = 0;
+  int64_t prompt_tokens = 0, computed = 0;
   for (const ScheduledChunk& chunk : batch.chunks) {
     const int64_t left = chunk.sequence->prompt_length() - chunk.sequence->num_computed;
-    prompt_tokens += std::clamp<int64_t>(left, 0, chunk.num_tokens);
+    computed += std::clamp<int64_t>(left, 0, chunk.num_tokens);
   }
   scheduler_.Commit(batch);
+  for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(*chunk.sequence);
   int64_t generated = 0;
   std::span<const float> rest = *logits;
   const auto next_rows = [&](int64_t count) {
@@ -271,10 +279,29 @@ Result<void> ThreadedEngine::Step() {
   const Lock lock(mutex_);
   ++stats_.steps;
   stats_.prompt_tokens += prompt_tokens;
+  stats_.prompt_tokens_computed += computed;
   stats_.generation_tokens += generated;
   stats_.step_tokens.Observe(static_cast<double>(forward.num_rows()));
   if (!forward.seals.empty()) stats_.sealed_groups = model_->sealed_groups();
   return {};
+}
+
+// Ends the sequences whose pages made a step fail, or all if it was not theirs, and takes them out
+// of the step. The others compute again what they already had: the same rows into the same pages.
+void ThreadedEngine::EndFailed(const Error& error, ScheduledBatch* batch) {
+  const std::vector<int64_t> failed = model_->failed_seals();
+  const size_t num_chunks = batch->chunks.size();
+  int64_t seals_begin = 0;  // of the chunk, in ForwardBatch::seals
+  for (const ScheduledChunk& chunk : batch->chunks) {
+    const int64_t seals_end = seals_begin + chunk.seals.size();
+    const auto first = std::lower_bound(failed.begin(), failed.end(), seals_begin);
+    const bool owns = first != failed.end() && *first < seals_end;
+    if (owns || failed.empty()) chunk.sequence->End(FinishReason::kError, error);
+    seals_begin = seals_end;
+  }
+  std::erase_if(batch->chunks,
+                [](const ScheduledChunk& chunk) { return chunk.sequence->finish.has_value(); });
+  CHECK(batch->chunks.size() < num_chunks, "a seal that no sequence asked for has failed");
 }
 
 // Passes on the log-probabilities of the prompt tokens that a chunk scored, from the logits

@@ -33,7 +33,8 @@ struct EngineStats {
   int64_t running = 0;
   int64_t waiting = 0;
   int64_t preemptions = 0;
-  int64_t prompt_tokens = 0;           // computed
+  int64_t prompt_tokens = 0;           // of prompts, once each when it is complete, cached or not
+  int64_t prompt_tokens_computed = 0;  // not cached, and again after a preemption
   int64_t prefix_cache_queries = 0;    // prompt tokens looked up
   int64_t prefix_cache_hits = 0;       // of those, found
   int64_t prefix_cache_evictions = 0;  // states given up for others' pages

@@ -183,7 +183,7 @@ Result<void> AnswerAll(std::unique_ptr<ModelRunner> runner, std::vector<Request>
   size_t next = 0;
   while (next < requests.size() || !in_flight.empty()) {
     while (next < requests.size() && in_flight.size() < limit) {
-      auto reader = engine->Submit(std::move(requests[next]));
+      auto reader = engine->Submit(Request(requests[next]));  // a copy: it may have to come again
       if (!reader && reader.error().code == ErrorCode::kResourceExhausted && !in_flight.empty()) {
         break;  // the queue is shorter than what may run: later
       }

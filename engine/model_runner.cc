@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kScoreRows = 128;
 
 constexpr int64_t kLeastPageTokens = 32;  // of any layout
+constexpr int64_t kLeastContext = 2;      // tokens: one of a prompt, one of its answer
 
 int64_t MaxLogitRows(const EngineOptions& options) {
   return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
@@ -140,6 +141,7 @@ class LlamaRunner final : public ModelRunner {
     return std::min(weights_->max_logit_rows, options_.max_batch_tokens);
   }
   std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
+  std::vector<int64_t> failed_seals() const override { return weights_->backend->failed_seals(); }
   const ModelReport& report() const override { return report_; }
   const EngineOptions& engine_options() const override { return options_; }
 
@@ -213,12 +215,30 @@ class LlamaRunner final : public ModelRunner {
   std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
 };
 
+// All but the checkpoint.
+Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions& options) {
+  ModelPlan plan{.engine = options.engine};
+  ASSIGN_OR_RETURN(plan.backend, CreateBackend(options.backend));
+  // For a single row: next to no memory, and all that the device says about the heads' shape.
+  RETURN_IF_ERROR(plan.backend->Reserve({.max_rows = 1,
+                                         .max_head_dim = config.head_dim,
+                                         .max_group = config.num_heads / config.num_kv_heads,
+                                         .max_pages = 1}));
+  RETURN_IF_ERROR(PlanCache(config, options.kv_cache, plan.backend->code_order(), &plan));
+  if (plan.engine.max_context < kLeastContext) {
+    return InvalidArgument("a context of " + std::to_string(plan.engine.max_context) +
+                               " token has no room for a prompt and an answer",
+                           "scheduler.max_context");
+  }
+  return plan;
+}
+
 using MakeModel = std::function<Result<std::unique_ptr<LlamaModel>>(Backend*, LoadOptions)>;
 
 Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
                                                   const ModelRunnerOptions& options,
                                                   const MakeModel& make) {
-  ASSIGN_OR_RETURN(ModelPlan plan, PlanModel(config, options));
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanRunner(config, options));
   const EngineOptions& engine = plan.engine;
 
   const auto weights = std::make_shared<Weights>();
@@ -247,10 +267,9 @@ int64_t LeastWeightBytes(const ModelConfig& config, WeightFormat format) {
 
 }  // namespace
 
-Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options) {
-  ModelPlan plan{.engine = options.engine};
-  ASSIGN_OR_RETURN(plan.backend, CreateBackend(options.backend));
-  RETURN_IF_ERROR(PlanCache(config, options.kv_cache, plan.backend->code_order(), &plan));
+Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptions& options) {
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanRunner(checkpoint.config(), options));
+  RETURN_IF_ERROR(LlamaModel::CheckTensors(checkpoint));
   return plan;
 }
 

@@ -24,15 +24,17 @@ struct ModelRunnerOptions {
   std::function<bool(int64_t done, int64_t total)> progress;
 };
 
-// What would come up: the device, and how the cache fills its memory. Cheap; loads no weights.
+// What would come up: the device, and how the cache fills its memory. Cheap; reads no weights.
 struct ModelPlan {
   std::unique_ptr<Backend> backend{};
   KvLayout layout{};
   KvPoolPlan pools{};
   EngineOptions engine;  // max_context resolved
 };
-// Errors: whatever is wrong with device, cache options or memory, with the key's path in `param`.
-Result<ModelPlan> PlanModel(const ModelConfig& config, const ModelRunnerOptions& options);
+// Errors: whatever is wrong with device, context, cache options or memory, with the key's path in
+// `param`; as of LlamaModel::CheckTensors; invalid argument for heads that the device cannot
+// compute.
+Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptions& options);
 // Errors: resource exhausted, with the numbers, if weights of such a model in `options.dtype`
 // (nullopt: BF16) and `cache_bytes` beside them are more than the device has left. What steps take
 // comes on top.

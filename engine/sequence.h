@@ -34,6 +34,7 @@ struct Sequence {
   BlockTable pages;
   BlockRef norm;                      // slot of the key norm, from the first sealed page on
   std::optional<int64_t> num_cached;  // of the prompt, found in the cache when it first started
+  bool prompt_counted = false;        // in the statistics
   int64_t branch_pages = 0;   // boundary after which it leaves the prefixes known when it started
   int64_t passing_pages = 0;  // boundary of its passing checkpoint; 0: it has none
   SeenTokens seen;            // for penalties

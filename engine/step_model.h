@@ -24,8 +24,12 @@ class StepModel {
   // Groups of all pages sealed so far, per layer; empty for models that do not count them.
   virtual std::vector<LayerGroups> sealed_groups() const { return {}; }
   // Runs the step and waits for it. Returns logits [R][V] F32, valid until the next call.
-  // Errors: internal for a failed step; unavailable if the device is lost for good.
+  // Errors: internal for a failed step; unavailable if the device is lost for good. A step may be
+  // run again, as a whole or without some of its sequences.
   virtual Result<std::span<const float>> Step(const ForwardBatch& batch) = 0;
+  // Which of the batch's `seals` made the last step fail, ascending: what their pages hold is not
+  // finite. Empty if it failed for a reason that is no sequence's own, or not.
+  virtual std::vector<int64_t> failed_seals() const { return {}; }
 };
 
 }  // namespace innerq

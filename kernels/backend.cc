@@ -60,6 +60,26 @@ void CheckPages(const AttentionArgs& args, const SequenceSlice& slice) {
 
 }  // namespace
 
+Result<Weight> Backend::PackWeight(std::span<const ConstTensorView> parts,
+                                   std::span<const ConstTensorView> bias_parts,
+                                   WeightFormat format) {
+  CHECK(!parts.empty(), "PackWeight: no parts");
+  CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
+        "PackWeight: expected one bias per part");
+  Weight weight;
+  weight.format = format;
+  weight.cols = parts[0].shape[1];
+  for (size_t i = 0; i < parts.size(); ++i) {
+    CHECK(parts[i].shape.rank() == 2 && parts[i].shape[1] == weight.cols,
+          "PackWeight: parts differ in columns");
+    CHECK(bias_parts.empty() || bias_parts[i].shape == Shape{parts[i].shape[0]},
+          "PackWeight: bias does not match its part");
+    weight.rows += parts[i].shape[0];
+  }
+  RETURN_IF_ERROR(DoPackWeight(parts, bias_parts, &weight));
+  return weight;
+}
+
 void Backend::Embed(const EmbedArgs& args) {
   const int64_t rows = static_cast<int64_t>(args.token_ids.size());
   CHECK(args.table.shape.rank() == 2, "Embed.table: expected a matrix");

@@ -121,7 +121,8 @@ struct KeyNormArgs {
 };
 
 // Encodes open pages into sealed ones by the layer's codecs; keys divided by their norm first
-// (division in F32). Non-finite input makes Synchronize return an internal error.
+// (division in F32). Non-finite input makes Synchronize return an internal error, and failed_seals
+// say whose it was.
 struct SealArgs {
   PagedKvView kv;
   std::span<const SealItem> items;
@@ -178,13 +179,15 @@ class Backend {
   virtual Result<Buffer> Import(ConstTensorView host) = 0;
   // Packs [n_i, K] parts (F32, F16 or BF16, host memory), stacked along N, converted to `format`;
   // `bias_parts` is empty or one [n_i] per part. The host memory is not needed afterwards.
-  virtual Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                                    std::span<const ConstTensorView> bias_parts,
-                                    WeightFormat format) = 0;
+  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, WeightFormat format);
   // Readies scratch memory; must be called before the first step, and again before a larger one.
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
   virtual Result<void> Synchronize() = 0;
+  // The items that non-finite input kept from being sealed before the last Synchronize: their
+  // places in SealArgs::items, ascending, of all calls together. The other items are sealed.
+  virtual std::vector<int64_t> failed_seals() const = 0;
 
   // Threads of the host that compute an operation.
   virtual int threads() const { return 1; }
@@ -216,6 +219,10 @@ class Backend {
   void GatherRows(const GatherRowsArgs& args);
 
  private:
+  // Makes the data and the bias of a weight whose format and extents are set.
+  virtual Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                                    std::span<const ConstTensorView> bias_parts,
+                                    Weight* weight) = 0;
   virtual void DoEmbed(const EmbedArgs& args) = 0;
   virtual void DoRmsNorm(const RmsNormArgs& args) = 0;
   virtual void DoMatMul(const MatMulArgs& args) = 0;

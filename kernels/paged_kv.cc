@@ -9,7 +9,7 @@ constexpr int64_t kMaxHeadDim = 256;
 
 bool IsPowerOfTwo(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
 
-// `reduced` and `kept` are the extents of a page along the inner and the outer axis.
+// `inner` and `outer` are the extents of a page along these axes.
 Result<void> CheckSpec(const QuantSpec& spec, const std::string& name, int64_t inner,
                        int64_t outer) {
   if (spec.bits == 16) return {};
@@ -155,7 +155,8 @@ double KvLayout::effective_bits_per_element(int64_t tokens) const {
   if (tokens <= 0) return 0.0;
   const int64_t pages = CeilDiv(tokens, page_tokens());
   const int64_t sealed = SealedPages(tokens - 1).size();
-  const int64_t bytes = (pages - sealed) * open_page_bytes_ + sealed * sealed_page_bytes_;
+  const int64_t norm = normalizes_keys() && sealed > 0 ? key_norm_bytes() : 0;
+  const int64_t bytes = (pages - sealed) * open_page_bytes_ + sealed * sealed_page_bytes_ + norm;
   const int64_t elements = num_layers() * kv_heads() * head_dim() * 2 * tokens;
   return static_cast<double>(bytes) * 8.0 / static_cast<double>(elements);
 }

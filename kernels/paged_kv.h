@@ -158,8 +158,8 @@ class KvLayout {
   }
   // Bits per cached element in sealed pages, scales included; 16 when nothing is quantized.
   double sealed_bits_per_element() const;
-  // The same over a whole sequence of `tokens`, F16 windows and the open page's unused tail
-  // included.
+  // The same over a whole sequence of `tokens`, F16 windows, the open page's unused tail and the
+  // key norm included.
   double effective_bits_per_element(int64_t tokens) const;
 
   int64_t PageOf(int64_t position) const { return windows_.PageOf(position); }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <set>
 #include <utility>
 
 #include "kernels/backend.h"
@@ -12,18 +13,6 @@
 
 namespace innerq {
 namespace {
-
-float ReadElement(const ConstTensorView& view, int64_t i) {
-  switch (view.dtype) {
-    case DType::kF32:
-      return view.As<float>()[i];
-    case DType::kF16:
-      return F16ToF32(view.As<uint16_t>()[i]);
-    case DType::kBF16:
-      return BF16ToF32(view.As<uint16_t>()[i]);
-  }
-  return 0;
-}
 
 // What a weight becomes in a format, as a float.
 float RoundTo(WeightFormat format, float x) {
@@ -51,46 +40,43 @@ class ReferenceBackend final : public Backend {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
   }
 
-  // Weights are [N, K] F32, already rounded to their format.
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias_parts,
-                            WeightFormat format) override {
-    CHECK(!parts.empty(), "PackWeight: no parts");
-    Weight weight;
-    weight.format = format;
-    weight.cols = parts[0].shape[1];
-    for (const ConstTensorView& part : parts) weight.rows += part.shape[0];
-    ASSIGN_OR_RETURN(weight.data, Allocate(weight.rows * weight.cols * 4));
-    float* out = reinterpret_cast<float*>(weight.data.data());
-    for (const ConstTensorView& part : parts) {
-      CHECK(part.shape[1] == weight.cols, "PackWeight: parts differ in columns");
-      for (int64_t i = 0; i < part.shape.num_elements(); ++i) {
-        *out++ = RoundTo(format, ReadElement(part, i));
-      }
-    }
-    if (bias_parts.empty()) return weight;
-    ASSIGN_OR_RETURN(weight.bias, Allocate(weight.rows * 4));
-    float* bias = reinterpret_cast<float*>(weight.bias.data());
-    for (const ConstTensorView& part : bias_parts) {
-      for (int64_t i = 0; i < part.shape.num_elements(); ++i) *bias++ = ReadElement(part, i);
-    }
-    return weight;
-  }
-
   Result<void> Reserve(const StepLimits&) override { return {}; }
 
   Result<void> Synchronize() override {
-    if (!failed_) return {};
-    failed_ = false;
+    failed_seals_ = std::exchange(failing_, {});
+    if (failed_seals_.empty()) return {};
     return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
   }
 
+  std::vector<int64_t> failed_seals() const override {
+    return {failed_seals_.begin(), failed_seals_.end()};
+  }
+
  private:
+  // Weights are [N, K] F32, already rounded to their format.
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, Weight* weight) override {
+    ASSIGN_OR_RETURN(weight->data, Allocate(weight->rows * weight->cols * 4));
+    float* out = reinterpret_cast<float*>(weight->data.data());
+    for (const ConstTensorView& part : parts) {
+      for (int64_t i = 0; i < part.shape.num_elements(); ++i) {
+        *out++ = RoundTo(weight->format, ElementAsFloat(part, i));
+      }
+    }
+    if (bias_parts.empty()) return {};
+    ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
+    float* bias = reinterpret_cast<float*>(weight->bias.data());
+    for (const ConstTensorView& part : bias_parts) {
+      for (int64_t i = 0; i < part.shape.num_elements(); ++i) *bias++ = ElementAsFloat(part, i);
+    }
+    return {};
+  }
+
   void DoEmbed(const EmbedArgs& args) override {
     const int64_t width = args.out.shape[1];
     float* out = args.out.As<float>();
     for (const int32_t id : args.token_ids) {
-      for (int64_t c = 0; c < width; ++c) *out++ = ReadElement(args.table, id * width + c);
+      for (int64_t c = 0; c < width; ++c) *out++ = ElementAsFloat(args.table, id * width + c);
     }
   }
 
@@ -201,11 +187,13 @@ class ReferenceBackend final : public Backend {
 
   void DoSeal(const SealArgs& args) override {
     const KvLayerLayout& layout = *args.kv.layout;
-    for (const SealItem& item : args.items) {
+    for (size_t i = 0; i < args.items.size(); ++i) {
+      finite_ = true;
       for (int64_t g = 0; g < layout.kv_heads; ++g) {
-        SealKeys(args.kv, item, g);
-        SealValues(args.kv, item, g);
+        SealKeys(args.kv, args.items[i], g);
+        SealValues(args.kv, args.items[i], g);
       }
+      if (!finite_) failing_.insert(static_cast<int64_t>(i));
     }
   }
 
@@ -225,7 +213,7 @@ class ReferenceBackend final : public Backend {
         weights[i] = weight(i, j);
         finite &= std::isfinite(x[i]);
       }
-      failed_ |= !finite;
+      finite_ &= finite;
       if (!finite) continue;  // EncodeGroups takes finite values only
       GroupParams params;
       EncodeGroups<1>(spec, x, weights, spec.group_size, group_codes, &params);
@@ -239,7 +227,7 @@ class ReferenceBackend final : public Backend {
   }
 
   void CheckFinite(const uint16_t* halves, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) failed_ |= !std::isfinite(F16ToF32(halves[i]));
+    for (int64_t i = 0; i < n; ++i) finite_ &= std::isfinite(F16ToF32(halves[i]));
   }
 
   void SealKeys(const PagedKvView& kv, const SealItem& item, int64_t g) {
@@ -435,7 +423,8 @@ class ReferenceBackend final : public Backend {
     }
   }
 
-  bool failed_ = false;
+  bool finite_ = true;                        // what the current item of Seal has held so far
+  std::set<int64_t> failing_, failed_seals_;  // since, and before the last Synchronize
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/float16.h"
 #include "kernels/result.h"
 
 namespace innerq {
@@ -88,6 +89,19 @@ struct ConstTensorView {
     return reinterpret_cast<const T*>(data);
   }
 };
+
+// Element `i` of a view, counted without regard to its shape, exactly.
+inline float ElementAsFloat(const ConstTensorView& view, int64_t i) {
+  switch (view.dtype) {
+    case DType::kF32:
+      return view.As<float>()[i];
+    case DType::kF16:
+      return F16ToF32(view.As<uint16_t>()[i]);
+    case DType::kBF16:
+      return BF16ToF32(view.As<uint16_t>()[i]);
+  }
+  return 0;
+}
 
 // Borrowed, writable, dense memory with an element type and a shape.
 struct TensorView {

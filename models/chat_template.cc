@@ -15,9 +15,6 @@ namespace {
 
 constexpr std::array<std::string_view, 6> kRoles = {"system",    "developer", "user",
                                                     "assistant", "tool",      "function"};
-// A template takes dozens of steps for a message, so more would pass its limit; this bounds the
-// memory before.
-constexpr size_t kMaxMessages = 1 << 16;
 // Texts that no template writes by itself, for conversations that show what it does: that of the
 // message looked at and that of the others.
 constexpr std::string_view kProbe = "qzjvxk";
@@ -387,12 +384,12 @@ Result<std::shared_ptr<const ChatTemplate>> ChatTemplate::Load(
 }
 
 std::vector<int32_t> EncodePrompt(const std::vector<TextSegment>& segments,
-                                  const Tokenizer& tokenizer) {
+                                  const Tokenizer& tokenizer, bool add_bos) {
   std::string bos;
   if (tokenizer.bos_id()) bos = tokenizer.TokenBytes(*tokenizer.bos_id(), false, true);
   const bool has_bos = !bos.empty() && !segments.empty() && segments.front().trusted &&
                        segments.front().text.starts_with(bos);
-  return tokenizer.EncodeSegments(segments, /*add_bos=*/!has_bos);
+  return tokenizer.EncodeSegments(segments, add_bos && !has_bos);
 }
 
 }  // namespace innerq

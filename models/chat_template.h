@@ -14,6 +14,10 @@
 
 namespace innerq {
 
+// The most messages of a conversation. A template takes dozens of steps for a message, so more
+// would pass its limit; this bounds the memory before.
+constexpr size_t kMaxMessages = 65536;
+
 // One turn of a conversation. `content` is plain text.
 struct ChatMessage {
   std::string role;  // system, developer, user, assistant, tool, function
@@ -58,19 +62,19 @@ class ChatTemplate {
   // Text for EncodePrompt. What the template writes is trusted, message text is not, so a message
   // that spells a special token cannot forge a turn. Steps, depth and output are bounded (see
   // jinja::Limits). Errors: invalid argument, with the message's place or "tools" in `param`, for
-  // - no messages, more than 65536, a role that is not one of ChatMessage's or whose messages the
-  //   template leaves out;
+  // - no messages, more than kMaxMessages, a role that is not one of ChatMessage's or whose
+  // messages
+  //   the template leaves out;
   // - text of messages or tools that spells a mark of turns which is no token of the model and
-  // hence could not
-  //   be told from the template's own ([INST], say; TurnMarks has the rule);
+  //   hence could not be told from the template's own ([INST], say; TurnMarks has the rule);
   // - what the template itself refuses (raise_exception), with its words, and what it cannot do.
   virtual Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,
                                                   const ChatOptions& options) const = 0;
 };
 
-// The ids of a rendered conversation. The tokenizer's BOS comes first, where it puts one before
-// texts, unless the template wrote it.
+// The ids of a prompt: a rendered conversation, or a client's text. If `add_bos`, the tokenizer's
+// BOS comes first, where it puts one before texts, unless the first segment is trusted to write it.
 std::vector<int32_t> EncodePrompt(const std::vector<TextSegment>& segments,
-                                  const Tokenizer& tokenizer);
+                                  const Tokenizer& tokenizer, bool add_bos = true);
 
 }  // namespace innerq

@@ -111,6 +111,19 @@ class MappedCheckpoint : public Checkpoint {
 
 }  // namespace
 
+Result<ConstTensorView> Checkpoint::Get(const std::string& name, const Shape& shape) const {
+  const std::string where = directory().string() + ": tensor " + name;
+  const CheckpointTensor* tensor = Find(name);
+  if (tensor == nullptr) {
+    return Error{ErrorCode::kDataLoss, where + ": missing; expected shape " + shape.ToString()};
+  }
+  if (!(tensor->view.shape == shape)) {
+    return Error{ErrorCode::kDataLoss, where + ": config.json asks for shape " + shape.ToString() +
+                                           ", found " + tensor->view.shape.ToString()};
+  }
+  return tensor->view;
+}
+
 Result<std::shared_ptr<const Checkpoint>> Checkpoint::Open(const std::filesystem::path& directory) {
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(directory));
   auto checkpoint = std::make_shared<MappedCheckpoint>(directory, std::move(config));

@@ -71,6 +71,9 @@ class Checkpoint {
   virtual const std::vector<CheckpointTensor>& tensors() const = 0;
   // Null if absent.
   virtual const CheckpointTensor* Find(std::string_view name) const = 0;
+  // A tensor of the shape that config.json asks for. Errors: data loss, naming the tensor, if it is
+  // absent or has another shape.
+  Result<ConstTensorView> Get(const std::string& name, const Shape& shape) const;
 };
 
 // Reads and checks config.json (and generation_config.json beside it) alone.

@@ -21,7 +21,7 @@ Result<Value> JoinFilter(Call& call) {
   for (size_t i = 0; i < items->size(); ++i) {
     Value item = (*items)[i];
     if (call.has(2)) {
-      ASSIGN_OR_RETURN(item, GetPath(item, call.arg(2)));
+      ASSIGN_OR_RETURN(item, GetPath(item, call.arg(2), call.budget));
     }
     RETURN_IF_ERROR(call.budget.SpendOn(item));
     ASSIGN_OR_RETURN(const Text text, Str(item));
@@ -75,7 +75,7 @@ constexpr size_t kNone = ~size_t{0};  // no argument
 Result<Value> Key(Call& call, const Value& item, bool case_sensitive, size_t attribute) {
   Value key = item;
   if (call.has(attribute) && !call.arg(attribute).is_none()) {
-    ASSIGN_OR_RETURN(key, GetPath(item, call.arg(attribute)));
+    ASSIGN_OR_RETURN(key, GetPath(item, call.arg(attribute), call.budget));
   }
   if (case_sensitive || !key.is_string()) return key;
   RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(key.text().bytes.size())));
@@ -195,8 +195,9 @@ Result<Value> SumFilter(Call& call) {
   ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
   Value sum = call.has(2) ? call.arg(2) : Value::Int(0);
   for (Value item : *items) {
+    RETURN_IF_ERROR(call.budget.Spend(1));
     if (call.has(1) && !call.arg(1).is_none()) {
-      ASSIGN_OR_RETURN(item, GetPath(item, call.arg(1)));
+      ASSIGN_OR_RETURN(item, GetPath(item, call.arg(1), call.budget));
     }
     if (sum.is_string()) return InvalidArgument("sum expects numbers or lists, found str");
     ASSIGN_OR_RETURN(sum, Binary("+", sum, item, call.budget));

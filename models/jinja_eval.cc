@@ -84,13 +84,13 @@ Result<Value> Renderer::EvalSimple(const Expr& expr) {
   if (expr.kind == Kind::kList) return Value::List(std::move(values));
   if (expr.kind == Kind::kTuple) return Value::Tuple(std::move(values));
   if (expr.kind == Kind::kBinary) return Binary(expr.name, values[0], values[1], budget_);
-  if (values[0].is_string()) RETURN_IF_ERROR(budget_.SpendOn(values[0]));
   if (values[0].is(Value::Kind::kNamespace)) {
     const Dict& names = namespaces_[static_cast<size_t>(values[0].index())];
+    if (values[1].is_string()) RETURN_IF_ERROR(budget_.SpendOn(values[1]));
     const Value* found = names.Find(values[1]);
     return found != nullptr ? *found : Value::Undefined("namespace has no such attribute");
   }
-  return GetItem(values[0], values[1]);
+  return GetItem(values[0], values[1], budget_);
 }
 
 Result<Value> Renderer::EvalDict(const Expr& expr) {
@@ -102,6 +102,7 @@ Result<Value> Renderer::EvalDict(const Expr& expr) {
       return InvalidArgument("expected text, a number or none as a key, found " +
                              TypeName(values[i]));
     }
+    if (values[i].is_string()) RETURN_IF_ERROR(budget_.SpendOn(values[i]));
     out.Set(values[i], values[i + 1]);
   }
   return Value::Of(std::move(out));
@@ -212,8 +213,8 @@ Result<Value> Renderer::EvalMap(const Expr& expr, const Value* input) {
   std::vector<Value> out;
   for (const Value& item : *items) {
     RETURN_IF_ERROR(budget_.Spend(1));
-    ASSIGN_OR_RETURN(Value mapped,
-                     expr.inner != nullptr ? EvalOn(*expr.inner, item) : GetPath(item, path));
+    ASSIGN_OR_RETURN(Value mapped, expr.inner != nullptr ? EvalOn(*expr.inner, item)
+                                                         : GetPath(item, path, budget_));
     out.push_back(mapped.is_undefined() && absent ? *absent : std::move(mapped));
   }
   return Value::Of(Sequence::Flavor::kIterator, std::move(out));
@@ -235,7 +236,7 @@ Result<Value> Renderer::EvalSelect(const Expr& expr, const Value* input) {
     RETURN_IF_ERROR(budget_.Spend(1));
     Value judged = item;
     if (path) {
-      ASSIGN_OR_RETURN(judged, GetPath(item, *path));
+      ASSIGN_OR_RETURN(judged, GetPath(item, *path, budget_));
     }
     if (expr.inner != nullptr) {
       ASSIGN_OR_RETURN(judged, EvalOn(*expr.inner, judged));

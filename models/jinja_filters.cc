@@ -18,23 +18,21 @@ Value Like(std::string bytes, const Text& source) {
 
 Result<Text> InputText(Call& call) {
   RETURN_IF_ERROR(call.budget.SpendOn(call.input()));
-  return Str(call.input());
+  ASSIGN_OR_RETURN(Text text, Str(call.input()));
+  RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(text.bytes.size())));
+  return text;
 }
 
 template <std::string (*kMap)(std::string_view)>
 Result<Value> MapText(Call& call) {
   ASSIGN_OR_RETURN(const Text text, InputText(call));
-  RETURN_IF_ERROR(call.budget.SpendBytes(static_cast<int64_t>(text.bytes.size())));
   return Like(kMap(text.bytes), text);
 }
 
 Result<Value> TrimFilter(Call& call) {
-  ASSIGN_OR_RETURN(const Text text, InputText(call));
-  if (!call.has(1) || call.arg(1).is_none()) return Value::String(Strip(text, nullptr, {}));
-  ASSIGN_OR_RETURN(const std::string chars, call.String(1, ""));
-  RETURN_IF_ERROR(
-      call.budget.Spend(static_cast<int64_t>(text.bytes.size() / 64 * (1 + chars.size()))));
-  return Value::String(Strip(text, &chars, {}));
+  ASSIGN_OR_RETURN(Text text, InputText(call));
+  call.args[0] = Value::String(std::move(text));
+  return FindMethod("strip")->function(call);
 }
 
 Result<Value> LengthFilter(Call& call) {

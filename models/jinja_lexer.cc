@@ -171,8 +171,7 @@ class Lexer {
 
   Result<void> ExpressionToken(std::string& open) {
     const char c = source_[pos_];
-    if (IsNameStart(c))
-      return TakeWhile(Kind::kName, [](char x) { return IsNameStart(x) || IsDigit(x); });
+    if (IsNameStart(c)) return Name();
     if (IsDigit(c)) return Number();
     if (c == '"' || c == '\'') return StringLiteral();
     for (const std::string_view op : {"//", "**", "==", "!=", ">=", "<="}) {
@@ -204,11 +203,15 @@ class Lexer {
     return {};
   }
 
-  template <typename Predicate>
-  Result<void> TakeWhile(Kind kind, Predicate accepts) {
+  Result<void> Name() {
+    constexpr size_t kNameBytes = 256;  // so that looking one up is one step
     size_t end = pos_ + 1;
-    while (end < source_.size() && accepts(source_[end])) ++end;
-    Emit(kind, source_.substr(pos_, end - pos_));
+    while (end < source_.size() && (IsNameStart(source_[end]) || IsDigit(source_[end]))) ++end;
+    if (end - pos_ > kNameBytes) {
+      return ErrorAt(line_, "expected a name of at most " + std::to_string(kNameBytes) +
+                                " bytes, found " + std::to_string(end - pos_));
+    }
+    Emit(Kind::kName, source_.substr(pos_, end - pos_));
     Advance(end);
     return {};
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <ctime>
+#include <span>
 
 #include "models/jinja_program.h"
 
@@ -41,7 +42,7 @@ Result<Value> StripMethod(Call& call) {
   if (!call.has(1) || call.arg(1).is_none()) return Value::String(Strip(*text, nullptr, kSides));
   ASSIGN_OR_RETURN(const Text* chars, TextArg(call, 1, "strip"));
   RETURN_IF_ERROR(
-      call.budget.Spend(static_cast<int64_t>(text->bytes.size() / 64 * (1 + chars->bytes.size()))));
+      call.budget.Spend(static_cast<int64_t>(text->bytes.size() / 16 + chars->bytes.size())));
   return Value::String(Strip(*text, &chars->bytes, kSides));
 }
 
@@ -54,28 +55,29 @@ struct Cuts {
   bool reverse;  // from the right
 };
 
+// What is looked for from the right is looked for from the left in this.
+std::string Reversed(std::string_view text) { return {text.rbegin(), text.rend()}; }
+
 // The pieces between separators.
 Result<Places> CutAt(std::string_view text, std::string_view separator, Cuts cuts, Budget& budget) {
+  if (cuts.reverse) {
+    ASSIGN_OR_RETURN(Places out, CutAt(Reversed(text), Reversed(separator),
+                                       {.most = cuts.most, .reverse = false}, budget));
+    std::reverse(out.begin(), out.end());
+    for (auto& place : out) place = {text.size() - place.second, text.size() - place.first};
+    return out;
+  }
   Places out;
   size_t begin = 0;
-  size_t end = text.size();
   RETURN_IF_ERROR(budget.Spend(static_cast<int64_t>(text.size() / 16)));
   for (int64_t done = 0; cuts.most < 0 || done < cuts.most; ++done) {
     RETURN_IF_ERROR(budget.Spend(kPieceSteps));
-    if (cuts.reverse) {
-      const size_t found = text.substr(0, end).rfind(separator);
-      if (found == std::string_view::npos) break;
-      out.emplace_back(found + separator.size(), end);
-      end = found;
-    } else {
-      const size_t found = text.find(separator, begin);
-      if (found == std::string_view::npos) break;
-      out.emplace_back(begin, found);
-      begin = found + separator.size();
-    }
+    const size_t found = FindPart(text, separator, begin);
+    if (found == std::string_view::npos) break;
+    out.emplace_back(begin, found);
+    begin = found + separator.size();
   }
-  out.emplace_back(begin, end);
-  if (cuts.reverse) std::reverse(out.begin(), out.end());
+  out.emplace_back(begin, text.size());
   return out;
 }
 
@@ -150,7 +152,7 @@ template <bool kEnd>
 Result<Value> WithMethod(Call& call) {
   const std::string name = kEnd ? "endswith" : "startswith";
   ASSIGN_OR_RETURN(const Text* text, Self(call, name));
-  std::vector<Value> wanted = {call.arg(1)};
+  std::span<const Value> wanted(&call.arg(1), 1);
   if (call.arg(1).is_list()) wanted = call.arg(1).sequence()->items;
   for (const Value& one : wanted) {
     if (!one.is_string()) return InvalidArgument(name + " expects texts, found " + TypeName(one));
@@ -216,10 +218,12 @@ template <bool kReverse, bool kMustFind>
 Result<Value> FindInText(Call& call) {
   ASSIGN_OR_RETURN(const Text* text, Self(call, "find"));
   ASSIGN_OR_RETURN(const Text* wanted, TextArg(call, 1, "find"));
-  const std::string& all = text->bytes;
-  const size_t at = kReverse ? all.rfind(wanted->bytes) : all.find(wanted->bytes);
-  if (at != std::string::npos) {
-    return Value::Int(CountChars(std::string_view(all).substr(0, at)));
+  const std::string_view all = text->bytes;
+  size_t at =
+      kReverse ? FindPart(Reversed(all), Reversed(wanted->bytes)) : FindPart(all, wanted->bytes);
+  if (at != std::string_view::npos) {
+    if (kReverse) at = all.size() - at - wanted->bytes.size();
+    return Value::Int(CountChars(all.substr(0, at)));
   }
   if (kMustFind) return InvalidArgument("index expects a text that is there, found none");
   return Value::Int(-1);

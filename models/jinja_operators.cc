@@ -210,9 +210,12 @@ Result<bool> Contains(const Value& container, const Value& item, Budget& budget)
   if (container.is_string()) {
     if (!item.is_string()) return NoOperator("in", item, container);
     RETURN_IF_ERROR(budget.SpendOn(container));
-    return container.text().bytes.find(item.text().bytes) != std::string::npos;
+    return FindPart(container.text().bytes, item.text().bytes) != std::string::npos;
   }
-  if (container.is(Kind::kDict)) return container.dict().Find(item) != nullptr;
+  if (container.is(Kind::kDict)) {
+    if (item.is_string()) RETURN_IF_ERROR(budget.SpendOn(item));
+    return container.dict().Find(item) != nullptr;
+  }
   if (container.is_undefined()) return false;
   if (!container.is(Kind::kSequence)) return NoOperator("in", item, container);
   const int64_t most = item.extent().weight;  // of one comparison
@@ -224,8 +227,11 @@ Result<bool> Contains(const Value& container, const Value& item, Budget& budget)
                      [&](const Value& one) { return Equal(one, item); });
 }
 
-Result<Value> GetItem(const Value& object, const Value& key) {
+Result<Value> GetItem(const Value& object, const Value& key, Budget& budget) {
   if (object.is_undefined()) return InvalidArgument(object.why_undefined());
+  for (const Value* text : {&object, &key}) {
+    if (text->is_string()) RETURN_IF_ERROR(budget.SpendOn(*text));
+  }
   const bool indexed = object.is_string() || object.is_list();
   if (indexed && key.is_integral()) return ItemAt(object, key.integer());
   if (object.is(Kind::kDict)) {
@@ -233,7 +239,10 @@ Result<Value> GetItem(const Value& object, const Value& key) {
   }
   if (key.is_string()) {
     if (HasMethod(object, key.text().bytes)) return Value::Reference(Kind::kMethod, 0);
-    return Value::Undefined(TypeName(object) + " has no " + ReprString(key.text().bytes));
+    constexpr size_t kShownBytes = 100;
+    const std::string_view name = key.text().bytes;
+    return Value::Undefined(TypeName(object) + " has no " +
+                            ReprString(name.substr(0, kShownBytes)));
   }
   return Value::Undefined(TypeName(object) + " has no such element");
 }
@@ -247,8 +256,9 @@ Result<Value> GetAttribute(const Value& object, const std::string& name) {
   return Value::Undefined(TypeName(object) + " has no attribute " + ReprString(name));
 }
 
-Result<Value> GetPath(const Value& object, const Value& path) {
-  if (!path.is_string()) return GetItem(object, path);
+Result<Value> GetPath(const Value& object, const Value& path, Budget& budget) {
+  if (!path.is_string()) return GetItem(object, path, budget);
+  RETURN_IF_ERROR(budget.SpendOn(path));
   Value out = object;
   std::string_view rest = path.text().bytes;
   while (true) {
@@ -256,8 +266,8 @@ Result<Value> GetPath(const Value& object, const Value& path) {
     const std::string part(rest.substr(0, dot));
     const bool is_index = !part.empty() && part.size() < 10 &&
                           part.find_first_not_of("0123456789") == std::string::npos;
-    ASSIGN_OR_RETURN(out,
-                     GetItem(out, is_index ? Value::Int(std::stoi(part)) : Value::String(part)));
+    const Value key = is_index ? Value::Int(std::stoi(part)) : Value::String(part);
+    ASSIGN_OR_RETURN(out, GetItem(out, key, budget));
     if (dot == rest.size()) return out;
     rest.remove_prefix(dot + 1);
   }
@@ -265,22 +275,22 @@ Result<Value> GetPath(const Value& object, const Value& path) {
 
 Result<Value> Slice(const Value& object, const std::optional<int64_t> (&range)[3], Budget& budget) {
   if (object.is_undefined()) return InvalidArgument(object.why_undefined());
-  RETURN_IF_ERROR(budget.Spend(object.is_string() || !object.is(Kind::kSequence)
-                                   ? object.extent().weight
-                                   : static_cast<int64_t>(object.sequence()->items.size())));
   if (object.is_string()) {
+    RETURN_IF_ERROR(budget.Spend(1 + static_cast<int64_t>(object.text().bytes.size() / 16)));
     const std::vector<size_t> offsets = CharOffsets(object.text().bytes);
     ASSIGN_OR_RETURN(const auto places, Places(static_cast<int64_t>(offsets.size()) - 1, range));
     if (places.empty()) return Value::String("");
     if (range[2].value_or(1) == 1) {
       return Value::String(object.text().Sub(offsets[places[0]], offsets[places.back() + 1]));
     }
+    RETURN_IF_ERROR(budget.Spend(static_cast<int64_t>(places.size() / 4)));
     Text out;
     for (const size_t i : places) out.Append(object.text().Sub(offsets[i], offsets[i + 1]));
     return Value::String(std::move(out));
   }
   if (!object.is_list()) return Value::Undefined(TypeName(object) + " has no slices");
   const auto& items = object.sequence()->items;
+  RETURN_IF_ERROR(budget.Spend(static_cast<int64_t>(items.size())));
   ASSIGN_OR_RETURN(const auto places, Places(static_cast<int64_t>(items.size()), range));
   std::vector<Value> out;
   for (const size_t i : places) out.push_back(items[i]);

@@ -271,6 +271,10 @@ Result<Stmt> Parser::ParseMacro(int line) {
     } else if (!macro->defaults.empty() && macro->defaults.back() != nullptr) {
       return ErrorAt(line, "expected a default for " + param + ", as for the parameter before it");
     }
+    constexpr size_t kParams = 255;  // as CPython had it; a call looks names up one by one
+    if (macro->params.size() == kParams) {
+      return ErrorAt(line, "macro " + macro->name + " expects at most 255 parameters");
+    }
     macro->params.push_back(std::move(param));
     macro->defaults.push_back(std::move(absent));
   }

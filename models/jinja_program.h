@@ -181,10 +181,10 @@ Result<Value> Binary(std::string_view op, const Value& a, const Value& b, Budget
 Result<bool> Compare(std::string_view op, const Value& a, const Value& b, Budget& budget);
 Result<bool> Contains(const Value& container, const Value& item, Budget& budget);
 // object[key] and object.name as Jinja2 finds them; undefined where there is nothing.
-Result<Value> GetItem(const Value& object, const Value& key);
+Result<Value> GetItem(const Value& object, const Value& key, Budget& budget);
 Result<Value> GetAttribute(const Value& object, const std::string& name);
 // The attribute of filters: names and indices with dots between.
-Result<Value> GetPath(const Value& object, const Value& path);
+Result<Value> GetPath(const Value& object, const Value& path, Budget& budget);
 // object[start:stop:step].
 Result<Value> Slice(const Value& object, const std::optional<int64_t> (&range)[3], Budget& budget);
 // The elements that a for visits; empties iterators.

@@ -1,16 +1,17 @@
 #include "models/jinja_text.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <cstdio>
-#include <functional>
+#include <cstring>
 
 #include "models/utf8.h"
 
 namespace innerq::jinja {
 namespace {
 
-std::string MapChars(std::string_view text, const std::function<uint32_t(uint32_t)>& map) {
+template <typename Map>
+std::string MapChars(std::string_view text, Map map) {
   std::string out;
   out.reserve(text.size());
   while (!text.empty()) {
@@ -42,9 +43,11 @@ bool IsPrintable(uint32_t c) {
 }
 
 std::string Hex(const char* prefix, uint32_t code, int width) {
-  char buffer[16];
-  std::snprintf(buffer, sizeof buffer, "%0*x", width, code);
-  return prefix + std::string(buffer);
+  std::string out = prefix;
+  for (int shift = 4 * (width - 1); shift >= 0; shift -= 4) {
+    out += "0123456789abcdef"[code >> shift & 0xf];
+  }
+  return out;
 }
 
 }  // namespace
@@ -151,6 +154,15 @@ void AppendUtf8(std::string& out, uint32_t code) {
   }
 }
 
+size_t FindPart(std::string_view text, std::string_view part, size_t from) {
+  if (from > text.size()) return std::string_view::npos;
+  // glibc's is linear: two-way for parts of more than 256 bytes, so that the others' worst case,
+  // their product, is bounded by a constant too.
+  const void* found = memmem(text.data() + from, text.size() - from, part.data(), part.size());
+  if (found == nullptr) return std::string_view::npos;
+  return static_cast<size_t>(static_cast<const char*>(found) - text.data());
+}
+
 size_t SpaceLength(std::string_view text) {
   const uint32_t c = DecodeChar(text);
   const bool space = (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 ||
@@ -219,14 +231,15 @@ Text Strip(const Text& text, const std::string* chars, Sides sides) {
     const size_t begin = kept.empty() ? 0 : static_cast<size_t>(kept.data() - text.bytes.data());
     return text.Sub(begin, begin + kept.size());
   }
-  const std::vector<size_t> set = CharOffsets(*chars);
+  std::vector<uint32_t> set;
+  for (std::string_view rest = *chars; !rest.empty(); rest.remove_prefix(CharLength(rest))) {
+    set.push_back(DecodeChar(rest));
+  }
+  std::sort(set.begin(), set.end());
   const std::vector<size_t> at = CharOffsets(text.bytes);
   const auto drops = [&](size_t i) {
-    const auto one = std::string_view(text.bytes).substr(at[i], at[i + 1] - at[i]);
-    for (size_t k = 0; k + 1 < set.size(); ++k) {
-      if (std::string_view(*chars).substr(set[k], set[k + 1] - set[k]) == one) return true;
-    }
-    return false;
+    const uint32_t one = DecodeChar(std::string_view(text.bytes).substr(at[i], at[i + 1] - at[i]));
+    return std::binary_search(set.begin(), set.end(), one);
   };
   size_t begin = 0;
   size_t end = at.size() - 1;

@@ -31,6 +31,9 @@ std::vector<size_t> CharOffsets(std::string_view text);
 // Code point of the first character; a stray byte gives 0xdc00 + byte, as Python's surrogateescape.
 uint32_t DecodeChar(std::string_view text);
 void AppendUtf8(std::string& out, uint32_t code);
+// Where `part` begins in `text`, at or after `from`; npos if nowhere. In time linear in both, where
+// std::string_view::find takes their product of texts made for it.
+size_t FindPart(std::string_view text, std::string_view part, size_t from = 0);
 // Bytes of the whitespace character (str.isspace) that the text begins with, or 0.
 size_t SpaceLength(std::string_view text);
 
@@ -49,7 +52,8 @@ struct Sides {
   bool left = true;
   bool right = true;
 };
-// str.strip: removes whitespace, or the characters of *chars if that is not null.
+// str.strip: removes whitespace, or the characters of *chars if that is not null. Sorts those, and
+// looks each character of the text up.
 Text Strip(const Text& text, const std::string* chars, Sides sides);
 std::string_view TrimSpace(std::string_view text, Sides sides);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace innerq::jinja {
 namespace {
@@ -11,47 +12,93 @@ using Kind = Value::Kind;
 
 constexpr int64_t kWeightMax = std::numeric_limits<int64_t>::max() / 4;
 
-Result<std::string> ReprDict(const Dict& dict) {
-  std::string out = "{";
-  for (const auto& [key, value] : dict.items()) {
-    if (out.size() > 1) out += ", ";
-    ASSIGN_OR_RETURN(const std::string k, Repr(key));
-    ASSIGN_OR_RETURN(const std::string v, Repr(value));
-    out += k + ": " + v;
+Result<void> AppendRepr(const Value& value, std::string* out);
+
+Result<void> AppendItems(const std::vector<Value>& items, std::string* out) {
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (i > 0) *out += ", ";
+    RETURN_IF_ERROR(AppendRepr(items[i], out));
   }
-  return out + "}";
+  return {};
 }
 
-Result<std::string> ReprSequence(const Sequence& sequence) {
-  std::string out;
-  for (const Value& item : sequence.items) {
-    if (!out.empty()) out += ", ";
-    ASSIGN_OR_RETURN(const std::string one, Repr(item));
-    out += one;
+Result<void> AppendDict(const Dict& dict, std::string* out) {
+  *out += "{";
+  const char* separator = "";
+  for (const auto& [key, value] : dict.items()) {
+    *out += std::exchange(separator, ", ");
+    RETURN_IF_ERROR(AppendRepr(key, out));
+    *out += ": ";
+    RETURN_IF_ERROR(AppendRepr(value, out));
   }
-  switch (sequence.flavor) {
-    case Sequence::Flavor::kList:
-      return "[" + out + "]";
-    case Sequence::Flavor::kTuple:
-      return sequence.items.size() == 1 ? "(" + out + ",)" : "(" + out + ")";
-    case Sequence::Flavor::kKeys:
-      return "dict_keys([" + out + "])";
-    case Sequence::Flavor::kValues:
-      return "dict_values([" + out + "])";
-    case Sequence::Flavor::kItems:
-      return "dict_items([" + out + "])";
-    case Sequence::Flavor::kIterator:
+  *out += "}";
+  return {};
+}
+
+Result<void> AppendSequence(const Sequence& sequence, std::string* out) {
+  constexpr std::pair<const char*, const char*> kBrackets[] = {{"[", "]"},
+                                                               {"(", ")"},
+                                                               {"", ""},
+                                                               {"dict_keys([", "])"},
+                                                               {"dict_values([", "])"},
+                                                               {"dict_items([", "])"}};
+  if (sequence.flavor == Sequence::Flavor::kIterator) {
+    return InvalidArgument("cannot print an iterator; expected a list (use the filter list)");
+  }
+  const auto& [open, close] = kBrackets[static_cast<size_t>(sequence.flavor)];
+  *out += open;
+  RETURN_IF_ERROR(AppendItems(sequence.items, out));
+  const bool lone = sequence.flavor == Sequence::Flavor::kTuple && sequence.items.size() == 1;
+  *out += lone ? "," : "";
+  *out += close;
+  return {};
+}
+
+// Appends repr(value), as inside a printed list.
+Result<void> AppendRepr(const Value& value, std::string* out) {
+  switch (value.kind()) {
+    case Kind::kUndefined:
+      *out += "Undefined";
+      return {};
+    case Kind::kNone:
+      *out += "None";
+      return {};
+    case Kind::kBool:
+      *out += value.boolean() ? "True" : "False";
+      return {};
+    case Kind::kInt:
+      *out += std::to_string(value.integer());
+      return {};
+    case Kind::kFloat:
+      *out += FloatRepr(value.number());
+      return {};
+    case Kind::kString:
+      *out += ReprString(value.text().bytes);
+      return {};
+    case Kind::kSequence:
+      return AppendSequence(*value.sequence(), out);
+    case Kind::kDict:
+      return AppendDict(value.dict(), out);
+    case Kind::kLoop:
+    case Kind::kNamespace:
+    case Kind::kMacro:
+    case Kind::kFunction:
+    case Kind::kMethod:
       break;
   }
-  return InvalidArgument("cannot print an iterator; expected a list (use the filter list)");
+  return InvalidArgument("cannot print a " + TypeName(value) + "; expected a plain value");
 }
 
 int Sign(const auto& a, const auto& b) { return a < b ? -1 : b < a ? 1 : 0; }
 
-// Exact for integers beyond 2^53 against floats too: Python compares values, not roundings.
-bool NumbersEqual(const Value& a, const Value& b) {
-  if (a.is_integral() && b.is_integral()) return a.integer() == b.integer();
-  return a.number() == b.number();
+// A number, with the type that it has as an integer if it is whole: then equal is the same, exactly
+// beyond 2^53 too, as Python compares values and not roundings.
+std::variant<int64_t, double> Number(const Value& value) {
+  constexpr double kTwo63 = 9223372036854775808.0;
+  if (value.is_integral()) return value.integer();
+  const double number = value.number();
+  if (number != std::floor(number) || !(number >= -kTwo63 && number < kTwo63)) return number;
+  return static_cast<int64_t>(number);
 }
 
 }  // namespace
@@ -63,35 +110,35 @@ void Extent::Add(const Value& value) {
   untrusted = untrusted || inner.untrusted;
 }
 
+std::optional<Dict::Index> Dict::IndexOf(const Value& key) {
+  if (key.is_string()) return std::string_view(key.text().bytes);
+  if (key.is_none()) return std::monostate();
+  if (!key.is_number() || std::isnan(key.number())) return std::nullopt;
+  return std::visit([](auto number) { return Index(number); }, Number(key));
+}
+
 void Dict::Set(const Value& key, const Value& value) {
   extent_.Add(key);
   extent_.Add(value);
-  if (key.is_string()) {
-    const auto [at, is_new] = by_text_.try_emplace(key.text().bytes, items_.size());
+  if (const std::optional<Index> index = IndexOf(key)) {
+    const auto [at, is_new] = places_.try_emplace(*index, items_.size());
     if (!is_new) {
       items_[at->second].second = value;
       return;
     }
-  } else if (const Value* found = Find(key); found != nullptr) {
-    const auto same = [&](const auto& item) { return &item.second == found; };
-    std::find_if(items_.begin(), items_.end(), same)->second = value;
-    return;
   }
   items_.emplace_back(key, value);
 }
 
 const Value* Dict::Find(std::string_view key) const {
-  const auto found = by_text_.find(key);
-  return found == by_text_.end() ? nullptr : &items_[found->second].second;
+  const auto found = places_.find(key);
+  return found == places_.end() ? nullptr : &items_[found->second].second;
 }
 
 const Value* Dict::Find(const Value& key) const {
-  if (key.is_string()) return Find(key.text().bytes);
-  if (by_text_.size() == items_.size()) return nullptr;
-  for (const auto& [name, value] : items_) {
-    if (!name.is_string() && Equal(name, key)) return &value;
-  }
-  return nullptr;
+  const std::optional<Index> index = IndexOf(key);
+  const auto found = index ? places_.find(*index) : places_.end();
+  return found == places_.end() ? nullptr : &items_[found->second].second;
 }
 
 Value Value::Undefined(std::string why) {
@@ -203,7 +250,7 @@ bool Truthy(const Value& value) {
 }
 
 bool Equal(const Value& a, const Value& b) {
-  if (a.is_number() && b.is_number()) return NumbersEqual(a, b);
+  if (a.is_number() && b.is_number()) return Number(a) == Number(b);
   if (a.kind() != b.kind()) return false;
   switch (a.kind()) {
     case Kind::kUndefined:
@@ -260,38 +307,11 @@ Result<int> Order(const Value& a, const Value& b) {
                          " and " + TypeName(b));
 }
 
-Result<std::string> Repr(const Value& value) {
-  switch (value.kind()) {
-    case Kind::kUndefined:
-      return std::string("Undefined");
-    case Kind::kNone:
-      return std::string("None");
-    case Kind::kBool:
-      return std::string(value.boolean() ? "True" : "False");
-    case Kind::kInt:
-      return std::to_string(value.integer());
-    case Kind::kFloat:
-      return FloatRepr(value.number());
-    case Kind::kString:
-      return ReprString(value.text().bytes);
-    case Kind::kSequence:
-      return ReprSequence(*value.sequence());
-    case Kind::kDict:
-      return ReprDict(value.dict());
-    case Kind::kLoop:
-    case Kind::kNamespace:
-    case Kind::kMacro:
-    case Kind::kFunction:
-    case Kind::kMethod:
-      break;
-  }
-  return InvalidArgument("cannot print a " + TypeName(value) + "; expected a plain value");
-}
-
 Result<Text> Str(const Value& value) {
   if (value.is_string()) return value.text();
   if (value.is_undefined()) return Text();
-  ASSIGN_OR_RETURN(const std::string text, Repr(value));
+  std::string text;
+  RETURN_IF_ERROR(AppendRepr(value, &text));
   return Text::From(text, value.extent().untrusted);
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -34,18 +35,24 @@ struct Sequence {
   bool consumed = false;  // of an iterator: whoever asks again finds nothing
 };
 
-// Keys in the order of insertion.
+// Keys in the order of insertion: texts, numbers and none. Numbers that are equal are one key,
+// whatever their types; NaN is none that can be found. A key costs the logarithm of their number.
 class Dict {
  public:
   void Set(const Value& key, const Value& value);
+  // Null if there is no such key, or `key` is no value that can be one.
   const Value* Find(const Value& key) const;
   const Value* Find(std::string_view key) const;
   const std::vector<std::pair<Value, Value>>& items() const { return items_; }
   const Extent& extent() const { return extent_; }
 
  private:
+  // What is the same for equal keys; the texts are those that items_ keeps alive.
+  using Index = std::variant<std::monostate, int64_t, double, std::string_view>;
+  static std::optional<Index> IndexOf(const Value& key);
+
   std::vector<std::pair<Value, Value>> items_;
-  std::map<std::string, size_t, std::less<>> by_text_;
+  std::map<Index, size_t> places_;
   Extent extent_;
 };
 
@@ -131,8 +138,6 @@ bool Equal(const Value& a, const Value& b);
 Result<int> Order(const Value& a, const Value& b);
 // str(value): undefined is empty. Errors: values whose text means nothing (iterators, methods).
 Result<Text> Str(const Value& value);
-// repr(value), as inside a printed list.
-Result<std::string> Repr(const Value& value);
 
 struct JsonStyle {
   int indent = -1;  // columns, below 0: one line

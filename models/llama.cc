@@ -5,7 +5,6 @@
 #include <deque>
 #include <string>
 
-#include "kernels/float16.h"
 #include "models/tensor_source.h"
 
 namespace innerq {
@@ -36,10 +35,73 @@ struct Activations {
   Buffer for_host;   // [R, V] where the host can read them; empty if it can read `logits`
 };
 
-float ElementAsFloat(const ConstTensorView& tensor, int64_t i) {
-  if (tensor.dtype == DType::kF16) return F16ToF32(tensor.As<uint16_t>()[i]);
-  if (tensor.dtype == DType::kBF16) return BF16ToF32(tensor.As<uint16_t>()[i]);
-  return tensor.As<float>()[i];
+// One matrix of a stack: "<name>.weight" [rows, K] and, if `bias`, "<name>.bias" [rows].
+struct Part {
+  std::string name;
+  int64_t rows = 0;
+  bool bias = false;
+};
+
+// Matrices [n_i, cols], stacked along N.
+struct Stack {
+  std::vector<Part> parts;
+  int64_t cols = 0;  // K
+};
+
+// The tensors of one layer by their names in a checkpoint.
+struct LayerTensors {
+  std::string attention_norm;
+  Stack qkv, output;
+  std::string mlp_norm;
+  Stack gate_up, down;
+};
+
+LayerTensors TensorsOfLayer(const ModelConfig& config, int64_t index) {
+  const std::string prefix = "model.layers." + std::to_string(index) + ".";
+  const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
+  const int64_t hidden = config.hidden_size, inner = config.intermediate_size;
+  const int64_t queries = config.num_heads * config.head_dim;
+  const int64_t keys = config.num_kv_heads * config.head_dim;
+  const bool attention_bias = config.attention_bias, mlp_bias = config.mlp_bias;
+  return {.attention_norm = prefix + "input_layernorm.weight",
+          .qkv = {{{attention + "q_proj", queries, attention_bias},
+                   {attention + "k_proj", keys, attention_bias},
+                   {attention + "v_proj", keys, attention_bias}},
+                  hidden},
+          .output = {{{attention + "o_proj", hidden, attention_bias}}, queries},
+          .mlp_norm = prefix + "post_attention_layernorm.weight",
+          .gate_up = {{{mlp + "gate_proj", inner, mlp_bias}, {mlp + "up_proj", inner, mlp_bias}},
+                      hidden},
+          .down = {{{mlp + "down_proj", hidden, mlp_bias}}, inner}};
+}
+
+constexpr char kTable[] = "model.embed_tokens";
+constexpr char kHead[] = "lm_head";
+constexpr char kFinalNorm[] = "model.norm.weight";
+
+// The matrix of embeddings [V, C]. Tied matrices may be stored under either name.
+std::string TableName(const ModelConfig& config, bool has_table) {
+  return config.tie_word_embeddings && !has_table ? kHead : kTable;
+}
+
+// The matrix that gives logits, tied or not.
+Stack HeadOf(const ModelConfig& config, const std::string& table) {
+  return {{{config.tie_word_embeddings ? table : kHead, config.vocab_size}}, config.hidden_size};
+}
+
+Result<void> CheckStack(const Checkpoint& checkpoint, const Stack& stack) {
+  for (const Part& part : stack.parts) {
+    RETURN_IF_ERROR(checkpoint.Get(part.name + ".weight", {part.rows, stack.cols}));
+    const std::string bias = part.name + ".bias";
+    if (part.bias) {
+      RETURN_IF_ERROR(checkpoint.Get(bias, {part.rows}));
+    } else if (checkpoint.Find(bias) != nullptr) {
+      return InvalidArgument(checkpoint.directory().string() + ": tensor " + bias +
+                             ": config.json declares no bias of this matrix (attention_bias, "
+                             "mlp_bias)");
+    }
+  }
+  return {};
 }
 
 // The decoder with q, k, v and gate, up fused into one matrix each.
@@ -55,16 +117,18 @@ class FusedLlama : public LlamaModel {
     CHECK(options_.max_rows > 0 && options_.max_logit_rows > 0, "a step has rows");
   }
 
+  // A step's memory comes first: what cannot be had is known before weights are read.
   Result<void> Build() {
-    RETURN_IF_ERROR(BuildWeights());
-    RETURN_IF_ERROR(AllocateActivations());
-    StepLimits limits;
-    limits.max_rows = std::max(options_.max_rows, options_.max_logit_rows);
-    limits.max_features = std::max({hidden(), query_dim(), config_.intermediate_size});
-    limits.max_head_dim = config_.head_dim;
-    limits.max_group = config_.num_heads / config_.num_kv_heads;
-    limits.max_pages = options_.max_pages;
-    return backend_->Reserve(limits);
+    if (const Result<void> step = ReadyStep(); !step.ok()) {
+      Error error = step.error();
+      if (error.code == ErrorCode::kResourceExhausted) {
+        error.param = "scheduler.max_batch_tokens";
+        error.message = error.param + ": the memory of a step of " +
+                        std::to_string(options_.max_rows) + " tokens: " + error.message;
+      }
+      return error;
+    }
+    return BuildWeights();
   }
 
   const ModelConfig& config() const override { return config_; }
@@ -96,12 +160,9 @@ class FusedLlama : public LlamaModel {
   // --- Loading ---
 
   Result<void> BuildWeights() {
-    const int64_t vocab = config_.vocab_size;
-    // Tied matrices may be stored under either name.
-    std::string table = "model.embed_tokens";
-    if (config_.tie_word_embeddings && !source_->Has(table + ".weight")) table = "lm_head";
+    const std::string table = TableName(config_, source_->Has(std::string(kTable) + ".weight"));
     embedding_name_ = table + ".weight";
-    ASSIGN_OR_RETURN(embedding_, source_->Get(embedding_name_, {vocab, hidden()}));
+    ASSIGN_OR_RETURN(embedding_, source_->Get(embedding_name_, {config_.vocab_size, hidden()}));
     ASSIGN_OR_RETURN(embedding_buffer_, backend_->Import(embedding_));
     embedding_.data = embedding_buffer_.data();
     weight_bytes_ += embedding_buffer_.bytes();
@@ -109,48 +170,28 @@ class FusedLlama : public LlamaModel {
 
     layers_.resize(static_cast<size_t>(config_.num_layers));
     for (size_t i = 0; i < layers_.size(); ++i) RETURN_IF_ERROR(BuildLayer(i));
-    ASSIGN_OR_RETURN(final_norm_, BuildNorm("model.norm.weight"));
-    const std::string head = config_.tie_word_embeddings ? table : "lm_head";
-    ASSIGN_OR_RETURN(lm_head_, BuildMatrix({{head, vocab}}, hidden()));
+    ASSIGN_OR_RETURN(final_norm_, BuildNorm(kFinalNorm));
+    ASSIGN_OR_RETURN(lm_head_, BuildMatrix(HeadOf(config_, table)));
     return {};
   }
 
   Result<void> BuildLayer(size_t index) {
     Layer& layer = layers_[index];
-    const std::string prefix = "model.layers." + std::to_string(index) + ".";
-    const std::string attention = prefix + "self_attn.";
-    const std::string mlp = prefix + "mlp.";
-    const int64_t inner = config_.intermediate_size;
-    const bool attention_bias = config_.attention_bias;
-    const bool mlp_bias = config_.mlp_bias;
-    ASSIGN_OR_RETURN(layer.attention_norm, BuildNorm(prefix + "input_layernorm.weight"));
-    ASSIGN_OR_RETURN(layer.qkv, BuildMatrix({{attention + "q_proj", query_dim(), attention_bias},
-                                             {attention + "k_proj", key_dim(), attention_bias},
-                                             {attention + "v_proj", key_dim(), attention_bias}},
-                                            hidden()));
-    ASSIGN_OR_RETURN(layer.output,
-                     BuildMatrix({{attention + "o_proj", hidden(), attention_bias}}, query_dim()));
-    ASSIGN_OR_RETURN(layer.mlp_norm, BuildNorm(prefix + "post_attention_layernorm.weight"));
-    ASSIGN_OR_RETURN(layer.gate_up, BuildMatrix({{mlp + "gate_proj", inner, mlp_bias},
-                                                 {mlp + "up_proj", inner, mlp_bias}},
-                                                hidden()));
-    ASSIGN_OR_RETURN(layer.down, BuildMatrix({{mlp + "down_proj", hidden(), mlp_bias}}, inner));
+    const LayerTensors tensors = TensorsOfLayer(config_, static_cast<int64_t>(index));
+    ASSIGN_OR_RETURN(layer.attention_norm, BuildNorm(tensors.attention_norm));
+    ASSIGN_OR_RETURN(layer.qkv, BuildMatrix(tensors.qkv));
+    ASSIGN_OR_RETURN(layer.output, BuildMatrix(tensors.output));
+    ASSIGN_OR_RETURN(layer.mlp_norm, BuildNorm(tensors.mlp_norm));
+    ASSIGN_OR_RETURN(layer.gate_up, BuildMatrix(tensors.gate_up));
+    ASSIGN_OR_RETURN(layer.down, BuildMatrix(tensors.down));
     return {};
   }
 
-  // One matrix of a stack: "<name>.weight" [rows, K] and, if `bias`, "<name>.bias" [rows].
-  struct Part {
-    std::string name;
-    int64_t rows = 0;
-    bool bias = false;
-  };
-
-  // Packs matrices [n_i, cols], stacked along N.
-  Result<Weight> BuildMatrix(const std::vector<Part>& parts, int64_t cols) {
+  Result<Weight> BuildMatrix(const Stack& stack) {
     std::vector<ConstTensorView> weights, biases;
-    for (const Part& part : parts) {
+    for (const Part& part : stack.parts) {
       ASSIGN_OR_RETURN(const ConstTensorView weight,
-                       source_->Get(part.name + ".weight", {part.rows, cols}));
+                       source_->Get(part.name + ".weight", {part.rows, stack.cols}));
       weights.push_back(weight);
       if (!part.bias) continue;
       ASSIGN_OR_RETURN(const ConstTensorView bias, source_->Get(part.name + ".bias", {part.rows}));
@@ -159,11 +200,11 @@ class FusedLlama : public LlamaModel {
     ASSIGN_OR_RETURN(
         Weight packed,
         backend_->PackWeight(weights, biases, options_.format.value_or(StoredFormat(weights))));
-    for (const Part& part : parts) {
+    for (const Part& part : stack.parts) {
       if (part.name + ".weight" != embedding_name_) source_->Drop(part.name + ".weight");
     }
     weight_bytes_ += packed.data.bytes() + packed.bias.bytes();
-    RETURN_IF_ERROR(ReportProgress(static_cast<int64_t>(parts.size())));
+    RETURN_IF_ERROR(ReportProgress(static_cast<int64_t>(stack.parts.size())));
     return packed;
   }
 
@@ -199,6 +240,18 @@ class FusedLlama : public LlamaModel {
       return Error{ErrorCode::kCancelled, "interrupted"};
     }
     return {};
+  }
+
+  // --- Memory of a step ---
+
+  Result<void> ReadyStep() {
+    RETURN_IF_ERROR(AllocateActivations());
+    return backend_->Reserve(
+        {.max_rows = std::max(options_.max_rows, options_.max_logit_rows),
+         .max_features = std::max({hidden(), query_dim(), config_.intermediate_size}),
+         .max_head_dim = config_.head_dim,
+         .max_group = config_.num_heads / config_.num_kv_heads,
+         .max_pages = options_.max_pages});
   }
 
   Result<void> AllocateActivations() {
@@ -305,8 +358,28 @@ class FusedLlama : public LlamaModel {
 
 }  // namespace
 
+Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
+  const ModelConfig& config = checkpoint.config();
+  const Shape norm{config.hidden_size};
+  const std::string table =
+      TableName(config, checkpoint.Find(std::string(kTable) + ".weight") != nullptr);
+  RETURN_IF_ERROR(checkpoint.Get(table + ".weight", {config.vocab_size, config.hidden_size}));
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const LayerTensors tensors = TensorsOfLayer(config, i);
+    for (const std::string& name : {tensors.attention_norm, tensors.mlp_norm}) {
+      RETURN_IF_ERROR(checkpoint.Get(name, norm));
+    }
+    for (const Stack& stack : {tensors.qkv, tensors.output, tensors.gate_up, tensors.down}) {
+      RETURN_IF_ERROR(CheckStack(checkpoint, stack));
+    }
+  }
+  RETURN_IF_ERROR(checkpoint.Get(kFinalNorm, norm));
+  return CheckStack(checkpoint, HeadOf(config, table));
+}
+
 Result<std::unique_ptr<LlamaModel>> LlamaModel::Load(std::shared_ptr<const Checkpoint> checkpoint,
                                                      Backend* backend, LoadOptions options) {
+  RETURN_IF_ERROR(CheckTensors(*checkpoint));
   const ModelConfig& config = checkpoint->config();
   auto model = std::make_unique<FusedLlama>(config, backend, CreateCheckpointSource(checkpoint),
                                             std::move(options));

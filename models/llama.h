@@ -30,9 +30,13 @@ struct LoadOptions {
 // thread at a time may call Forward.
 class LlamaModel {
  public:
-  // Packs a checkpoint for `backend`, which must outlive the model. The checkpoint stays mapped as
-  // long as the model lives. Errors: invalid argument or data loss naming the tensor, resource
-  // exhausted.
+  // Compares a checkpoint's tensors with its config.json, by names and shapes; reads no weights.
+  // Errors: data loss for one that is missing or misshapen, invalid argument for a bias that
+  // config.json does not declare, which would go unused; the message names the tensor.
+  static Result<void> CheckTensors(const Checkpoint& checkpoint);
+  // Takes the memory of a step and packs a checkpoint for `backend`, which must outlive the model.
+  // The checkpoint stays mapped as long as the model lives. Errors: as of CheckTensors; invalid
+  // argument for heads that the backend cannot compute; resource exhausted.
   static Result<std::unique_ptr<LlamaModel>> Load(std::shared_ptr<const Checkpoint> checkpoint,
                                                   Backend* backend, LoadOptions options);
   // A model with seeded random weights of the given shape, for benchmarks and tests. "As stored" is

@@ -17,6 +17,10 @@ constexpr int64_t kMaxLayers = 1000;
 constexpr int64_t kMaxVocab = int64_t{1} << 24;
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
 
+// What transformers' MistralConfig takes for an absent "sliding_window"; LlamaConfig has no such
+// key.
+constexpr int64_t kMistralWindow = 4096;
+
 // Reads the keys of one JSON object and checks their types and ranges. The first error sticks; what
 // is read after it is meaningless.
 class KeyReader {
@@ -40,8 +44,7 @@ class KeyReader {
                       !(value->is_number_unsigned() && value->get<uint64_t>() > INT64_MAX);
     const int64_t number = fits ? value->get<int64_t>() : 0;
     if (!fits || number < low || number > high) {
-      Fail(key, *value,
-           "an integer in [" + std::to_string(low) + ", " + std::to_string(high) + "]");
+      Fail(key, value, "an integer in [" + std::to_string(low) + ", " + std::to_string(high) + "]");
     }
     return number;
   }
@@ -53,7 +56,7 @@ class KeyReader {
     if (value == nullptr) return Absent(key, fallback);
     const double number = value->is_number() ? value->get<double>() : NAN;
     if (!(number > low && number <= high)) {
-      Fail(key, *value, "a number in (" + json(low).dump() + ", " + json(high).dump() + "]");
+      Fail(key, value, "a number in (" + json(low).dump() + ", " + json(high).dump() + "]");
     }
     return number;
   }
@@ -61,14 +64,14 @@ class KeyReader {
   bool Bool(const char* key, bool fallback) {
     const json* value = Find(key);
     if (value == nullptr) return fallback;
-    if (!value->is_boolean()) Fail(key, *value, "true or false");
+    if (!value->is_boolean()) Fail(key, value, "true or false");
     return value->is_boolean() && value->get<bool>();
   }
 
   std::string String(const char* key, std::optional<std::string> fallback = std::nullopt) {
     const json* value = Find(key);
     if (value == nullptr) return Absent(key, fallback);
-    if (!value->is_string()) Fail(key, *value, "a string");
+    if (!value->is_string()) Fail(key, value, "a string");
     return value->is_string() ? value->get<std::string>() : std::string();
   }
 
@@ -81,7 +84,7 @@ class KeyReader {
     for (size_t i = 0; i < count; ++i) {
       const json& id = value->is_array() ? (*value)[i] : *value;
       if (!id.is_number_unsigned() || id.get<uint64_t>() >= static_cast<uint64_t>(vocab_size)) {
-        Fail(key, id, "token ids below vocab_size " + std::to_string(vocab_size));
+        Fail(key, &id, "token ids below vocab_size " + std::to_string(vocab_size));
         return ids;
       }
       ids.push_back(id.get<int32_t>());
@@ -89,11 +92,13 @@ class KeyReader {
     return ids;
   }
 
+  // Whether the key is there, be its value null.
+  bool Has(const char* key) const { return object_.contains(key); }
+
   // Refuses what this server cannot compute.
   void Require(bool holds, const char* key, const std::string& expected) {
-    const json* value = Find(key);
-    const json null;  // an lvalue, so that ?: makes no copy, which would recurse
-    if (!holds) Fail(key, value != nullptr ? *value : null, expected);
+    const auto at = object_.find(key);
+    if (!holds) Fail(key, at == object_.end() ? nullptr : &*at, expected);
   }
 
  private:
@@ -105,10 +110,12 @@ class KeyReader {
     return fallback.value_or(T());
   }
 
-  void Fail(const char* key, const json& found, const std::string& expected) {
+  // `found` is null if the key is absent.
+  void Fail(const char* key, const json* found, const std::string& expected) {
     if (!status_.ok()) return;
+    std::string text = "nothing";
     // Structures may nest deeper than dump() can recurse, so only their kind is told.
-    std::string text = found.is_structured() ? found.type_name() : found.dump();
+    if (found != nullptr) text = found->is_structured() ? found->type_name() : found->dump();
     if (text.size() > 100) text = text.substr(0, 97) + "...";
     status_ = InvalidArgument(where_ + key + ": expected " + expected + ", found " + text);
   }
@@ -206,10 +213,14 @@ Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   keys.Require(keys.Find("quantization_config") == nullptr, "quantization_config",
                "unquantized weights");
   keys.Require(keys.Integer("pretraining_tp", 0, kMaxHeads, 1) <= 1, "pretraining_tp", "1");
-  keys.Require(
-      keys.Integer("sliding_window", 1, INT64_MAX, config.max_positions) >= config.max_positions,
-      "sliding_window",
-      "null, or at least max_position_embeddings " + std::to_string(config.max_positions));
+  const bool mistral = config.architecture == "MistralForCausalLM";
+  const int64_t window =
+      keys.Integer("sliding_window", 1, INT64_MAX,
+                   mistral && !keys.Has("sliding_window") ? kMistralWindow : config.max_positions);
+  keys.Require(window >= config.max_positions, "sliding_window",
+               "null, or at least max_position_embeddings " + std::to_string(config.max_positions) +
+                   (mistral ? " (Mistral's default is " + std::to_string(kMistralWindow) + ")"
+                            : std::string()));
   keys.Require(!keys.Bool("rope_interleaved", false), "rope_interleaved", "false");
   keys.Require(keys.Number("partial_rotary_factor", 0.0, 1.0, 1.0) == 1.0, "partial_rotary_factor",
                "1");

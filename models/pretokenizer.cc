@@ -4,6 +4,7 @@
 #include <pcre2.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -13,9 +14,12 @@ namespace innerq {
 namespace {
 
 constexpr size_t kMaxPatternBytes = 10'000;
-// Bounds of one match. The patterns of real models take a few steps a character.
-constexpr uint32_t kMatchLimit = 50'000'000;
-constexpr uint32_t kHeapLimitKib = 256 * 1024;
+// What PCRE2 counts as its match limit, for all of a text. The patterns of real models take a few
+// a byte; each match, and the search that finds no more, is charged for at least kFirstTry.
+constexpr int64_t kTriesPerByte = 200;
+constexpr int64_t kTriesPerText = 1000;
+constexpr uint32_t kFirstTry = 50;
+constexpr uint32_t kHeapLimitKib = 256 * 1024;  // of one match
 
 struct Range {
   size_t begin = 0;
@@ -130,6 +134,45 @@ struct FreePcre2 {
   void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
 };
 
+// What the matches of one pattern in one text may still cost, and PCRE2's memory for them.
+class MatchWork {
+ public:
+  explicit MatchWork(size_t bytes)
+      : left_(kTriesPerText + kTriesPerByte * static_cast<int64_t>(bytes)),
+        data_(pcre2_match_data_create(1, nullptr)),
+        context_(pcre2_match_context_create(nullptr)) {
+    CHECK(data_ != nullptr && context_ != nullptr, "out of memory");
+    pcre2_set_heap_limit(context_.get(), kHeapLimitKib);
+  }
+
+  // The first match in text[at, end), or nullopt if there is none or it would cost too much. PCRE2
+  // does not tell what a match took, so limits are tried that grow, and all of them are paid for.
+  std::optional<Range> Find(const pcre2_code* code, std::string_view text, size_t at) {
+    for (int64_t limit = kFirstTry; left_ > 0; limit *= 8) {
+      limit = std::min({limit, left_, int64_t{std::numeric_limits<uint32_t>::max()}});
+      left_ -= limit;
+      pcre2_set_match_limit(context_.get(), static_cast<uint32_t>(limit));
+      int rc = Match(code, text, at, 0);
+      if (rc == PCRE2_ERROR_JIT_STACKLIMIT) rc = Match(code, text, at, PCRE2_NO_JIT);
+      if (rc == PCRE2_ERROR_MATCHLIMIT) continue;
+      if (rc < 0) return std::nullopt;  // else 0: there is room for the whole match, not for groups
+      const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(data_.get());
+      return Range{bounds[0], bounds[1]};
+    }
+    return std::nullopt;
+  }
+
+ private:
+  int Match(const pcre2_code* code, std::string_view text, size_t at, uint32_t options) const {
+    return pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+                       options | PCRE2_NO_UTF_CHECK, data_.get(), context_.get());
+  }
+
+  int64_t left_;
+  const std::unique_ptr<pcre2_match_data, FreePcre2> data_;
+  const std::unique_ptr<pcre2_match_context, FreePcre2> context_;
+};
+
 // A compiled literal or regular expression. Immutable.
 class Matcher {
  public:
@@ -159,17 +202,13 @@ class Matcher {
     }
     // Where the system forbids to make code at run time, this fails and matches are interpreted.
     pcre2_jit_compile(matcher.code_.get(), PCRE2_JIT_COMPLETE);
-    matcher.context_.reset(pcre2_match_context_create(nullptr));
-    CHECK(matcher.context_ != nullptr, "out of memory");
-    pcre2_set_match_limit(matcher.context_.get(), kMatchLimit);
-    pcre2_set_heap_limit(matcher.context_.get(), kHeapLimitKib);
     return matcher;
   }
 
   // Calls `found` with every match in UTF-8 text, left to right, none overlapping.
   template <typename Found>
-  void ForEach(std::string_view text, Found found) const {
-    code_ != nullptr ? FindRegex(text, found) : FindLiteral(text, found);
+  void ForEach(std::string_view text, MatchWork& work, Found found) const {
+    code_ != nullptr ? FindRegex(text, work, found) : FindLiteral(text, found);
   }
 
  private:
@@ -181,33 +220,21 @@ class Matcher {
   }
 
   template <typename Found>
-  void FindRegex(std::string_view text, Found found) const {
-    const std::unique_ptr<pcre2_match_data, FreePcre2> data(pcre2_match_data_create(1, nullptr));
-    CHECK(data != nullptr, "out of memory");
+  void FindRegex(std::string_view text, MatchWork& work, Found found) const {
     std::optional<size_t> last_end;
     for (size_t at = 0; at <= text.size();) {
-      // Returns 0 on success: there is room for the whole match only, groups are not wanted.
-      int rc = Match(text, at, 0, data.get());
-      if (rc == PCRE2_ERROR_JIT_STACKLIMIT) rc = Match(text, at, PCRE2_NO_JIT, data.get());
-      if (rc < 0) return;
-      const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(data.get());
-      const Range match{bounds[0], bounds[1]};
+      const std::optional<Range> match = work.Find(code_.get(), text, at);
+      if (!match) return;
       // As in Oniguruma's find_iter, an empty match right after a match does not count.
-      if (match.begin != match.end || last_end != match.end) found(match);
-      last_end = match.end;
-      at = match.end;
-      if (match.begin == match.end) at += std::max<size_t>(1, Utf8CharLength(text.substr(at)));
+      if (match->begin != match->end || last_end != match->end) found(*match);
+      last_end = match->end;
+      at = match->end;
+      if (match->begin == match->end) at += std::max<size_t>(1, Utf8CharLength(text.substr(at)));
     }
-  }
-
-  int Match(std::string_view text, size_t at, uint32_t options, pcre2_match_data* data) const {
-    return pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
-                       options | PCRE2_NO_UTF_CHECK, data, context_.get());
   }
 
   std::string literal_;
   std::unique_ptr<pcre2_code, FreePcre2> code_;  // null: literal
-  std::unique_ptr<pcre2_match_context, FreePcre2> context_;
 };
 
 // A stretch of a piece: a match or what lies between two.
@@ -278,11 +305,12 @@ class StepRunner {
   }
 
   void operator()(const ReplaceStep& step) {
+    MatchWork work(Bytes());
     for (TextPiece& piece : pieces_) {
       if (piece.raw) continue;
       std::string text;
       size_t end = 0;
-      matcher_->ForEach(piece.text, [&](Range match) {
+      matcher_->ForEach(piece.text, work, [&](Range match) {
         text.append(piece.text, end, match.begin - end).append(step.content);
         end = match.end;
       });
@@ -292,6 +320,7 @@ class StepRunner {
   }
 
   void operator()(const SplitStep& step) {
+    MatchWork work(Bytes());
     std::vector<TextPiece> out;
     std::vector<Cut> cuts;
     for (TextPiece& piece : pieces_) {
@@ -301,7 +330,7 @@ class StepRunner {
       }
       cuts.clear();
       size_t end = 0;
-      matcher_->ForEach(piece.text, [&](Range match) {
+      matcher_->ForEach(piece.text, work, [&](Range match) {
         if (end != match.begin) cuts.push_back({{end, match.begin}, step.invert});
         cuts.push_back({match, !step.invert});
         end = match.end;
@@ -329,6 +358,12 @@ class StepRunner {
   }
 
  private:
+  size_t Bytes() const {
+    size_t bytes = 0;
+    for (const TextPiece& piece : pieces_) bytes += piece.text.size();
+    return bytes;
+  }
+
   std::vector<TextPiece>& pieces_;
   const bool begins_text_;
   const Matcher* const matcher_;  // null for steps without a pattern

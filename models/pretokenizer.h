@@ -70,8 +70,9 @@ class Pretokenizer {
   ~Pretokenizer();
 
   // Cuts a text without added tokens into pieces, none empty. `begins_text`: no token precedes it.
-  // `mark`: text that is passed through as raw bytes, or empty. Should a match reach the limits
-  // on work and memory (no real pattern does), the text from there on is one piece.
+  // `mark`: text that is passed through as raw bytes, or empty. A step may try so many ways to
+  // match its pattern per byte, and one match take so much memory; should it reach that (no real
+  // pattern does), the rest of each piece stays whole.
   std::vector<TextPiece> Split(std::string_view text, bool begins_text,
                                std::string_view mark) const;
 

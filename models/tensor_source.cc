@@ -17,17 +17,7 @@ class CheckpointSource : public TensorSource {
   bool Has(const std::string& name) const override { return checkpoint_->Find(name) != nullptr; }
 
   Result<ConstTensorView> Get(const std::string& name, const Shape& shape) override {
-    const std::string where = checkpoint_->directory().string() + ": tensor " + name;
-    const CheckpointTensor* tensor = checkpoint_->Find(name);
-    if (tensor == nullptr) {
-      return Error{ErrorCode::kDataLoss, where + ": missing; expected shape " + shape.ToString()};
-    }
-    if (!(tensor->view.shape == shape)) {
-      return Error{ErrorCode::kDataLoss, where + ": config.json asks for shape " +
-                                             shape.ToString() + ", found " +
-                                             tensor->view.shape.ToString()};
-    }
-    return tensor->view;
+    return checkpoint_->Get(name, shape);
   }
 
   void Drop(const std::string& /*name*/) override {}  // mapped pages go when memory is short

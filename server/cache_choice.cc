@@ -4,7 +4,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <limits>
 #include <utility>
 
 namespace innerq {
@@ -67,12 +66,13 @@ Result<std::vector<CacheChoice>> ReadCacheChoices(const Options& options,
     if (text.starts_with(kSection)) own.replaced.push_back(text.substr(kSection.size()));
   }
   if (texts.empty()) return std::vector<CacheChoice>{std::move(own)};
-  if (!own.replaced.empty()) {
-    const std::string& key = own.replaced.front();
-    return InvalidArgument("--set kv_cache." + key +
-                           ": the configuration's own kv_cache is not used beside --cache; write "
-                           "--cache FILE," +
-                           key);
+  for (const std::string& text : source.overrides) {
+    const bool one_key = text.starts_with(kSection);
+    if (!one_key && !text.starts_with("kv_cache=")) continue;
+    return InvalidArgument(
+        "--set " + text +
+        ": the configuration's own kv_cache is not used beside --cache; write --cache FILE," +
+        (one_key ? text.substr(kSection.size()) : "key=value"));
   }
   std::vector<CacheChoice> caches;
   for (const std::string& text : texts) {
@@ -102,7 +102,6 @@ Result<KvLayout> LayoutOf(const CacheChoice& cache, const ModelConfig& config) {
 
 KvCacheOptions HalfPrecision() {
   KvCacheOptions options;
-  options.memory_bytes = std::numeric_limits<int64_t>::max();
   options.sink_tokens = options.recent_tokens = options.page_tokens;
   options.key.bits = options.value.bits = 16;
   options.normalize_keys = false;

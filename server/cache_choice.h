@@ -35,7 +35,7 @@ Error OfCache(const CacheChoice& cache, Error error);
 // The cache's layout over a model. Errors: as of the cache's options, with its name.
 Result<KvLayout> LayoutOf(const CacheChoice& cache, const ModelConfig& config);
 
-// F16, in as much memory as its sequences need.
+// F16 in all layers.
 KvCacheOptions HalfPrecision();
 
 // The options with an F16 cache of one page: of a runner that holds the weights for others.

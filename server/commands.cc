@@ -56,7 +56,7 @@ Result<void> PrintConfig(const Options& options) {
   ASSIGN_OR_RETURN(const auto chat_template,
                    ChatTemplate::Load(options.model.path, options.model.chat_template, tokenizer));
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
-  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(checkpoint->config(), options.runner));
+  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(*checkpoint, options.runner));
   fmt::print("the configuration is valid; it would serve {} as {} on {}:{}\n",
              options.model.path.string(), options.model.alias, options.server.host,
              options.server.port);
@@ -148,11 +148,16 @@ int CheckConfigCommand(const ConfigSource& source) {
 }
 
 int InspectCommand(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
-  if (!std::filesystem::is_directory(path)) {
+  std::error_code unseen;  // LoadOptions says why
+  if (!std::filesystem::is_directory(path, unseen)) {
     return RunWithOptions(LoadOptions(path, overrides), PrintInspection);
   }
   // The default configuration on that model.
-  auto options = ParseOptions("{}", overrides);
+  auto options = ParseOptions(R"({"model": {"path": "/"}})", overrides);
+  if (options && options->model.path != "/") {
+    return ReportError(InvalidArgument(
+        "model.path: cannot be set, for the model is in " + path.string(), "model.path"));
+  }
   if (options) options->model.path = path;
   return RunWithOptions(options, PrintInspection);
 }

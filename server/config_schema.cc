@@ -208,11 +208,17 @@ Result<void> Override(const Json& schema, Json& config, const std::string& text)
       rule = &properties[key];
     }
   }
-  *target = Json::parse(literal, nullptr, /*allow_exceptions=*/false);
+  Json value = Json::parse(literal, nullptr, /*allow_exceptions=*/false);
   // A model called 7 or a range of 3 layers is text, whatever it looks like.
-  if (target->is_discarded() || (rule->value("type", "") == "string" && !target->is_string())) {
+  if (value.is_discarded() || (rule->value("type", "") == "string" && !value.is_string())) {
     *target = literal;
+    return {};
   }
+  if (const auto valid = CheckJson(literal, IndexStyle::kDots); !valid) {
+    const std::string& below = valid.error().param;
+    return At(below.empty() ? at : Join(at, below), valid.error().message);
+  }
+  *target = std::move(value);
   return {};
 }
 

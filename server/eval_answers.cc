@@ -30,7 +30,7 @@ struct Questions {
 // What was answered through one cache.
 struct Answers {
   std::vector<std::string> texts;
-  double sealed_bits = 0;
+  KvLayout layout;
   double effective_bits = 0;  // at the end of the answers; mean, weighted by length
   double mean_tokens = 0;     // of an answer
 };
@@ -80,7 +80,7 @@ Result<Answers> Ask(const Evaluation& evaluation, size_t cache, const Questions&
   };
   RETURN_IF_ERROR(AnswerAll(std::move(runner), std::move(requests), take, progress));
 
-  Answers answers{.texts = {}, .sealed_bits = layout.sealed_bits_per_element()};
+  Answers answers{.texts = {}, .layout = layout};
   double total = 0;
   for (size_t i = 0; i < replies.size(); ++i) {
     answers.texts.push_back(replies[i].text + replies[i].stream.Flush());
@@ -136,18 +136,34 @@ Result<std::vector<int32_t>> EncodeProblem(const Evaluation& evaluation, bool ch
   return EncodeConversation(evaluation, messages);
 }
 
-// Whether a final number stands in a line that has ended.
-bool HasFinalLine(const std::string& answer) {
-  const size_t mark = answer.find("####");
-  return mark != std::string::npos && answer.find('\n', mark) != std::string::npos;
-}
-
 // A cell of the grid.
 struct Trial {
   int64_t length = 0;
   int64_t depth = 0;
   std::string code;
+  int64_t length_of_prompt = 0;
+  int64_t begin = 0, end = 0;  // the prompt's tokens that state the code
 };
+
+// Whether the code stands in the answer as a number of its own.
+bool Says(const std::string& answer, const std::string& code) {
+  const auto digit = [](char c) { return c >= '0' && c <= '9'; };
+  for (size_t at = answer.find(code); at != std::string::npos; at = answer.find(code, at + 1)) {
+    const size_t end = at + code.size();
+    if ((at == 0 || !digit(answer[at - 1])) && (end == answer.size() || !digit(answer[end]))) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether the cache holds the needle quantized when the answer begins.
+bool ReadsQuantized(const Trial& trial, const KvLayout& layout, bool exact_prefill) {
+  const PageRange sealed =
+      layout.SealedPages(trial.length_of_prompt, exact_prefill ? trial.length_of_prompt : 0);
+  return layout.quantized() && trial.begin >= sealed.begin * layout.page_tokens() &&
+         trial.end <= sealed.end * layout.page_tokens();
+}
 
 // Of those trials that count; none: nullopt.
 std::optional<double> ShareFound(const std::vector<Trial>& trials, const Answers& answers,
@@ -157,7 +173,7 @@ std::optional<double> ShareFound(const std::vector<Trial>& trials, const Answers
   for (size_t i = 0; i < trials.size(); ++i) {
     if (!counts(trials[i])) continue;
     ++count;
-    found += answers.texts[i].find(trials[i].code) != std::string::npos ? 1 : 0;
+    found += Says(answers.texts[i], trials[i].code) ? 1 : 0;
   }
   if (count == 0) return std::nullopt;
   return static_cast<double>(found) / static_cast<double>(count);
@@ -200,7 +216,12 @@ Result<RecallQuestions> MakeRecallQuestions(const Evaluation& evaluation, const 
         ASSIGN_OR_RETURN(Needle needle, MakeNeedle(spec, *evaluation.parts.tokenizer, encode));
         least = std::max(least, needle.least_length);
         recall.questions.prompts.push_back(std::move(needle.prompt));
-        recall.trials.push_back({length, depth, needle.code});
+        recall.trials.push_back({.length = length,
+                                 .depth = depth,
+                                 .code = needle.code,
+                                 .length_of_prompt = std::ssize(recall.questions.prompts.back()),
+                                 .begin = needle.begin,
+                                 .end = needle.end});
       }
     }
   }
@@ -243,7 +264,7 @@ Result<EvalReport> EvaluateProblems(const Evaluation& evaluation, const ProblemA
                          {"chat", args.chat},
                          {"max_tokens", args.max_tokens},
                          {"reference", evaluation.caches[0].name}};
-  report.settings = settings.dump();
+  report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
   report.columns = {{"accuracy", "right", Format::kPercent},
                     {"as_reference", "as reference", Format::kPercent},
                     {"ended", "with a number", Format::kPercent},
@@ -261,7 +282,7 @@ Result<EvalReport> EvaluateProblems(const Evaluation& evaluation, const ProblemA
     }
     EvalRow& row = report.rows.emplace_back();
     row.cache = evaluation.caches[cache].name;
-    row.sealed_bits = all[cache].sealed_bits;
+    row.sealed_bits = all[cache].layout.sealed_bits_per_element();
     row.effective_bits = all[cache].effective_bits;
     row.values = {static_cast<double>(right) / count, static_cast<double>(same) / count,
                   static_cast<double>(ended) / count, all[cache].mean_tokens};
@@ -277,13 +298,14 @@ Result<EvalReport> EvaluateRecall(const Evaluation& evaluation, const RecallArgs
   EvalReport report = evaluation.Report("recall");
   report.scope = fmt::format(
       "recall of {} on {}: {} needles, {} for each length (t: tokens) and depth (%); found: the "
-      "code is in the answer",
+      "code is in the answer; \"quantized\": of those needles that the cache holds quantized",
       report.model, report.device, recall.trials.size(), args.trials);
   const Json settings = {{"lengths", args.lengths},       {"depths", args.depths},
                          {"trials", args.trials},         {"seed", args.seed},
                          {"max_tokens", args.max_tokens}, {"chat", args.chat}};
-  report.settings = settings.dump();
-  report.columns = {{"found", "found", Format::kPercent}};
+  report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
+  report.columns = {{"found", "found", Format::kPercent},
+                    {"found_quantized", "quantized", Format::kPercent}};
   for (const int64_t length : args.lengths) {
     report.columns.push_back(
         {fmt::format("found_length_{}", length), fmt::format("{} t", length), Format::kPercent});
@@ -296,9 +318,14 @@ Result<EvalReport> EvaluateRecall(const Evaluation& evaluation, const RecallArgs
     const Answers& answers = all[cache];
     EvalRow& row = report.rows.emplace_back();
     row.cache = evaluation.caches[cache].name;
-    row.sealed_bits = answers.sealed_bits;
+    row.sealed_bits = answers.layout.sealed_bits_per_element();
     row.effective_bits = answers.effective_bits;
-    row.values = {ShareFound(recall.trials, answers, [](const Trial&) { return true; })};
+    const bool exact_prefill = evaluation.caches[cache].options.exact_prefill;
+    const auto quantized = [&](const Trial& trial) {
+      return ReadsQuantized(trial, answers.layout, exact_prefill);
+    };
+    row.values = {ShareFound(recall.trials, answers, [](const Trial&) { return true; }),
+                  ShareFound(recall.trials, answers, quantized)};
     for (const int64_t length : args.lengths) {
       row.values.push_back(ShareFound(recall.trials, answers,
                                       [=](const Trial& trial) { return trial.length == length; }));
@@ -314,7 +341,11 @@ Result<EvalReport> EvaluateRecall(const Evaluation& evaluation, const RecallArgs
         grid.push_back({{"length", length}, {"depth", depth}, {"found", *found}});
       }
     }
-    row.details = Json{{"grid", std::move(grid)}}.dump();
+    row.details = Json{
+        {"needles_quantized", std::count_if(recall.trials.begin(), recall.trials.end(), quantized)},
+        {"grid",
+         std::move(
+             grid)}}.dump();
   }
   return report;
 }

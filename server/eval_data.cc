@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "server/json_check.h"
 
@@ -83,6 +84,54 @@ Result<std::string> DocumentOf(const Line& line) {
                          "\"answer\", each a string");
 }
 
+// "18" of "18", "018.0" and "18."; "-0.5" of "-.50"; "0" of "-0".
+std::string Canonical(bool negative, std::string whole, std::string fraction) {
+  whole.erase(0, std::min(whole.find_first_not_of('0'), whole.size()));
+  fraction.erase(fraction.find_last_not_of('0') + 1);
+  if (whole.empty()) whole = "0";
+  if (!fraction.empty()) whole += "." + fraction;
+  return negative && whole != "0" ? "-" + whole : whole;
+}
+
+// A final number and where it ends in its text.
+struct Final {
+  std::string number;
+  size_t end = 0;
+};
+
+// The number at the beginning of `text` from `begin` on; none: an empty one.
+Final ReadNumber(std::string_view text, size_t begin) {
+  bool negative = false;
+  size_t at = begin;
+  for (; at < text.size() && std::string_view(" \t$+*-").find(text[at]) != text.npos; ++at) {
+    negative = negative || text[at] == '-';
+  }
+  std::string parts[2];  // before and after the point
+  size_t part = 0;
+  size_t end = at;
+  for (; at < text.size(); ++at) {
+    const char c = text[at];
+    if (c >= '0' && c <= '9') {
+      parts[part] += c;
+      end = at + 1;
+    } else if (c == '.' && part == 0) {
+      part = 1;
+    } else if (c != ',' || part == 1) {
+      break;
+    }
+  }
+  if (parts[0].empty() && parts[1].empty()) return {};
+  return {Canonical(negative, std::move(parts[0]), std::move(parts[1])), end};
+}
+
+Final FindFinal(std::string_view answer) {
+  for (size_t mark = answer.find(kMark); mark != answer.npos; mark = answer.find(kMark, mark + 1)) {
+    Final final = ReadNumber(answer, mark + kMark.size());
+    if (!final.number.empty()) return final;
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<std::vector<std::string>> ReadTexts(const std::vector<std::filesystem::path>& files,
@@ -129,31 +178,25 @@ std::string WorkedExample(const Problem& problem) {
   return ProblemPrompt(problem.question) + " " + problem.answer;
 }
 
-std::string FinalNumber(const std::string& answer) {
-  const size_t mark = answer.find(kMark);
-  if (mark == std::string::npos) return "";
-  size_t at = mark + kMark.size();
-  while (at < answer.size() && (answer[at] == ' ' || answer[at] == '$')) ++at;
-  std::string number;
-  for (; at < answer.size(); ++at) {
-    const char c = answer[at];
-    if (c == ',') continue;
-    const bool sign = c == '-' && number.empty();
-    if (!sign && c != '.' && (c < '0' || c > '9')) break;
-    number += c;
-  }
-  while (number.ends_with('.')) number.pop_back();  // the end of a sentence
-  return number;
+std::string FinalNumber(const std::string& answer) { return FindFinal(answer).number; }
+
+bool HasFinalLine(const std::string& answer) {
+  const Final final = FindFinal(answer);
+  return !final.number.empty() && answer.find('\n', final.end) != std::string::npos;
 }
 
 std::vector<EvalText> CutIntoWindows(const Tokenizer& tokenizer,
-                                     const std::vector<std::string>& texts, int64_t context) {
+                                     const std::vector<std::string>& texts, int64_t context,
+                                     int64_t limit) {
   std::vector<EvalText> windows;
   for (const std::string& text : texts) {
     const std::vector<int32_t> ids = tokenizer.Encode(text, {});
     const bool bos = !ids.empty() && tokenizer.bos_id() == ids.front();
     const size_t room = static_cast<size_t>(context) - (bos ? 1 : 0);
-    for (size_t begin = bos ? 1 : 0; begin < ids.size(); begin += room) {
+    const size_t first = bos ? 1 : 0;
+    const size_t last =
+        limit > 0 ? std::min(first + static_cast<size_t>(limit) * room, ids.size()) : ids.size();
+    for (size_t begin = first; begin < last; begin += room) {
       const size_t end = std::min(begin + room, ids.size());
       EvalText window;
       if (bos) window.tokens.push_back(ids.front());

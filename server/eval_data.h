@@ -32,13 +32,17 @@ Result<std::vector<Problem>> ReadProblems(const std::filesystem::path& file, int
 std::string ProblemPrompt(const std::string& question);
 std::string WorkedExample(const Problem& problem);
 
-// The number after the first "####", without thousands separators; empty if there is none.
+// The number after the first "####" that one follows, in one form for equal numbers: without "$",
+// "+", "*", thousands separators and zeros that say nothing. Empty if there is none.
 std::string FinalNumber(const std::string& answer);
+// Whether that number's line has ended.
+bool HasFinalLine(const std::string& answer);
 
 // Cuts texts into windows of at most `context` tokens, each of which begins with the tokenizer's
-// BOS where it puts one before texts. Every token of a text but the first of a window is scored.
-// A rest that leaves nothing to score is dropped.
+// BOS where it puts one before texts; at most `limit` of each text (0: all). Every token of a text
+// but the first of a window is scored. A rest that leaves nothing to score is dropped.
 std::vector<EvalText> CutIntoWindows(const Tokenizer& tokenizer,
-                                     const std::vector<std::string>& texts, int64_t context);
+                                     const std::vector<std::string>& texts, int64_t context,
+                                     int64_t limit);
 
 }  // namespace innerq

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "server/eval_data.h"
@@ -16,10 +17,15 @@ using Format = EvalColumn::Format;
 constexpr int64_t kDefaultContext = 2048;
 
 Json ToJson(const ScoreSummary& summary) {
-  return {{"tokens", summary.tokens},         {"mean_nll", summary.mean_nll},
-          {"perplexity", summary.perplexity}, {"kl_mean", summary.kl_mean},
-          {"kl_median", summary.kl_median},   {"kl_p99", summary.kl_p99},
-          {"kl_max", summary.kl_max},         {"top1_agreement", summary.top1_agreement}};
+  return {{"tokens", summary.tokens},
+          {"mean_nll", summary.mean_nll},
+          {"perplexity", summary.perplexity},
+          {"kl_mean", summary.kl_mean},
+          {"kl_error", summary.kl_error},
+          {"kl_median", summary.kl_median},
+          {"kl_p99", summary.kl_p99},
+          {"kl_max", summary.kl_max},
+          {"top1_agreement", summary.top1_agreement}};
 }
 
 // Likelihoods alone: no reference was compared.
@@ -39,6 +45,20 @@ Summaries SummarizeFrom(const CacheScores& scores, int64_t skip) {
   return {Summarize(scores.tokens, [skip](const auto& s) { return s.position >= skip; }),
           Summarize(scores.tokens,
                     [skip](const auto& s) { return s.position >= skip && s.reads_sealed; })};
+}
+
+// The perplexity of `scores` where `cache`, which scored the same tokens, reads quantized pages; 1
+// if it reads none.
+double PerplexityWhere(const std::vector<TokenScore>& cache, const std::vector<TokenScore>& scores,
+                       int64_t skip) {
+  double sum = 0;
+  int64_t count = 0;
+  for (size_t i = 0; i < cache.size(); ++i) {
+    if (cache[i].position < skip || !cache[i].reads_sealed) continue;
+    sum += scores[i].nll;
+    ++count;
+  }
+  return std::exp(sum / static_cast<double>(std::max<int64_t>(count, 1)));
 }
 
 // Null where no token counts.
@@ -73,7 +93,8 @@ Result<Scored> ScoreWindows(const Evaluation& evaluation, const std::string& tas
                                        args.context, longest));
   }
   const int64_t context = args.context > 0 ? args.context : std::min(longest, kDefaultContext);
-  const std::vector<EvalText> windows = CutIntoWindows(*evaluation.parts.tokenizer, texts, context);
+  const std::vector<EvalText> windows =
+      CutIntoWindows(*evaluation.parts.tokenizer, texts, context, args.limit);
   int64_t tokens = 0;
   size_t size = 0;
   for (const EvalText& window : windows) {
@@ -107,7 +128,7 @@ Result<Scored> ScoreWindows(const Evaluation& evaluation, const std::string& tas
                          {"context", context},
                          {"skip", args.skip},
                          {"reference", evaluation.caches[0].name}};
-  scored.report.settings = settings.dump();
+  scored.report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
   return scored;
 }
 
@@ -117,20 +138,25 @@ Result<EvalReport> EvaluatePerplexity(const Evaluation& evaluation, const Scorin
                                       const std::vector<std::string>& texts) {
   ASSIGN_OR_RETURN(Scored scored, ScoreWindows(evaluation, "perplexity", args, texts));
   EvalReport report = std::move(scored.report);
-  report.scope += "; \"quantized\": those predicted from quantized pages";
+  report.scope +=
+      "; \"quantized\": those predicted from the cache's quantized pages, increase over the "
+      "reference on the same ones";
   report.columns = {{"perplexity", "perplexity", Format::kRatio},
                     {"increase", "increase", Format::kPercent},
-                    {"perplexity_quantized", "quantized", Format::kRatio}};
-  std::optional<double> reference;
+                    {"perplexity_quantized", "quantized", Format::kRatio},
+                    {"increase_quantized", "increase", Format::kPercent}};
+  const double reference = SummarizeFrom(scored.scores[0], args.skip).all.perplexity;
   for (size_t i = 0; i < scored.scores.size(); ++i) {
     const Summaries summaries = SummarizeFrom(scored.scores[i], args.skip);
-    if (!reference) reference = summaries.all.perplexity;
     EvalRow& row = report.rows.emplace_back();
     row.cache = evaluation.caches[i].name;
     row.sealed_bits = scored.sealed_bits[i];
     row.effective_bits = scored.scores[i].effective_bits;
-    row.values = {summaries.all.perplexity, summaries.all.perplexity / *reference - 1,
-                  If(summaries.sealed, summaries.sealed.perplexity)};
+    const double same =
+        PerplexityWhere(scored.scores[i].tokens, scored.scores[0].tokens, args.skip);
+    row.values = {summaries.all.perplexity, summaries.all.perplexity / reference - 1,
+                  If(summaries.sealed, summaries.sealed.perplexity),
+                  If(summaries.sealed, summaries.sealed.perplexity / same - 1)};
     row.details =
         Json{{"all", ToPlainJson(summaries.all)}, {"quantized", ToPlainJson(summaries.sealed)}}
             .dump();
@@ -143,10 +169,12 @@ Result<EvalReport> EvaluateDivergence(const Evaluation& evaluation, const Scorin
   ASSIGN_OR_RETURN(Scored scored, ScoreWindows(evaluation, "kl", args, texts));
   EvalReport report = std::move(scored.report);
   report.scope += fmt::format(
-      "; KL(reference || cache) in nats, the reference is {}; \"quantized\": tokens predicted from "
-      "quantized pages",
+      "; KL(reference || cache) in nats, the reference is {}; \"+-\": the mean's standard error "
+      "over "
+      "windows; \"quantized\": tokens predicted from quantized pages",
       evaluation.caches[0].name);
   report.columns = {{"kl_mean", "KL mean", Format::kSmall},
+                    {"kl_error", "+-", Format::kSmall},
                     {"kl_median", "median", Format::kSmall},
                     {"kl_p99", "99th pct", Format::kSmall},
                     {"top1_agreement", "top-1", Format::kPercent},
@@ -161,6 +189,7 @@ Result<EvalReport> EvaluateDivergence(const Evaluation& evaluation, const Scorin
     row.sealed_bits = scored.sealed_bits[i];
     row.effective_bits = scored.scores[i].effective_bits;
     row.values = {all.kl_mean,
+                  all.kl_error,
                   all.kl_median,
                   all.kl_p99,
                   all.top1_agreement,
@@ -285,7 +314,7 @@ EvalReport LongAnswerReport(const Evaluation& evaluation, const LongAnswerArgs& 
                          {"temperature", args.temperature},
                          {"seed", args.seed},
                          {"reference", evaluation.caches[0].name}};
-  report.settings = settings.dump();
+  report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
   report.columns = {{"kl_mean", "KL mean", Format::kSmall},
                     {"kl_p99", "99th pct", Format::kSmall},
                     {"top1_agreement", "top-1", Format::kPercent},

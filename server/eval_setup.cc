@@ -3,27 +3,39 @@
 #include <algorithm>
 #include <utility>
 
+#include "engine/page_budget.h"
+
 namespace innerq {
 namespace {
 
+// The longest context that the model and the configuration allow.
+int64_t LongestContext(const Options& options, const ModelConfig& config) {
+  const int64_t wanted = options.runner.engine.max_context;
+  return wanted > 0 ? std::min(wanted, config.max_positions) : config.max_positions;
+}
+
 // Puts the reference first.
-Result<void> AddReference(const ModelConfig& config, std::vector<CacheChoice>* caches) {
+Result<void> AddReference(const Options& options, const ModelConfig& config,
+                          std::vector<CacheChoice>* caches) {
   for (auto it = caches->begin(); it != caches->end(); ++it) {
     ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf(*it, config));
     if (layout.quantized()) continue;
     std::rotate(caches->begin(), it, it + 1);
     return {};
   }
-  caches->insert(caches->begin(), {"fp16", HalfPrecision()});
+  CacheChoice reference{"fp16", HalfPrecision()};
+  ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf(reference, config));
+  const PageCounts longest =
+      WorstPeakPages(layout, LongestContext(options, config), /*exact_prefill=*/false);
+  reference.options.memory_bytes =
+      std::max(options.runner.kv_cache.memory_bytes, layout.open_pool_bytes(longest.open));
+  caches->insert(caches->begin(), std::move(reference));
   return {};
 }
 
 }  // namespace
 
-int64_t Evaluation::max_context() const {
-  const int64_t wanted = options.runner.engine.max_context;
-  return wanted > 0 ? std::min(wanted, parts.config.max_positions) : parts.config.max_positions;
-}
+int64_t Evaluation::max_context() const { return LongestContext(options, parts.config); }
 
 Result<std::unique_ptr<ModelRunner>> Evaluation::RunnerFor(size_t index, int64_t num_sequences,
                                                            int64_t context) const {
@@ -60,7 +72,7 @@ Result<Evaluation> PrepareEvaluation(const ConfigSource& source,
   ASSIGN_OR_RETURN(evaluation.caches, ReadCacheChoices(options, source, choices));
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
   const ModelConfig& config = checkpoint->config();
-  RETURN_IF_ERROR(AddReference(config, &evaluation.caches));
+  RETURN_IF_ERROR(AddReference(options, config, &evaluation.caches));
   for (const CacheChoice& cache : evaluation.caches) {
     RETURN_IF_ERROR(LayoutOf(cache, config));
   }

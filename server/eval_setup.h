@@ -38,7 +38,8 @@ struct Evaluation {
 
 // Checks all caches against the model, then loads it. Without `choices` the configuration's own
 // cache is measured. An F16 cache called "fp16" is added as the reference unless one of them keeps
-// F16; it takes the memory that a task needs. Errors: as of the parts; invalid argument for two
+// F16; it has the memory of the configuration's own cache, and at least what the longest sequence
+// needs. Errors: as of the parts; invalid argument for two
 // caches of one name, and for a replaced key of a kv_cache section that is not used; cancelled.
 Result<Evaluation> PrepareEvaluation(const ConfigSource& source,
                                      const std::vector<std::string>& choices,

@@ -14,7 +14,7 @@ namespace innerq {
 // What likelihoods are measured on.
 struct ScoringArgs {
   std::vector<std::filesystem::path> texts;
-  int64_t limit = 0;    // documents of each file; 0: all
+  int64_t limit = 0;    // documents of each file, and windows of each document; 0: all
   int64_t context = 0;  // tokens of a window; 0: 2048, or the model's context if that is less
   int64_t skip = 0;     // tokens at positions below this do not count
 };

@@ -1,8 +1,8 @@
 #include "server/http_origin.h"
 
-#include <arpa/inet.h>
-
 #include <algorithm>
+
+#include "server/http_socket.h"
 
 namespace innerq {
 namespace {
@@ -16,13 +16,6 @@ std::string_view NameOf(std::string_view host) {
     return end == std::string_view::npos ? std::string_view() : host.substr(1, end - 1);
   }
   return host.substr(0, host.find(':'));
-}
-
-bool IsAddress(std::string_view name) {
-  unsigned char address[sizeof(in6_addr)];
-  const std::string text(name);
-  return ::inet_pton(AF_INET, text.c_str(), address) == 1 ||
-         ::inet_pton(AF_INET6, text.c_str(), address) == 1;
 }
 
 // RFC 6761, 6.3: resolvers must not look these names up elsewhere.
@@ -56,7 +49,7 @@ bool HttpOriginPolicy::MaySend(const HttpHead& head) const {
 
 bool HttpOriginPolicy::MayAddress(std::string_view host) const {
   const std::string_view name = NameOf(host);
-  return allowed_hosts.empty() || host.empty() || IsAddress(name) || IsLocalhost(name) ||
+  return allowed_hosts.empty() || host.empty() || IsIpAddress(name) || IsLocalhost(name) ||
          Contains(allowed_hosts, name);
 }
 
@@ -86,7 +79,7 @@ bool HttpOriginPolicy::IsPreflight(const HttpHead& head) {
 }
 
 bool IsLoopback(std::string_view host) {
-  return IsLocalhost(host) || host == "::1" || (IsAddress(host) && host.starts_with("127."));
+  return IsLocalhost(host) || host == "::1" || (IsIpAddress(host) && host.starts_with("127."));
 }
 
 }  // namespace innerq

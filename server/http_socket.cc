@@ -1,5 +1,6 @@
 #include "server/http_socket.h"
 
+#include <arpa/inet.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -60,6 +61,13 @@ size_t EndOfHead(std::string_view text, size_t* searched) {
 void UniqueFd::Reset() {
   if (fd_ >= 0) ::close(fd_);
   fd_ = -1;
+}
+
+bool IsIpAddress(std::string_view host) {
+  unsigned char address[sizeof(in6_addr)];
+  const std::string text(host);
+  return ::inet_pton(AF_INET, text.c_str(), address) == 1 ||
+         ::inet_pton(AF_INET6, text.c_str(), address) == 1;
 }
 
 Result<ListenSocket> ListenSocket::Bind(const std::string& host, int port) {

@@ -33,6 +33,9 @@ class UniqueFd {
   int fd_ = -1;
 };
 
+// Whether a host is written as an IPv4 or IPv6 address, without brackets.
+bool IsIpAddress(std::string_view host);
+
 // A bound and listening TCP socket.
 class ListenSocket {
  public:

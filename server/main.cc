@@ -38,8 +38,10 @@ void AddScoringOptions(CLI::App* command, innerq::ScoringArgs* args) {
                    "\"prompt\" and \"answer\", or \"question\" and \"answer\"")
       ->allow_extra_args(false)
       ->required();
-  command->add_option("--limit", args->limit, "Documents of each file; 0: all")
-      ->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--limit", args->limit,
+                   "Documents of each file, and windows of each document; 0: all")
+      ->check(CLI::Range(0, 1 << 24));
   command
       ->add_option("--context", args->context,
                    "Tokens of a window that texts are cut into; default: 2048, or the model's "
@@ -54,7 +56,8 @@ void AddProblemOptions(CLI::App* command, innerq::ProblemArgs* args) {
       ->required();
   CLI::Option* const shots = command->add_option(
       "--shots", args->shots,
-      "Worked examples to begin with: JSONL as --data, of other problems. Default: none");
+      "Worked examples to begin with: JSONL as --data, of other problems. Default: none, for "
+      "models that end answers in \"#### N\" by themselves");
   command->add_option("--num-shots", args->num_shots, "Worked examples of that file")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str()

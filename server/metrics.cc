@@ -92,7 +92,10 @@ void RenderEngine(const EngineStats& stats, Writer* out) {
   out->Counter("innerq:prefix_cache_evictions_total",
                "States that the prefix cache gave up for others' pages.",
                stats.prefix_cache_evictions);
-  out->Counter("vllm:prompt_tokens_total", "Prompt tokens computed.", stats.prompt_tokens);
+  out->Counter("vllm:prompt_tokens_total", "Tokens of prompts, cached ones included.",
+               stats.prompt_tokens);
+  out->Counter("innerq:prompt_tokens_computed_total",
+               "Prompt tokens computed, after preemptions again.", stats.prompt_tokens_computed);
   out->Counter("vllm:generation_tokens_total", "Tokens generated.", stats.generation_tokens);
   out->Add("vllm:iteration_tokens_total", "Tokens computed by one step.", stats.step_tokens);
   out->Add("vllm:request_queue_time_seconds", "From acceptance to the first step.",

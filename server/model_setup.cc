@@ -37,14 +37,29 @@ std::string Describe(const KvLayerLayout& layer) {
 }
 
 // The ids that end an answer: those of generation_config.json or config.json, the tokenizer's end
-// of sequence, and what the chat template writes after an answer.
-std::vector<int32_t> StopTokens(const ModelParts& model) {
+// of sequence, and what the chat template writes after an answer. Errors: one that the model does
+// not have; every request would be refused for it.
+Result<std::vector<int32_t>> StopTokens(const ModelParts& model) {
   std::vector<int32_t> ids = model.config.eos_token_ids;
-  const auto add = [&ids](std::optional<int32_t> id) {
-    if (id && std::find(ids.begin(), ids.end(), *id) == ids.end()) ids.push_back(*id);
+  const auto add = [&](const std::string& role, std::optional<int32_t> id) -> Result<void> {
+    if (!id || std::find(ids.begin(), ids.end(), *id) != ids.end()) return {};
+    if (*id >= model.config.vocab_size) {
+      return InvalidArgument(
+          fmt::format(
+              "model.path: {}: expected a token id below vocab_size {} (config.json), found "
+              "{}",
+              role, model.config.vocab_size, *id),
+          "model.path");
+    }
+    ids.push_back(*id);
+    return {};
   };
-  add(model.tokenizer->eos_id());
-  if (model.chat_template != nullptr) add(model.chat_template->end_of_turn());
+  RETURN_IF_ERROR(add("the tokenizer's eos_token", model.tokenizer->eos_id()));
+  if (model.chat_template != nullptr) {
+    RETURN_IF_ERROR(
+        add(fmt::format("the end of a turn in the chat template {}", model.chat_template->name()),
+            model.chat_template->end_of_turn()));
+  }
   return ids;
 }
 
@@ -86,7 +101,7 @@ Result<ModelParts> LoadParts(const Options& options, const std::function<bool()>
       ChatTemplate::Load(options.model.path, options.model.chat_template, parts.tokenizer));
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
   parts.config = checkpoint->config();
-  parts.stop_token_ids = StopTokens(parts);
+  ASSIGN_OR_RETURN(parts.stop_token_ids, StopTokens(parts));
   ASSIGN_OR_RETURN(parts.runner, LoadWeights(options, std::move(checkpoint), interrupted));
   return parts;
 }
@@ -100,7 +115,7 @@ Result<std::unique_ptr<ModelRunner>> LoadWeights(const Options& options,
   if (runner) return runner;
   Error error = runner.error();
   if (error.code == ErrorCode::kResourceExhausted && error.param.empty()) {
-    error.message = "model.path: the weights and one step's memory: " + error.message;
+    error.message = "model.path: the weights: " + error.message;
     error.param = "model.path";
   }
   return error;

@@ -179,22 +179,20 @@ std::variant<std::vector<int32_t>, ApiError> OpenAiApi::Encode(const ApiRequest&
     if (!rendered) return ToApiError(rendered.error());
     segments = std::move(rendered).value();
   } else if (const auto* text = std::get_if<std::string>(prompt)) {
-    segments.push_back({.text = *text, .trusted = false});
+    segments.push_back({.text = *text, .trusted = api.parse_special});
   } else {
     return std::get<std::vector<int32_t>>(*prompt);
   }
   const int64_t least = model_.tokenizer->MinTokens(segments);
   if (auto refusal = CheckContext(api, least, /*at_least=*/true)) return std::move(*refusal);
-  if (prompt == nullptr) return EncodePrompt(segments, *model_.tokenizer);
-  return model_.tokenizer->EncodeSegments(segments, api.add_special_tokens);
+  return EncodePrompt(segments, *model_.tokenizer, api.add_special_tokens);
 }
 
 int64_t OpenAiApi::MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const {
   if (api.max_tokens) return *api.max_tokens;
   if (!api.chat) return kCompletionMaxTokens;
   int64_t room = engine_->options().max_context - prompt_tokens;
-  if (const int64_t logprobs = api.n * LogprobsPerToken(api.sampling.num_logprobs);
-      logprobs > 0 && !api.stream) {
+  if (const int64_t logprobs = api.n * LogprobsPerToken(api.sampling.num_logprobs); logprobs > 0) {
     room = std::min(room, kMaxHeldLogprobs / logprobs);
   }
   return std::max<int64_t>(room, 1);
@@ -248,9 +246,9 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
   if (const auto* error = std::get_if<ApiError>(&converted)) return *error;
   Request& request = std::get<Request>(converted);
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  int64_t logprobs = prompt_tokens * LogprobsPerToken(request.prompt_logprobs);
-  if (!api.stream) logprobs += request.max_tokens * LogprobsPerToken(api.sampling.num_logprobs);
-  choices->logprobs += api.best_of * logprobs;
+  choices->logprobs +=
+      api.best_of * (prompt_tokens * LogprobsPerToken(request.prompt_logprobs) +
+                     request.max_tokens * LogprobsPerToken(api.sampling.num_logprobs));
   if (choices->logprobs > kMaxHeldLogprobs) {
     return ApiError{.message = "The choices and their alternatives may have more than " +
                                std::to_string(kMaxHeldLogprobs) +
@@ -274,7 +272,7 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
     std::optional<std::string> text;
     if (const auto* given = std::get_if<std::string>(prompt)) text = *given;
     options.echo = std::make_shared<const PromptEcho>(
-        EchoPrompt(*model_.tokenizer, request.prompt, text, special));
+        EchoPrompt(*model_.tokenizer, request.prompt, text, text ? api.parse_special : special));
   }
   for (int64_t i = 0; i < api.best_of; ++i) {
     request.sampling.seed = SeedOfChoice(seed, i);
@@ -285,21 +283,28 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
   return std::nullopt;
 }
 
+std::variant<ApiRequest, ApiError> OpenAiApi::Prepare(const HttpRequest& http, bool chat,
+                                                      Choices* choices) {
+  const WorkSlots::Slot slot(*model_.text_slots);
+  auto parsed = ParseApiRequest(http.body, chat);
+  const auto* api = std::get_if<ApiRequest>(&parsed);
+  if (api == nullptr) return parsed;
+  if (api->model != model_.id) return UnknownModelError(api->model);
+  if (auto refusal = CheckNumChoices(*api, engine_->options().max_queue)) return *refusal;
+  std::optional<ApiError> refusal;
+  if (chat) refusal = AddPrompt(*api, nullptr, choices);
+  for (size_t i = 0; i < api->prompts.size() && !refusal; ++i) {
+    refusal = AddPrompt(*api, &api->prompts[i], choices);
+  }
+  if (refusal) return *refusal;
+  return parsed;
+}
+
 HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   Choices choices{.arrival = steady_clock::now(), .notes = http.notes};
-  auto parsed = ParseApiRequest(http.body, chat);
-  if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
-  const ApiRequest& api = std::get<ApiRequest>(parsed);
-  if (api.model != model_.id) return GetModel(api.model);
-  std::optional<ApiError> refusal;
-  {
-    const WorkSlots::Slot slot(*model_.text_slots);
-    if (chat) refusal = AddPrompt(api, nullptr, &choices);
-    for (size_t i = 0; i < api.prompts.size() && !refusal; ++i) {
-      refusal = AddPrompt(api, &api.prompts[i], &choices);
-    }
-  }
-  if (refusal) return ErrorResponse(*refusal);
+  const auto prepared = Prepare(http, chat, &choices);
+  if (const auto* refusal = std::get_if<ApiError>(&prepared)) return ErrorResponse(*refusal);
+  const ApiRequest& api = std::get<ApiRequest>(prepared);
   auto group = engine_->SubmitGroup(std::move(choices.requests));
   if (!group) return ErrorResponse(ToApiError(group.error()));
   return Respond(http, api,

@@ -31,8 +31,8 @@ struct ApiModel {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
   std::vector<int32_t> stop_token_ids;
-  // For texts of clients, rendered, encoded or decoded: that takes a core, and memory many times
-  // theirs. All copies share the slots.
+  // For requests with texts, read, rendered, encoded or decoded: that takes a core, and memory many
+  // times theirs. All copies share the slots.
   std::shared_ptr<WorkSlots> text_slots =
       std::make_shared<WorkSlots>(std::max(1u, std::thread::hardware_concurrency()));
 };
@@ -64,9 +64,12 @@ class OpenAiApi {
     AnswerNotes* notes = nullptr;
     std::vector<Request> requests{};
     std::vector<Generation::Options> options{};
-    int64_t logprobs = 0;  // that are held at once, alternatives included
+    int64_t logprobs = 0;  // that may be held at once, alternatives included
   };
 
+  // Reads a request and adds its choices. Holds a slot for texts, which the wait for an answer is
+  // no part of.
+  std::variant<ApiRequest, ApiError> Prepare(const HttpRequest& http, bool chat, Choices* choices);
   // The ids of a prompt, or of the messages if it is null. What cannot fit is not encoded.
   std::variant<std::vector<int32_t>, ApiError> Encode(const ApiRequest& api,
                                                       const ApiPrompt* prompt) const;

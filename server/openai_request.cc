@@ -109,6 +109,7 @@ class Parser : public RequestParser<Json> {
         {"include_stop_str_in_output", kBoth, &Parser::Flag},
         {"skip_special_tokens", kBoth, &Parser::Flag},
         {"add_special_tokens", kCompletions, &Parser::Flag},
+        {"parse_special", kCompletions, &Parser::Flag},
         {"stream", kBoth, &Parser::Flag},
         {"stream_options", kBoth, &Parser::StreamOptions},
         {"cache_salt", kBoth, &Parser::CacheSalt},
@@ -151,6 +152,9 @@ class Parser : public RequestParser<Json> {
     if (value.is_string() || ids) return OnePrompt(name, value);
     if (!value.is_array() || value.empty()) {
       return WrongType(name, "a string, token ids, or a list of either");
+    }
+    if (std::ssize(value) > kMaxChoices) {
+      return WrongValue(name, "more than " + std::to_string(kMaxChoices) + " prompts");
     }
     for (const Json& item : value) {
       if (item.type() != value[0].type()) return WrongType(name, "prompts of one kind");
@@ -275,6 +279,7 @@ class Parser : public RequestParser<Json> {
     if (name == "include_stop_str_in_output") return Bool(name, value, &out_.include_stop);
     if (name == "skip_special_tokens") return Bool(name, value, &out_.skip_special_tokens);
     if (name == "add_special_tokens") return Bool(name, value, &out_.add_special_tokens);
+    if (name == "parse_special") return Bool(name, value, &out_.parse_special);
     CHECK(name == "stream", name);
     return Bool(name, value, &out_.stream);
   }
@@ -282,7 +287,8 @@ class Parser : public RequestParser<Json> {
     if (!value.is_object()) return WrongType(name, "an object");
     for (const auto& [key, member] : value.items()) {
       const std::string at = name + "." + key;
-      if (member.is_null() && key == "include_obfuscation") continue;
+      // What is served; OpenAI pads events unless it is told not to.
+      if (key == "include_obfuscation" && (member.is_null() || member == false)) continue;
       const bool continuous = key == "continuous_usage_stats";
       if (key != "include_usage" && !continuous) return Unsupported(at);
       bool& flag = continuous ? out_.continuous_usage : out_.include_usage;
@@ -322,14 +328,8 @@ class Parser : public RequestParser<Json> {
     if (out_.best_of > out_.n && out_.stream) {
       return WrongValue("best_of", "an answer that is streamed cannot be chosen among several");
     }
-    const auto prompts = static_cast<int64_t>(out_.prompts.size());
-    if (prompts * out_.best_of > kMaxChoices) {
-      return WrongValue(prompts > kMaxChoices ? "prompt"
-                        : best_of_            ? "best_of"
-                                              : "n",
-                        "more than " + std::to_string(kMaxChoices) + " choices in all");
-    }
-    return true;
+    const auto refusal = CheckNumChoices(out_, kMaxChoices);
+    return !refusal || Fail(*refusal);
   }
 
   ApiRequest out_;
@@ -343,6 +343,15 @@ class Parser : public RequestParser<Json> {
 
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat) {
   return Parser(chat).Run(body);
+}
+
+std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most) {
+  const int64_t prompts = request.chat ? 1 : std::ssize(request.prompts);
+  if (prompts * request.best_of <= most) return std::nullopt;
+  return WrongValueError(prompts > most                ? "prompt"
+                         : request.best_of > request.n ? "best_of"
+                                                       : "n",
+                         "more than " + std::to_string(most) + " choices in all");
 }
 
 std::vector<std::string_view> ApiParameterNames(bool chat) { return Parser::Names(chat); }

@@ -18,7 +18,8 @@ namespace innerq {
 constexpr int64_t kMaxChoices = 128;
 
 // The most log-probabilities that one request may have at once, alternatives included: those of
-// prompts are held until their answers begin, those of answers that are not streamed to their end.
+// prompts are held until their answers begin, those of answers to their end, or until a client that
+// streams them has read them, which may be as late.
 constexpr int64_t kMaxHeldLogprobs = int64_t{1} << 20;
 
 // What a completion continues: text or, not empty, ids.
@@ -42,6 +43,7 @@ struct ApiRequest {
   std::string cache_salt;           // see Request
   bool echo = false;                // the prompt is part of the answer
   bool add_special_tokens = true;   // of the tokenizer, to a prompt's text
+  bool parse_special = false;       // a prompt's text may spell special tokens
   bool skip_special_tokens = true;  // they are no part of the answer's text
   bool include_stop = false;        // what stopped the answer is part of it
   bool stream = false;
@@ -55,14 +57,19 @@ struct ApiRequest {
 // max_tokens, max_completion_tokens (chat), min_tokens, temperature, top_p, top_k, min_p, seed,
 // repetition_penalty, presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs
 // (chat), echo (completions), stop (up to 16), stop_token_ids (up to 128), ignore_eos,
-// include_stop_str_in_output, skip_special_tokens, add_special_tokens (completions), stream,
-// stream_options.include_usage and continuous_usage_stats, cache_salt. max_tokens 0 needs echo.
+// include_stop_str_in_output, skip_special_tokens, add_special_tokens and parse_special
+// (completions), stream, stream_options.include_usage and continuous_usage_stats, cache_salt.
+// max_tokens 0 needs echo.
 // `user` is accepted: by definition it does not change the answer. null means "not given".
 // Parameters of OpenAI's that are not implemented pass only with null or with the value that asks
 // for nothing, such as a response_format of text; every other name is refused with the code
 // "unsupported_parameter".
 // Beyond JSON's own rules, keys must not repeat and nesting is bounded (CheckJson).
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat);
+
+// Refuses a request for more choices, of all prompts, than `most`, by the parameter that asks for
+// them.
+std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most);
 
 // The names that ParseApiRequest knows, those that pass with null alone included. The texts are
 // static.

@@ -1,6 +1,8 @@
 #include "server/options.h"
 
+#include <cerrno>
 #include <charconv>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -172,6 +174,45 @@ std::string DirectoryName(const std::filesystem::path& path) {
   return (absolute.has_filename() ? absolute : absolute.parent_path()).filename().string();
 }
 
+// What a key of a configuration file in `directory` names: the first that is there, relative to the
+// working directory, to `directory` and to its parent. Errors: not found, with the reason.
+Result<std::filesystem::path> FindNamed(const std::string& key,
+                                        const std::filesystem::path& written,
+                                        const std::filesystem::path& directory) {
+  std::string unseen;  // the first that cannot be looked at
+  for (const auto& base : {std::filesystem::path(), directory, directory.parent_path()}) {
+    const std::filesystem::path path = base / written;
+    std::error_code error;
+    const std::filesystem::file_status status = std::filesystem::status(path, error);
+    if (std::filesystem::exists(status)) return path;
+    if (status.type() == std::filesystem::file_type::none && unseen.empty()) {
+      unseen = "cannot look at " + path.string() + ": " + error.message();
+    }
+  }
+  std::string reason = "no " + written.string();
+  if (!unseen.empty()) {
+    reason = unseen;
+  } else if (written.is_relative()) {
+    reason += " in the working directory, in " + directory.string() + " or its parent";
+  }
+  return Error{ErrorCode::kNotFound, key + ": " + reason, key};
+}
+
+// Finds the model's directory and the file of keys.
+Result<void> FindPaths(const std::filesystem::path& directory, Options* options) {
+  ASSIGN_OR_RETURN(options->model.path, FindNamed("model.path", options->model.path, directory));
+  std::error_code error;
+  if (!std::filesystem::is_directory(options->model.path, error)) {
+    return Error{ErrorCode::kNotFound,
+                 "model.path: " + options->model.path.string() + " is not a directory",
+                 "model.path"};
+  }
+  if (std::filesystem::path& keys = options->server.api_key_file; !keys.empty()) {
+    ASSIGN_OR_RETURN(keys, FindNamed("server.api_key_file", keys, directory));
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<Options> ParseOptions(std::string_view text, const std::vector<std::string>& overrides) {
@@ -204,40 +245,20 @@ Result<Options> ParseOptions(std::string_view text, const std::vector<std::strin
 Result<Options> LoadOptions(const std::filesystem::path& file,
                             const std::vector<std::string>& overrides) {
   std::ifstream stream(file, std::ios::binary);
+  const std::string reason = stream.is_open() ? "" : std::string(": ") + std::strerror(errno);
   const std::string text{std::istreambuf_iterator<char>(stream), {}};
   if (!stream.is_open() || stream.bad()) {
-    return Error{ErrorCode::kNotFound, "cannot read configuration file " + file.string()};
+    return Error{ErrorCode::kNotFound, "cannot read configuration file " + file.string() + reason};
   }
-  auto parsed = ParseOptions(text, overrides);
-  if (!parsed) {
-    Error error = parsed.error();
+  const auto in_file = [&file](Error error) {
     error.message = file.string() + ": " + error.message;
     return error;
-  }
+  };
+  auto parsed = ParseOptions(text, overrides);
+  if (!parsed) return in_file(parsed.error());
   Options options = std::move(parsed).value();
   const std::filesystem::path directory = std::filesystem::absolute(file).parent_path();
-  // The first place where there is such a file or directory; empty if there is none.
-  const auto find = [&directory](const std::filesystem::path& written) {
-    std::error_code ignored;
-    for (const auto& base : {std::filesystem::path(), directory, directory.parent_path()}) {
-      if (std::filesystem::exists(base / written, ignored)) return base / written;
-    }
-    return std::filesystem::path();
-  };
-  const auto nowhere = [&](const std::string& key, const std::filesystem::path& written) {
-    return Error{ErrorCode::kNotFound,
-                 file.string() + ": " + key + ": no " + written.string() +
-                     " in the working directory, in " + directory.string() + " or its parent",
-                 key};
-  };
-  const std::filesystem::path model = find(options.model.path);
-  if (!std::filesystem::is_directory(model)) return nowhere("model.path", options.model.path);
-  options.model.path = model;
-  if (const auto& written = options.server.api_key_file; !written.empty()) {
-    const std::filesystem::path keys = find(written);
-    if (keys.empty()) return nowhere("server.api_key_file", written);
-    options.server.api_key_file = keys;
-  }
+  if (const auto found = FindPaths(directory, &options); !found) return in_file(found.error());
   return options;
 }
 

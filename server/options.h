@@ -54,8 +54,8 @@ struct LogOptions {
 // Configuration "self_check".
 struct SelfCheckOptions {
   bool enabled = true;
-  double seconds = 5;      // time it may take
-  double warn_kl = 0.005;  // nats, mean
+  double seconds = 5;       // time it may take
+  double warn_kl = 0.0045;  // nats, mean
 };
 
 // One configuration file, checked, with defaults and overrides applied. See configs/schema.json for
@@ -75,7 +75,7 @@ Result<Options> ParseOptions(std::string_view text, const std::vector<std::strin
 
 // Reads a configuration file and finds its model's directory and its key file: relative to the
 // working directory, to the file's directory, or to the parent of that. Errors: as above, and not
-// found.
+// found, also for what may not be looked at.
 Result<Options> LoadOptions(const std::filesystem::path& file,
                             const std::vector<std::string>& overrides);
 

@@ -101,6 +101,22 @@ std::string Join(const std::vector<std::string>& sentences, const std::string& n
   return text;
 }
 
+// Finds the tokens that state the code by what they follow: a prompt that ends before the needle
+// has the same tokens up to it.
+Result<void> Locate(const std::string& sentence, const EncodeNeedle& encode, Needle* needle) {
+  const size_t at = needle->text.find(sentence);
+  const std::string before = needle->text.substr(0, at > 0 ? at - 1 : 0);
+  const std::string through = needle->text.substr(0, at + sentence.size());
+  ASSIGN_OR_RETURN(const std::vector<int32_t> shorter, encode(before, needle->question));
+  ASSIGN_OR_RETURN(const std::vector<int32_t> longer, encode(through, needle->question));
+  const auto same =
+      std::mismatch(needle->prompt.begin(), needle->prompt.end(), shorter.begin(), shorter.end());
+  needle->begin = same.first - needle->prompt.begin();
+  needle->end = std::min(needle->begin + std::ssize(longer) - std::ssize(shorter),
+                         std::ssize(needle->prompt));
+  return {};
+}
+
 }  // namespace
 
 uint64_t TextRandom::Next() {
@@ -123,21 +139,25 @@ Result<Needle> MakeNeedle(const NeedleSpec& spec, const Tokenizer& tokenizer,
   ASSIGN_OR_RETURN(needle.prompt, encode(needle.text, needle.question));
   needle.least_length = static_cast<int64_t>(needle.prompt.size());
 
+  // Sentences in a row may have other tokens than alone: estimates, then looks.
   std::vector<std::string> sentences;
   for (int64_t length = needle.least_length; length < spec.length;) {
-    std::optional<std::pair<std::string, std::string>> other;
-    if (random.Chance(spec.record_percent)) other = records.Make(random);
-    sentences.push_back(other ? RecordSentence(*other) : FillerSentence(random));
-    length += std::ssize(tokenizer.Encode(" " + sentences.back(), {.add_bos = false}));
-  }
-  // Sentences in a row may have other tokens than alone.
-  for (; !sentences.empty(); sentences.pop_back()) {
+    while (length < spec.length) {
+      std::optional<std::pair<std::string, std::string>> other;
+      if (random.Chance(spec.record_percent)) other = records.Make(random);
+      sentences.push_back(other ? RecordSentence(*other) : FillerSentence(random));
+      length += std::ssize(tokenizer.Encode(" " + sentences.back(), {.add_bos = false}));
+    }
     needle.text = Join(sentences, sentence, spec.depth_percent);
     ASSIGN_OR_RETURN(needle.prompt, encode(needle.text, needle.question));
-    if (std::ssize(needle.prompt) <= spec.length) return needle;
+    length = std::ssize(needle.prompt);
   }
-  needle.text = sentence;
-  ASSIGN_OR_RETURN(needle.prompt, encode(needle.text, needle.question));
+  while (!sentences.empty() && std::ssize(needle.prompt) > spec.length) {
+    sentences.pop_back();
+    needle.text = Join(sentences, sentence, spec.depth_percent);
+    ASSIGN_OR_RETURN(needle.prompt, encode(needle.text, needle.question));
+  }
+  RETURN_IF_ERROR(Locate(sentence, encode, &needle));
   return needle;
 }
 

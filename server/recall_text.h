@@ -42,7 +42,8 @@ struct Needle {
   std::string question;  // "What is the code of the red lantern?"
   std::string code;      // four digits
   std::vector<int32_t> prompt;
-  int64_t least_length = 0;  // tokens of the prompt without other sentences
+  int64_t begin = 0, end = 0;  // the tokens of `prompt` that state the code
+  int64_t least_length = 0;    // tokens of the prompt without other sentences
 };
 
 // The prompt of a text and a question, all that a template writes around them included.

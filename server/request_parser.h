@@ -118,6 +118,9 @@ class RequestParser {
   bool Messages(const std::string& name, const Json& value, std::vector<ChatMessage>* result) {
     if (!value.is_array()) return WrongType(name, "an array of messages");
     if (value.empty()) return WrongValue(name, "no messages");
+    if (value.size() > kMaxMessages) {
+      return WrongValue(name, "more than " + std::to_string(kMaxMessages) + " messages");
+    }
     for (size_t i = 0; i < value.size(); ++i) {
       const std::string path = name + "[" + std::to_string(i) + "]";
       if (!value[i].is_object()) return WrongType(path, "an object");

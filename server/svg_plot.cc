@@ -7,17 +7,20 @@
 #include <iterator>
 #include <string_view>
 
+#include "server/utf8.h"
+
 namespace innerq {
 namespace {
 
 // Everything in CSS pixels.
-constexpr double kWidth = 860, kMinHeight = 440;
-constexpr double kLeft = 84, kRight = 300, kTop = 48, kBottom = 60;
-constexpr double kLegendLine = 18;
+constexpr double kPlotWidth = 476, kMinHeight = 440;
+constexpr double kLeft = 84, kTop = 48, kBottom = 60;
+constexpr double kLegendLine = 18, kLegendIndent = 36;
+constexpr double kCharWidth = 7;  // of most characters at 12 pixels, generously
 
 std::string Escape(std::string_view text) {
   std::string escaped;
-  for (const char c : text) {
+  for (const char c : ReplaceInvalidUtf8(text)) {
     switch (c) {
       case '&':
         escaped += "&amp;";
@@ -143,9 +146,15 @@ std::string RenderSvg(SvgPlot plot) {
   }
   const double height =
       std::max(kMinHeight, kTop + kLegendLine * static_cast<double>(plot.points.size() + 1));
+  size_t longest = 30;
+  for (const PlotPoint& point : plot.points) {
+    longest = std::max(longest, point.label.size() + std::string_view(" = 0").size());
+  }
+  const double width =
+      kLeft + kPlotWidth + kLegendIndent + kCharWidth * static_cast<double>(longest);
   Axis x = Cover(x_values, false);
   x.from = kLeft;
-  x.to = kWidth - kRight;
+  x.to = kLeft + kPlotWidth;
   Axis y = Cover(y_values, plot.log_y);
   y.from = height - kBottom;
   y.to = kTop;
@@ -155,7 +164,7 @@ std::string RenderSvg(SvgPlot plot) {
       "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\" "
       "viewBox=\"0 0 {0} {1}\" font-family=\"sans-serif\" font-size=\"12\">\n"
       "<rect width=\"{0}\" height=\"{1}\" fill=\"white\"/>\n",
-      kWidth, height);
+      width, height);
   AppendText(svg, kLeft, 24, " font-size=\"15\"", plot.title);
   AppendAxes(svg, x, y);
   AppendText(svg, (x.from + x.to) / 2, height - 16, " text-anchor=\"middle\"", plot.x_label);
@@ -172,7 +181,7 @@ std::string RenderSvg(SvgPlot plot) {
     const double line = kTop + 6 + kLegendLine * static_cast<double>(i);
     svg += fmt::format("<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"9\" height=\"9\" {}/>\n", x.to + 20,
                        line - 9, style);
-    AppendText(svg, x.to + 36, line, "", point.label + (at_edge(point.y) ? " = 0" : ""));
+    AppendText(svg, x.to + kLegendIndent, line, "", point.label + (at_edge(point.y) ? " = 0" : ""));
   }
   return svg + "</svg>\n";
 }

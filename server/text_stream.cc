@@ -58,15 +58,18 @@ std::string TextStream::Take(size_t size) {
 
 PromptEcho EchoPrompt(const Tokenizer& tokenizer, std::span<const int32_t> ids,
                       const std::optional<std::string>& given, bool special) {
-  if (given) special = false;  // what the tokenizer added is not in it
   PromptEcho echo;
   Utf8Decoder decoder;
   bool first = true;
   int64_t characters = 0;
   for (const int32_t id : ids) {
     echo.tokens.push_back({.id = id, .first = first, .offset = characters});
-    const std::string text = decoder.Push(tokenizer.TokenBytes(id, first, special));
-    if (special || !tokenizer.IsSpecial(id)) first = false;
+    // A BOS that the tokenizer added is not in what the client sent.
+    const bool added = given && id == tokenizer.bos_id() && echo.tokens.size() == 1 &&
+                       !given->starts_with(tokenizer.TokenBytes(id, first, true));
+    const bool shown = special && !added;
+    const std::string text = decoder.Push(tokenizer.TokenBytes(id, first, shown));
+    if (shown || !tokenizer.IsSpecial(id)) first = false;
     characters += CountCharacters(text);
     echo.text += text;
   }

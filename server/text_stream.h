@@ -67,7 +67,8 @@ struct PromptEcho {
 };
 
 // The text of `ids`; special tokens are part of it if `special`. Where the client sent a text,
-// `given`, that is what is echoed, whatever a tokenizer has added or normalized.
+// `given`, that is what is echoed, whatever a tokenizer has added or normalized; `special` then
+// says that it may spell special tokens.
 PromptEcho EchoPrompt(const Tokenizer& tokenizer, std::span<const int32_t> ids,
                       const std::optional<std::string>& given, bool special);
 

@@ -83,15 +83,15 @@ std::variant<std::vector<TextSegment>, ApiError> UtilityApi::Render(
 }
 
 HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
+  const WorkSlots::Slot slot(*model_.text_slots);
   const auto parsed = Read(http, UtilityEndpoint::kTokenize);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto& request = std::get<UtilityRequest>(parsed);
-  const WorkSlots::Slot slot(*model_.text_slots);
   const Tokenizer& tokenizer = *model_.tokenizer;
   std::vector<int32_t> ids;
   if (request.messages.empty()) {
-    ids = tokenizer.Encode(request.text,
-                           {.add_bos = request.add_bos, .parse_special = request.parse_special});
+    ids = EncodePrompt({{.text = request.text, .trusted = request.parse_special}}, tokenizer,
+                       request.add_bos);
   } else {
     const auto rendered = Render(request);
     if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
@@ -116,6 +116,7 @@ HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
 }
 
 HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
+  const WorkSlots::Slot slot(*model_.text_slots);
   const auto parsed = Read(http, UtilityEndpoint::kDetokenize);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto& request = std::get<UtilityRequest>(parsed);
@@ -126,15 +127,14 @@ HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
         "tokens",
         std::to_string(id) + " is outside the vocabulary [0, " + std::to_string(vocab_size) + ")"));
   }
-  const WorkSlots::Slot slot(*model_.text_slots);
   const std::string text = QuoteJson(model_.tokenizer->Decode(request.tokens, /*special=*/true));
   return {.body = "{\"prompt\": " + text + ", \"content\": " + text + "}"};
 }
 
 HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
+  const WorkSlots::Slot slot(*model_.text_slots);
   const auto parsed = Read(http, UtilityEndpoint::kApplyTemplate);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
-  const WorkSlots::Slot slot(*model_.text_slots);
   const auto rendered = Render(std::get<UtilityRequest>(parsed));
   if (const auto* error = std::get_if<ApiError>(&rendered)) return ErrorResponse(*error);
   const auto& segments = std::get<std::vector<TextSegment>>(rendered);

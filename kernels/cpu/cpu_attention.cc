@@ -1,7 +1,6 @@
 #include "kernels/cpu/cpu_attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <new>
 #include <string>
 #include <vector>
@@ -75,20 +74,23 @@ class CpuAttentionImpl final : public CpuAttention {
     }
   }
 
-  bool Seal(const SealArgs& args) override {
+  std::vector<int64_t> Seal(const SealArgs& args) override {
     CHECK(!seal_scratch_.empty(), "Seal before Reserve");
     const int64_t heads = args.kv.layout->kv_heads;
     const int64_t count = static_cast<int64_t>(args.items.size()) * heads;
-    std::atomic<bool> finite = true;
+    std::vector<int64_t> failed;
 #pragma omp parallel for num_threads(threads_) schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
       SealScratch& scratch = *seal_scratch_[static_cast<size_t>(ThreadIndex())];
       if (!SealHead(encode_, args.kv, args.items[static_cast<size_t>(i / heads)], i % heads,
                     scratch)) {
-        finite = false;
+#pragma omp critical(failed_seals)
+        failed.push_back(i / heads);
       }
     }
-    return finite;
+    std::sort(failed.begin(), failed.end());
+    failed.erase(std::unique(failed.begin(), failed.end()), failed.end());
+    return failed;
   }
 
   void Attention(const AttentionArgs& args) override {

@@ -1,7 +1,9 @@
 // CpuAttention: everything of the CPU backend that touches cache pages.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/cpu/cpu_isa.h"
@@ -21,8 +23,8 @@ class CpuAttention {
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   virtual void RopeAppend(const RopeAppendArgs& args) = 0;
   virtual void ComputeKeyNorm(const KeyNormArgs& args) = 0;
-  // False if a page held a non-finite value.
-  virtual bool Seal(const SealArgs& args) = 0;
+  // Returns the items that a non-finite value kept from being sealed, ascending.
+  virtual std::vector<int64_t> Seal(const SealArgs& args) = 0;
   virtual void Attention(const AttentionArgs& args) = 0;
 };
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "kernels/cpu/cpu_attention.h"
@@ -82,38 +83,6 @@ class CpuBackend final : public Backend {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
   }
 
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias_parts,
-                            WeightFormat format) override {
-    CHECK(!parts.empty(), "PackWeight: no parts");
-    CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
-          "PackWeight: expected one bias per part");
-    Weight weight;
-    weight.format = format;
-    weight.cols = parts[0].shape[1];
-    for (size_t i = 0; i < parts.size(); ++i) {
-      CHECK(parts[i].shape.rank() == 2 && parts[i].shape[1] == weight.cols,
-            "PackWeight: parts differ in columns");
-      CHECK(bias_parts.empty() || bias_parts[i].shape == Shape{parts[i].shape[0]},
-            "PackWeight: bias does not match its part");
-      weight.rows += parts[i].shape[0];
-    }
-    if (UsesDnnl(format)) {
-      ASSIGN_OR_RETURN(weight.data, dnnl_->Pack(parts, format, ops_));
-    } else {
-      ASSIGN_OR_RETURN(weight.data, Allocate(PanelBytes(format, weight.rows, weight.cols)));
-      PackPanels(parts, format, ops_, threads_, weight.data.data());
-    }
-    if (bias_parts.empty()) return weight;
-    ASSIGN_OR_RETURN(weight.bias, Allocate(weight.rows * 4));
-    float* bias = reinterpret_cast<float*>(weight.bias.data());
-    for (const ConstTensorView& part : bias_parts) {
-      ReadFloats(part, 0, part.shape[0], ops_, bias);
-      bias += part.shape[0];
-    }
-    return weight;
-  }
-
   Result<void> Reserve(const StepLimits& limits) override {
     const int64_t rows = RoundUp(limits.max_rows, kRowTile);
     const int64_t packed_bytes =
@@ -127,9 +96,35 @@ class CpuBackend final : public Backend {
     return attention_->Reserve(limits);
   }
 
-  Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
+  Result<void> Synchronize() override {
+    failed_seals_ = std::exchange(failing_, {});
+    return std::exchange(error_, Result<void>());
+  }
+
+  std::vector<int64_t> failed_seals() const override {
+    return {failed_seals_.begin(), failed_seals_.end()};
+  }
 
  private:
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, Weight* weight) override {
+    if (UsesDnnl(weight->format)) {
+      ASSIGN_OR_RETURN(weight->data, dnnl_->Pack(parts, weight->format, ops_));
+    } else {
+      ASSIGN_OR_RETURN(weight->data,
+                       Allocate(PanelBytes(weight->format, weight->rows, weight->cols)));
+      PackPanels(parts, weight->format, ops_, threads_, weight->data.data());
+    }
+    if (bias_parts.empty()) return {};
+    ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
+    float* bias = reinterpret_cast<float*>(weight->bias.data());
+    for (const ConstTensorView& part : bias_parts) {
+      ReadFloats(part, 0, part.shape[0], ops_, bias);
+      bias += part.shape[0];
+    }
+    return {};
+  }
+
   bool UsesDnnl(WeightFormat format) const { return dnnl_ != nullptr && dnnl_->Handles(format); }
 
   // Keeps the first error until Synchronize.
@@ -254,9 +249,10 @@ class CpuBackend final : public Backend {
   void DoRopeAppend(const RopeAppendArgs& args) override { attention_->RopeAppend(args); }
   void DoComputeKeyNorm(const KeyNormArgs& args) override { attention_->ComputeKeyNorm(args); }
   void DoSeal(const SealArgs& args) override {
-    if (!attention_->Seal(args)) {
-      Fail({ErrorCode::kInternal, "non-finite key or value in the cache"});
-    }
+    const std::vector<int64_t> failed = attention_->Seal(args);
+    if (failed.empty()) return;
+    failing_.insert(failed.begin(), failed.end());
+    Fail({ErrorCode::kInternal, "non-finite key or value in the cache"});
   }
   void DoAttention(const AttentionArgs& args) override { attention_->Attention(args); }
 
@@ -268,6 +264,7 @@ class CpuBackend final : public Backend {
   Buffer packed_;                     // activations of one product, as its kernel reads them
   Buffer scratch_;                    // [threads][kTaskScratchBytes]
   Result<void> error_;
+  std::set<int64_t> failing_, failed_seals_;  // since, and before the last Synchronize
 };
 
 }  // namespace

@@ -195,7 +195,7 @@ __global__ void SealKernel(const __grid_constant__ SealLaunch args) {
       PackEightCodes(codes + i * 8, bits, packed + i * bits);
     }
   }
-  if (!finite) atomicExch(args.non_finite, 1);
+  if (!finite) atomicExch(args.non_finite + blockIdx.x, 1);
 }
 
 }  // namespace

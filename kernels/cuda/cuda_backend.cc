@@ -32,18 +32,6 @@ constexpr int64_t kWarpsPerSm = 16;      // that keep a multiprocessor busy
 constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
 constexpr int64_t kSpareBytes = 65536;   // of staging, for small arguments
 
-float ElementAsFloat(const ConstTensorView& view, int64_t i) {
-  switch (view.dtype) {
-    case DType::kF32:
-      return view.As<float>()[i];
-    case DType::kF16:
-      return F16ToF32(view.As<uint16_t>()[i]);
-    case DType::kBF16:
-      return BF16ToF32(view.As<uint16_t>()[i]);
-  }
-  return 0;
-}
-
 int64_t ElementBytes(WeightFormat format) { return format == WeightFormat::kF32 ? 4 : 2; }
 
 void WriteElement(WeightFormat format, float x, std::byte* to) {
@@ -74,12 +62,6 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override {
     // Nothing may run on memory that is about to be freed; what it failed with no longer matters.
     static_cast<void>(cudaStreamSynchronize(stream_.get()));
-  }
-
-  Result<void> Start() {
-    ASSIGN_OR_RETURN(non_finite_, AllocateDevice(sizeof(int32_t)));
-    ASSIGN_OR_RETURN(non_finite_seen_, AllocatePinned(sizeof(int32_t)));
-    return {};
   }
 
   std::string_view name() const override { return name_; }
@@ -132,39 +114,6 @@ class CudaBackend final : public Backend {
     return buffer;
   }
 
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias_parts,
-                            WeightFormat format) override {
-    CHECK(!parts.empty(), "PackWeight: no parts");
-    CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
-          "PackWeight: expected one bias per part");
-    Weight weight;
-    weight.format = format;
-    weight.cols = parts[0].shape[1];
-    for (size_t i = 0; i < parts.size(); ++i) {
-      CHECK(parts[i].shape.rank() == 2 && parts[i].shape[1] == weight.cols,
-            "PackWeight: parts differ in columns");
-      CHECK(bias_parts.empty() || bias_parts[i].shape == Shape{parts[i].shape[0]},
-            "PackWeight: bias does not match its part");
-      weight.rows += parts[i].shape[0];
-    }
-    const int64_t row_bytes = RoundUp(weight.cols, kMatMulUnit) * ElementBytes(format);
-    ASSIGN_OR_RETURN(weight.data, AllocateDevice(RoundUp(weight.rows, kMatMulUnit) * row_bytes));
-    std::byte* to = weight.data.data();
-    for (const ConstTensorView& part : parts) {
-      RETURN_IF_ERROR(CopyRows(part, format, row_bytes, to));
-      to += part.shape[0] * row_bytes;
-    }
-    if (bias_parts.empty()) return weight;
-    std::vector<float> bias;
-    for (const ConstTensorView& part : bias_parts) {
-      for (int64_t i = 0; i < part.shape[0]; ++i) bias.push_back(ElementAsFloat(part, i));
-    }
-    ASSIGN_OR_RETURN(weight.bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
-                                          DType::kF32, Shape{weight.rows}}));
-    return weight;
-  }
-
   Result<void> Reserve(const StepLimits& limits) override {
     if (limits.max_head_dim > kMaxHeadDim) {
       return InvalidArgument("head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " +
@@ -179,6 +128,11 @@ class CudaBackend final : public Backend {
     }
     if (states_.bytes() == 0) {
       ASSIGN_OR_RETURN(states_, AllocateDevice(kStateBytes));
+    }
+    const auto flag_bytes = limits.max_pages * static_cast<int64_t>(sizeof(int32_t));
+    if (flag_bytes > non_finite_.bytes()) {
+      ASSIGN_OR_RETURN(non_finite_seen_, AllocatePinned(flag_bytes));
+      ASSIGN_OR_RETURN(non_finite_, AllocateDevice(flag_bytes));
     }
     plan_.Reserve(limits.max_rows, limits.max_group, kMaxItems);
     pages_.reserve(static_cast<size_t>(limits.max_pages));
@@ -196,22 +150,49 @@ class CudaBackend final : public Backend {
   }
 
   Result<void> Synchronize() override {
-    Check(cudaMemcpyAsync(non_finite_seen_.data(), non_finite_.data(), sizeof(int32_t),
-                          cudaMemcpyDeviceToHost, stream_.get()),
-          "reading the device's error flag");
-    Check(cudaMemsetAsync(non_finite_.data(), 0, sizeof(int32_t), stream_.get()),
-          "clearing the device's error flag");
+    const size_t num_flags = std::exchange(num_flags_, 0);
+    if (num_flags > 0) {
+      Check(cudaMemcpyAsync(non_finite_seen_.data(), non_finite_.data(),
+                            num_flags * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_.get()),
+            "reading the device's error flags");
+      Check(cudaMemsetAsync(non_finite_.data(), 0, num_flags * sizeof(int32_t), stream_.get()),
+            "clearing the device's error flags");
+    }
     Check(cudaStreamSynchronize(stream_.get()), "running operations");
     staging_.Reset();
-    int32_t non_finite = 0;
-    std::memcpy(&non_finite, non_finite_seen_.data(), sizeof(non_finite));
-    if (error_.ok() && non_finite != 0) {
+    failed_seals_.clear();
+    const auto* flags = reinterpret_cast<const int32_t*>(non_finite_seen_.data());
+    for (size_t i = 0; i < num_flags && error_.ok(); ++i) {
+      if (flags[i] != 0) failed_seals_.push_back(static_cast<int64_t>(i));
+    }
+    if (!failed_seals_.empty()) {
       return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
     }
     return std::exchange(error_, Result<void>());
   }
 
+  std::vector<int64_t> failed_seals() const override { return failed_seals_; }
+
  private:
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias_parts, Weight* weight) override {
+    const int64_t row_bytes = RoundUp(weight->cols, kMatMulUnit) * ElementBytes(weight->format);
+    ASSIGN_OR_RETURN(weight->data, AllocateDevice(RoundUp(weight->rows, kMatMulUnit) * row_bytes));
+    std::byte* to = weight->data.data();
+    for (const ConstTensorView& part : parts) {
+      RETURN_IF_ERROR(CopyRows(part, weight->format, row_bytes, to));
+      to += part.shape[0] * row_bytes;
+    }
+    if (bias_parts.empty()) return {};
+    std::vector<float> bias;
+    for (const ConstTensorView& part : bias_parts) {
+      for (int64_t i = 0; i < part.shape[0]; ++i) bias.push_back(ElementAsFloat(part, i));
+    }
+    ASSIGN_OR_RETURN(weight->bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
+                                           DType::kF32, Shape{weight->rows}}));
+    return {};
+  }
+
   // Keeps the first error until Synchronize; says whether all is well.
   bool Check(cudaError_t status, const char* what) {
     if (status != cudaSuccess && error_.ok()) error_ = ErrorOf(status, what);
@@ -377,6 +358,9 @@ class CudaBackend final : public Backend {
                       .kv = args.kv,
                       .num_items = static_cast<int64_t>(args.items.size()),
                       .non_finite = reinterpret_cast<int32_t*>(non_finite_.data())};
+    CHECK(args.items.size() * sizeof(int32_t) <= static_cast<size_t>(non_finite_.bytes()),
+          "Seal: more pages than reserved");
+    num_flags_ = std::max(num_flags_, args.items.size());
     if (!UploadOne(StagingSlot::kSealItems, args.items, &launch.items)) return;
     Check(LaunchSeal(launch, stream_.get()), "Seal");
   }
@@ -476,7 +460,9 @@ class CudaBackend final : public Backend {
   Staging staging_;
   Buffer rounded_;                       // activations of one product in BF16
   Buffer states_;                        // of split attention
-  Buffer non_finite_, non_finite_seen_;  // int32: Seal met a NaN or an infinity
+  Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity
+  size_t num_flags_ = 0;                 // of them, that calls of Seal may have set
+  std::vector<int64_t> failed_seals_;
   AttentionPlan plan_;
   // Arguments on their way to staging; kept for their memory.
   std::vector<DeviceSlice> slices_;
@@ -500,10 +486,8 @@ Result<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options
   if (!options.deterministic) {
     ASSIGN_OR_RETURN(cublas, CublasMatMul::Create());
   }
-  auto backend =
-      std::make_unique<CudaBackend>(std::move(device), std::move(stream), std::move(cublas));
-  RETURN_IF_ERROR(backend->Start());
-  return std::unique_ptr<Backend>(std::move(backend));
+  return std::unique_ptr<Backend>(
+      std::make_unique<CudaBackend>(std::move(device), std::move(stream), std::move(cublas)));
 }
 
 }  // namespace innerq

@@ -93,7 +93,7 @@ struct SealLaunch {
   PagedKvView kv;
   const SealItem* items = nullptr;  // [num_items]
   int64_t num_items = 0;
-  int32_t* non_finite = nullptr;  // set to 1 when a key or value is not finite
+  int32_t* non_finite = nullptr;  // [num_items], set to 1 where a key or value is not finite
 };
 cudaError_t LaunchSeal(const SealLaunch& launch, cudaStream_t stream);
 

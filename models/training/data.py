@@ -4,7 +4,7 @@ A document is a list of segments `(text, weight)`. The weight scales the loss of
 tokens: answers count fully, filler hardly, and things nobody can predict (a fresh random code,
 the numbers of a new problem) not at all. Special tokens are segments of their own (BOS, ...).
 
-Run as a script it writes the held-out sets:  python data.py --eval-dir ../demo/eval
+Run as a script it writes the held-out sets:  python3 data.py --eval-dir ../demo/eval
 The held-out problems come from their own seed, and the training generator refuses to emit any
 question that is in that set.
 """

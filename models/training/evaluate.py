@@ -1,6 +1,6 @@
 """Accuracy of an exported model directory in PyTorch (float32 arithmetic on the BF16 weights).
 
-python evaluate.py --model ../demo
+python3 evaluate.py --model ../demo      (needs torch, sentencepiece, safetensors, numpy)
 
 The figures to compare a server's with: the same sets, prompts and judging as measure.py.
 """

@@ -1,6 +1,6 @@
 """Writes a Hugging Face model directory (BF16 safetensors, configuration, tokenizer).
 
-python export.py --checkpoint work/checkpoint.pt --tokenizer work/tokenizer.model --out ../demo
+python3 export.py --checkpoint work/checkpoint.pt --tokenizer work/tokenizer.model --out ../demo
 
 Every file is written under a temporary name and renamed, so a reader never sees half a file.
 """

@@ -1,6 +1,6 @@
 """Measures how often a running innerq server solves the held-out problems and recalls codes.
 
-python measure.py --url http://127.0.0.1:8080 --min-problems 0.8 --min-recall 0.85
+python3 measure.py --url http://127.0.0.1:8080 --min-problems 0.8 --min-recall 0.85
 
 It asks `/v1/completions` greedily (temperature 0) and needs nothing but the standard library.
 Exit status: 0 when both shares reach their minimum, 1 when one does not, 2 when the server fails.

@@ -1,6 +1,6 @@
 """Trains the SentencePiece BPE model and turns documents into token ids and loss weights.
 
-python tokenizer.py --out work/tokenizer.model
+python3 tokenizer.py --out work/tokenizer.model
 """
 import argparse
 import io

@@ -2,8 +2,9 @@
 
 torchrun --nproc-per-node 2 train.py --threads 1 --work work --tokens 28.5e6 --export ../demo
 
+Needs torch, sentencepiece, safetensors and numpy; ../demo/README.md installs them.
 One process per core that meet once a step (gloo) suffer much less from a shared machine than two
-threads that meet at every operation; started with plain `python` it is one process.
+threads that meet at every operation; started with plain `python3` it is one process.
 Batches are a pure function of (seed, step, rank), so a resumed run sees what an uninterrupted one
 would have seen. The window length grows with progress (see PHASES); the learning rate is held and
 then falls linearly over the last part, whose start depends on --tokens only, so that a run can

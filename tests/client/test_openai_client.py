@@ -79,6 +79,21 @@ def test_chat(client, model):
     assert more.usage.prompt_tokens > answer.usage.prompt_tokens
 
 
+def test_applied_template(client, model):
+    chat = client.chat.completions.create(
+        model=model, messages=MESSAGES, max_tokens=20, temperature=0)
+    root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
+    prompt = root.post("/apply-template", cast_to=object, body={"messages": MESSAGES})["prompt"]
+
+    def complete(**more):
+        return client.completions.create(model=model, prompt=prompt, max_tokens=20, temperature=0,
+                                         extra_body=more)
+    answer = complete(parse_special=True)
+    assert answer.choices[0].text == chat.choices[0].message.content
+    assert answer.usage.prompt_tokens == chat.usage.prompt_tokens
+    assert complete().usage.prompt_tokens > chat.usage.prompt_tokens  # plain text
+
+
 def test_chat_stream_with_usage(client, model):
     chunks = list(client.chat.completions.create(
         model=model, messages=MESSAGES, max_tokens=20, temperature=0, stream=True,

@@ -64,6 +64,15 @@ def write_empty_model(directory, head_dim):
         len(header).to_bytes(8, "little") + header + bytes(4))
 
 
+def copy_demo_model(directory, **keys):
+    """The demo model with keys of its config.json replaced."""
+    for file in MODEL.iterdir():
+        if file.is_file():
+            shutil.copy(file, directory)
+    path = pathlib.Path(directory) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
 def start(*overrides, **how):
     return Server(BINARY, CONFIG, *overrides, **{"stderr": subprocess.DEVNULL, **how})
 
@@ -98,6 +107,7 @@ def test_check_config_refuses_what_serve_refuses():
             ("kv_cache.layers.0.value", '{"group_size": 64}'),  # a page has 32 tokens
             ("backend.variant", impossible_variant()),
             ("scheduler.max_context", "99999"),
+            ("scheduler.max_context", "1"),
             ("server.api_key_file", "/dev/null"),
             ("server.key_limits", '{"concurrent_requests": 1}')):
         overrides = ["--set", f"{path}={value}"]
@@ -115,6 +125,33 @@ def test_check_config_opens_the_weights():
         for command in ("check-config", "serve"):
             expect_error(2, "safetensors", command, "-c", CONFIG, "--set",
                          f"model.path={directory}")
+
+
+def test_check_config_compares_the_weights_with_config_json():
+    for keys, code, word in (
+            ({"num_attention_heads": 130}, 2, "num_attention_heads / num_key_value_heads"),
+            ({"num_hidden_layers": 6}, 1, "tensor model.layers.5.input_layernorm.weight: missing"),
+            ({"intermediate_size": 769}, 1, "tensor model.layers.0.mlp.gate_proj.weight"),
+            ({"attention_bias": True}, 1, "tensor model.layers.0.self_attn.q_proj.bias: missing")):
+        with tempfile.TemporaryDirectory() as directory:
+            copy_demo_model(directory, **keys)
+            for command in ("check-config", "serve"):
+                expect_error(code, word, command, "-c", CONFIG, "--set", f"model.path={directory}")
+
+
+def test_paths_that_may_not_be_looked_at_are_told_in_a_line():
+    with tempfile.TemporaryDirectory() as directory:
+        loop = pathlib.Path(directory) / "loop"
+        loop.symlink_to("loop")  # may not be followed, by root either
+        expect_error(2, "cannot read", "inspect", str(loop))
+        for command in ("inspect", "check-config"):
+            expect_error(2, "cannot look at", command, "-c", CONFIG, "--set", f"model.path={loop}")
+
+
+def test_inspect_takes_one_model():
+    done = run("inspect", str(MODEL), "--set", "kv_cache.key.bits=4")
+    assert done.returncode == 0 and "keys 4-bit" in done.stdout, done
+    expect_error(2, "model.path", "inspect", str(MODEL), "--set", "model.path=/none")
 
 
 def test_inspect_tells_the_bits_of_the_quantized_cache():
@@ -143,8 +180,8 @@ def test_memory_that_is_not_there_is_explained():
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 
-    expect_error(2, "kv_cache.memory", "serve", "-c", CONFIG, "--set", "kv_cache.memory=2GiB",
-                 preexec_fn=limit)
+    for path, value in (("kv_cache.memory", "2GiB"), ("scheduler.max_batch_tokens", "1048576")):
+        expect_error(2, path, "serve", "-c", CONFIG, "--set", f"{path}={value}", preexec_fn=limit)
 
 
 def test_an_answer_that_cannot_be_written_is_an_error():

@@ -101,9 +101,32 @@ TEST(Summarize, CountsOnlyWhatItIsAskedFor) {
   EXPECT_EQ(sealed.tokens, 5);
   EXPECT_EQ(sealed.mean_nll, 2.0);
   EXPECT_NEAR(sealed.kl_mean, 0.7, 1e-12);
+  EXPECT_EQ(all.kl_error, 0.0) << "one text is no sample";
   const ScoreSummary none = Summarize(scores, [](const TokenScore&) { return false; });
   EXPECT_EQ(none.tokens, 0);
   EXPECT_EQ(none.kl_mean, 0.0);
+}
+
+TEST(Summarize, TakesTextsAsTheSample) {
+  // Texts of 2, 1 and 3 tokens with divergences that add up to 2, 3 and 1: a mean of 1, residuals
+  // of 0, 2 and -2.
+  std::vector<TokenScore> scores;
+  for (const double divergence : {0.5, 1.5})
+    scores.push_back({.text = 4, .divergence = divergence});
+  scores.push_back({.text = 7, .divergence = 3});
+  for (const double divergence : {0.0, 1.0, 0.0}) {
+    scores.push_back({.text = 9, .divergence = divergence});
+  }
+  const ScoreSummary summary = Summarize(scores, [](const TokenScore&) { return true; });
+  EXPECT_NEAR(summary.kl_mean, 1, 1e-12);
+  EXPECT_NEAR(summary.kl_error, std::sqrt((4 + 4) * 3.0 / 2) / 6, 1e-12);
+  // Texts of one token: the error of a mean as in every textbook.
+  std::erase_if(scores, [](const auto& s) { return s.divergence == 0.5 || s.divergence == 0; });
+  const ScoreSummary plain = Summarize(scores, [](const TokenScore&) { return true; });
+  const double mean = (1.5 + 3 + 1) / 3;
+  const double variance =
+      (std::pow(1.5 - mean, 2) + std::pow(3 - mean, 2) + std::pow(1 - mean, 2)) / 2;
+  EXPECT_NEAR(plain.kl_error, std::sqrt(variance / 3), 1e-12);
 }
 
 }  // namespace

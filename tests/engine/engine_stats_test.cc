@@ -56,8 +56,9 @@ TEST(EngineStats, PhasesAreThoseThatARequestWentThrough) {
   EXPECT_EQ(stats.request_generation_tokens.sum(), 20);
   EXPECT_EQ(Count(stats.step_tokens), stats.steps);
   EXPECT_EQ(stats.step_tokens.sum(),
-            static_cast<double>(stats.prompt_tokens + stats.generation_tokens - 1))
+            static_cast<double>(stats.prompt_tokens_computed + stats.generation_tokens - 1))
       << "the last token is never fed back";
+  EXPECT_EQ(stats.prompt_tokens, 3) << "the others were never complete";
   EXPECT_TRUE(stats.sealed_groups.empty()) << "this model does not count";
 }
 

@@ -97,6 +97,7 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
     if (!schedule.tiny_pools) pools = kPlenty;
     const auto engine = EngineOf(options, pools, nullptr, layout, schedule.max_logit_rows);
     std::vector<ResponseReader> neighbours;
+    int64_t prompt_tokens = std::ssize(request.prompt);
     std::optional<ResponseReader> reader;
     for (int i = 0; i <= schedule.num_neighbours; ++i) {
       if (i == std::min(2, schedule.num_neighbours))
@@ -104,6 +105,7 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
       if (i == schedule.num_neighbours) break;
       const auto seed = static_cast<uint64_t>(100 + i);
       neighbours.push_back(engine->Submit(RequestOf(20 + 15 * i, 20 + 5 * (i % 5), seed)).value());
+      prompt_tokens += 20 + 15 * i;
     }
     ExpectSameEvents(ReadAll(*reader).events, expected);
     for (size_t i = 0; i < neighbours.size(); ++i) {
@@ -112,6 +114,7 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
       ExpectSameEvents(ReadAll(neighbours[i]).events, OracleAnswer(same, layout, exact_prefill));
     }
     ExpectAtRest(*engine);
+    EXPECT_EQ(engine->Stats().prompt_tokens, prompt_tokens) << "also of those computed again";
     if (schedule.tiny_pools && schedule.num_neighbours == 16) {
       EXPECT_GT(engine->Stats().preemptions, 0) << "the pools were too large";
     }
@@ -163,7 +166,7 @@ TEST(Engine, AConversationComputesOnlyWhatIsNew) {
   const KvLayout layout = TestLayout();
   const auto engine = EngineOf(OptionsOf());
   Request turn = RequestOf(200, 60, 7);
-  int64_t computed = 0;
+  int64_t computed = 0, lengths = 0;
   for (int i = 0; i < 4; ++i) {
     const ResponseReader reader = engine->Submit(turn).value();
     const Response response = ReadAll(reader);
@@ -174,7 +177,9 @@ TEST(Engine, AConversationComputesOnlyWhatIsNew) {
     EXPECT_EQ(response.finish->usage.cached_tokens, known) << "turn " << i;
     EXPECT_EQ(reader->cached_tokens(), known);
     computed += length - known;
-    EXPECT_EQ(engine->Stats().prompt_tokens, computed);
+    lengths += length;
+    EXPECT_EQ(engine->Stats().prompt_tokens_computed, computed);
+    EXPECT_EQ(engine->Stats().prompt_tokens, lengths);
     for (const int32_t token : response.tokens()) turn.prompt.push_back(token);
     for (const int32_t token : PromptOf(10, 50 + static_cast<uint64_t>(i))) {
       turn.prompt.push_back(token);
@@ -311,6 +316,7 @@ TEST(Engine, APreemptedPromptIsScoredOnce) {
   EXPECT_EQ(response.finish->usage.completion_tokens, 0);
   ExpectSameEvents(ReadAll(other).events, OracleAnswer(elder, layout, false));
   ExpectAtRest(*engine);
+  EXPECT_EQ(engine->Stats().prompt_tokens, 300 + 60);
   EXPECT_EQ(num_starts, 2) << "the pools have the wrong size";
   EXPECT_GT(num_computed, 100);
   EXPECT_LT(num_computed, 299);
@@ -328,7 +334,9 @@ TEST(Engine, AnAnswerOfNoTokensEndsByItself) {
       ExpectSameEvents(response.events, OracleAnswer(request, TestLayout(), false));
     }
   }
-  EXPECT_EQ(engine->Stats().prompt_tokens, 0 + 1 + 599) << "the last token need not be computed";
+  EXPECT_EQ(engine->Stats().prompt_tokens_computed, 0 + 1 + 599)
+      << "the last token need not be computed";
+  EXPECT_EQ(engine->Stats().prompt_tokens, 2 * (1 + 2 + 600));
   EXPECT_EQ(engine->Stats().generation_tokens, 0);
   ExpectAtRest(*engine);
 }
@@ -350,7 +358,8 @@ TEST(Engine, AGroupIsAcceptedAsAWholeOrNotAtAll) {
   std::vector<Request> flawed = group_of(2);
   flawed[1].prompt.clear();
   EXPECT_EQ(engine->SubmitGroup(flawed).error().param, "prompt");
-  EXPECT_EQ(engine->SubmitGroup(group_of(11)).error().param, "n") << "waiting would not help";
+  EXPECT_EQ(engine->SubmitGroup(group_of(11)).error().code, ErrorCode::kInvalidArgument)
+      << "waiting would not help";
   EXPECT_EQ(engine->SubmitGroup({}).error().code, ErrorCode::kInvalidArgument);
   const ResponseGroup second = engine->SubmitGroup(group_of(3)).value();
   EXPECT_EQ(engine->Stats().waiting, 10);
@@ -673,6 +682,57 @@ TEST(Engine, BrokenLogitsEndTheirRequestAlone) {
   EXPECT_EQ(response.finish->error->code, ErrorCode::kInternal);
   EXPECT_TRUE(response.events.empty());
   ExpectSameEvents(ReadAll(a).events, OracleAnswer(healthy, TestLayout(), false));
+  ExpectAtRest(*engine);
+}
+
+// A model that cannot seal pages of sequences that began with one token.
+class UnsealableModel : public HashModel {
+ public:
+  using HashModel::HashModel;
+  Result<std::span<const float>> Step(const ForwardBatch& batch) override {
+    ASSIGN_OR_RETURN(const std::span<const float> logits, HashModel::Step(batch));
+    failed_.clear();
+    for (const SequenceSlice& slice : batch.slices) {
+      const bool begins = slice.first_position == 0;
+      if (!begins || batch.token_ids[static_cast<size_t>(slice.row_begin)] != 13) continue;
+      for (size_t i = 0; i < batch.seals.size(); ++i) {
+        const bool owns = std::any_of(
+            slice.pages.begin(), slice.pages.end(),
+            [&](const PageRef& page) { return page.sealed_id == batch.seals[i].sealed_id; });
+        if (owns) failed_.push_back(static_cast<int64_t>(i));
+      }
+    }
+    std::sort(failed_.begin(), failed_.end());
+    if (failed_.empty()) return logits;
+    return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
+  }
+  std::vector<int64_t> failed_seals() const override { return failed_; }
+
+ private:
+  std::vector<int64_t> failed_;
+};
+
+TEST(Engine, PagesThatCannotBeSealedEndTheirRequestAlone) {
+  EngineOptions options = OptionsOf(/*max_batch_tokens=*/1024);
+  const auto engine =
+      Engine::Create(options, std::make_unique<UnsealableModel>(TestLayout(), kPlenty)).value();
+  std::vector<Request> requests;
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    requests.push_back(RequestOf(230, 20, seed));
+    requests.back().prompt.front() = seed % 2 == 0 ? 13 : 12;
+  }
+  const std::vector<Request> asked = requests;
+  const ResponseGroup group = engine->SubmitGroup(std::move(requests)).value();  // one step
+  for (size_t i = 0; i < asked.size(); ++i) {
+    const Response response = ReadAll(group.readers[i]);
+    if (asked[i].prompt.front() == 12) {
+      ExpectSameEvents(response.events, OracleAnswer(asked[i], TestLayout(), false));
+      continue;
+    }
+    EXPECT_EQ(response.finish->reason, FinishReason::kError);
+    EXPECT_EQ(response.finish->error->code, ErrorCode::kInternal);
+    EXPECT_TRUE(response.events.empty());
+  }
   ExpectAtRest(*engine);
 }
 

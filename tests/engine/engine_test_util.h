@@ -1,9 +1,11 @@
-// Helpers of the tests that run an engine: collecting responses, holding a step, an oracle's
-// answer.
+// Helpers of the tests that run an engine: a small model, collecting responses, holding a step, an
+// oracle's answer.
 #pragma once
 
 #include <chrono>
 #include <condition_variable>
+#include <filesystem>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -13,9 +15,17 @@
 #include "engine/engine.h"
 #include "engine/sampler.h"
 #include "gtest/gtest.h"
+#include "models/checkpoint.h"
 #include "tests/engine/hash_model.h"
 
 namespace innerq {
+
+// 2 layers, 2 key/value heads of 64, vocabulary 128, context 256.
+inline std::shared_ptr<const Checkpoint> TinyCheckpoint() {
+  return Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) /
+                          "tests/models/golden/tiny_llama")
+      .value();
+}
 
 constexpr std::chrono::seconds kLong(60);  // only a defect makes a test wait so long
 

@@ -15,13 +15,6 @@
 namespace innerq {
 namespace {
 
-// 2 layers, 2 key/value heads of 64, vocabulary 128, context 256.
-std::shared_ptr<const Checkpoint> TinyCheckpoint() {
-  return Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) /
-                          "tests/models/golden/tiny_llama")
-      .value();
-}
-
 KvCacheOptions HalfPrecision() {
   KvCacheOptions options;
   options.key.bits = options.value.bits = 16;
@@ -223,6 +216,26 @@ TEST(Evaluate, AnswersAllRequestsAndEndsThoseThatHaveSaidEnough) {
       AnswerAll(std::move(runner), requests, take, [](int64_t) { return false; });
   ASSERT_FALSE(cancelled.ok());
   EXPECT_EQ(cancelled.error().code, ErrorCode::kCancelled);
+}
+
+TEST(Evaluate, AsksAgainWhereTheQueueIsShorterThanWhatMayRun) {
+  ModelRunnerOptions options;
+  options.backend.threads = 1;
+  options.kv_cache = ThreeBits();
+  options.engine.max_sequences = 4;
+  options.engine.max_queue = 1;
+  std::vector<Request> requests(6);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    requests[i].prompt = RandomTokens(20, static_cast<uint32_t>(i));
+    requests[i].sampling.temperature = 0;
+    requests[i].max_tokens = 5;
+  }
+  std::vector<int64_t> tokens(requests.size());
+  const auto take = [&](size_t index, const TokenEvent&) { return ++tokens[index] > 0; };
+  const auto answered =
+      AnswerAll(ModelRunner::Create(TinyCheckpoint(), options).value(), requests, take, GoOn);
+  ASSERT_TRUE(answered.ok()) << answered.error().message;
+  EXPECT_EQ(tokens, std::vector<int64_t>(requests.size(), 5));
 }
 
 TEST(Evaluate, FurtherCachesHaveThePagesThatTheirSequencesNeed) {

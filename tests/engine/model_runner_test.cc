@@ -1,19 +1,13 @@
 #include "engine/model_runner.h"
 
-#include <filesystem>
+#include <algorithm>
 
 #include "gtest/gtest.h"
 #include "tests/engine/engine_test_util.h"
+#include "tests/models/test_files.h"
 
 namespace innerq {
 namespace {
-
-// 2 layers, 2 key/value heads of 64, vocabulary 128, context 256.
-std::shared_ptr<const Checkpoint> TinyCheckpoint() {
-  return Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) /
-                          "tests/models/golden/tiny_llama")
-      .value();
-}
 
 ModelRunnerOptions TinyOptions() {
   ModelRunnerOptions options;
@@ -77,6 +71,8 @@ TEST(ModelRunner, ExplainsWhatItCannotDo) {
   };
   refused(ErrorCode::kInvalidArgument, "scheduler.max_context",
           [](auto& o) { o.engine.max_context = 257; });
+  refused(ErrorCode::kInvalidArgument, "scheduler.max_context",
+          [](auto& o) { o.engine.max_context = 1; });
   refused(ErrorCode::kResourceExhausted, "kv_cache.memory",
           [](auto& o) { o.kv_cache.memory_bytes = 100; });
   refused(ErrorCode::kInvalidArgument, "kv_cache.key.group_size",
@@ -85,9 +81,49 @@ TEST(ModelRunner, ExplainsWhatItCannotDo) {
           [](auto& o) { o.kv_cache.layers = {{.first_layer = 0, .last_layer = 2}}; });
 }
 
+// Real kernels, and weights of which one token's are not finite.
+TEST(ModelRunner, ATokenThatCannotBeCachedEndsItsRequestAlone) {
+  const auto tiny = std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
+  const TemporaryDirectory directory;
+  std::string config = ReadAll(tiny / "config.json");
+  const std::string tied = R"("tie_word_embeddings": true)";
+  config.replace(config.find(tied), tied.size(), R"("tie_word_embeddings": false)");
+  WriteAll(directory.path() / "config.json", config);
+  std::vector<StoredTensor> tensors = StoredTensors(*TinyCheckpoint());
+  const auto table = std::find_if(tensors.begin(), tensors.end(), [](const StoredTensor& tensor) {
+    return tensor.name == "model.embed_tokens.weight";
+  });
+  StoredTensor head = *table;
+  head.name = "lm_head.weight";
+  constexpr size_t kRowBytes = 64 * 2;                                 // BF16
+  table->bytes.replace(13 * kRowBytes, kRowBytes, kRowBytes, '\xff');  // NaN
+  tensors.push_back(std::move(head));
+  WriteAll(directory.path() / "model.safetensors", Safetensors(tensors));
+  ModelRunnerOptions options = TinyOptions();
+  options.engine.max_batch_tokens = 512;
+  auto runner = ModelRunner::Create(Checkpoint::Open(directory.path()).value(), options).value();
+  const EngineOptions engine_options = runner->engine_options();
+  const auto engine = Engine::Create(engine_options, std::move(runner)).value();
+
+  Request request = RequestOf(0, 8);
+  request.sampling.logit_bias = {{13, -100.0f}};  // no answer says it
+  std::vector<Request> requests(3, request);
+  for (int32_t i = 0; i < 230; ++i) {
+    for (Request& each : requests) each.prompt.push_back(20 + i % 91);
+  }
+  requests[1].prompt[70] = 13;
+  requests[2].prompt[70] = 14;
+  const Response alone = ReadAll(engine->Submit(requests[2]).value());
+  requests[2].cache_salt = "computed again";
+  const ResponseGroup group = engine->SubmitGroup(std::move(requests)).value();
+  EXPECT_EQ(ReadAll(group.readers[0]).finish->reason, FinishReason::kLength);
+  EXPECT_EQ(ReadAll(group.readers[1]).finish->reason, FinishReason::kError);
+  ExpectSameEvents(ReadAll(group.readers[2]).events, alone.events);
+}
+
 TEST(PlanModel, SaysWhatWouldRunBeforeAnythingIsLoaded) {
   const auto checkpoint = TinyCheckpoint();
-  const ModelPlan plan = PlanModel(checkpoint->config(), TinyOptions()).value();
+  const ModelPlan plan = PlanModel(*checkpoint, TinyOptions()).value();
   const auto runner = ModelRunner::Create(checkpoint, TinyOptions()).value();
   EXPECT_EQ(plan.backend->name(), runner->report().backend);
   EXPECT_EQ(plan.pools.open_pages, runner->num_open_pages());
@@ -97,7 +133,10 @@ TEST(PlanModel, SaysWhatWouldRunBeforeAnythingIsLoaded) {
 
   ModelRunnerOptions wrong = TinyOptions();
   wrong.backend.variant = "none";
-  EXPECT_EQ(PlanModel(checkpoint->config(), wrong).error().param, "backend.variant");
+  EXPECT_EQ(PlanModel(*checkpoint, wrong).error().param, "backend.variant");
+  wrong = TinyOptions();
+  wrong.engine.max_context = 1;
+  EXPECT_EQ(PlanModel(*checkpoint, wrong).error().param, "scheduler.max_context");
 }
 
 TEST(ModelRunner, BringsUpFurtherCachesOnTheSameWeights) {

@@ -2,18 +2,12 @@
 
 #include <gtest/gtest.h>
 
-#include <filesystem>
 #include <random>
+
+#include "tests/engine/engine_test_util.h"
 
 namespace innerq {
 namespace {
-
-// 2 layers, 2 key/value heads of 64, vocabulary 128, context 256.
-std::shared_ptr<const Checkpoint> TinyCheckpoint() {
-  return Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) /
-                          "tests/models/golden/tiny_llama")
-      .value();
-}
 
 KvCacheOptions TwoBits() {
   KvCacheOptions options;

@@ -1,10 +1,11 @@
-// Bodies of requests to both endpoints, and configurations: each is read, or refused by an error
+// Bodies of requests to all endpoints, and configurations: each is read, or refused by an error
 // that is itself good JSON. The first byte chooses; a configuration's later parts are overrides.
 #include <nlohmann/json.hpp>
 
 #include "server/http_messages.h"
 #include "server/openai_request.h"
 #include "server/options.h"
+#include "server/utility_request.h"
 #include "tests/fuzz/fuzz_parts.h"
 
 namespace innerq {
@@ -37,6 +38,25 @@ void ParseRequest(std::string_view body, bool chat) {
   CHECK(!request.max_tokens || *request.max_tokens >= request.min_tokens, "min_tokens");
 }
 
+void ParseUtility(std::string_view body, UtilityEndpoint endpoint) {
+  const auto parsed = ParseUtilityRequest(body, endpoint);
+  if (const auto* error = std::get_if<ApiError>(&parsed)) return CheckError(*error);
+  const auto& request = std::get<UtilityRequest>(parsed);
+  for (const ChatMessage& message : request.messages) CHECK(!message.role.empty(), "role");
+  for (const int32_t id : request.tokens) CHECK(id >= 0, "token id");
+  switch (endpoint) {
+    case UtilityEndpoint::kTokenize:
+      CHECK(request.tokens.empty() && (request.text.empty() || request.messages.empty()), "input");
+      break;
+    case UtilityEndpoint::kDetokenize:
+      CHECK(request.text.empty() && request.messages.empty(), "input");
+      break;
+    case UtilityEndpoint::kApplyTemplate:
+      CHECK(!request.messages.empty() && request.text.empty() && request.tokens.empty(), "input");
+      break;
+  }
+}
+
 void ParseConfiguration(std::string_view text) {
   FuzzParts parts = SplitParts(reinterpret_cast<const uint8_t*>(text.data()), text.size());
   const std::string configuration = parts[""];
@@ -60,10 +80,20 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace innerq;
   if (size == 0) return 0;
   const std::string_view rest(reinterpret_cast<const char*>(data) + 1, size - 1);
-  if (data[0] == 'o') {
-    ParseConfiguration(rest);
-  } else {
-    ParseRequest(rest, data[0] == 'c');
+  switch (data[0]) {
+    case 'o':
+      ParseConfiguration(rest);
+      return 0;
+    case 't':
+      ParseUtility(rest, UtilityEndpoint::kTokenize);
+      return 0;
+    case 'd':
+      ParseUtility(rest, UtilityEndpoint::kDetokenize);
+      return 0;
+    case 'a':
+      ParseUtility(rest, UtilityEndpoint::kApplyTemplate);
+      return 0;
   }
+  ParseRequest(rest, data[0] == 'c');
   return 0;
 }

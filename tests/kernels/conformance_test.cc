@@ -503,14 +503,29 @@ std::string CheckSeal(Backend& candidate, const CacheCase& c) {
     for (const uint16_t bad : {kHalfInfinity, kHalfNaN}) {
       Cache cache(candidate, c.spec, 8), other(*reference, c.spec, 8);
       Fill(cache, other, 8 * 32);
-      (is_key ? cache.Key(40, 0, 3) : cache.Value(40, 0, 3)) = bad;
+      for (Cache* each : {&cache, &other}) {
+        (is_key ? each->Key(72, 0, 3) : each->Value(72, 0, 3)) = bad;
+      }
       cache.SealUpTo(candidate, 8 * 32 - 1);
+      other.SealUpTo(*reference, 8 * 32 - 1);
       const Result<void> result = candidate.Synchronize();
+      CHECK(!reference->Synchronize().ok(), "the reference seals anything");
       if (result.ok() || result.error().code != ErrorCode::kInternal) {
         return "Seal " + c.name + ": a non-finite " + (is_key ? "key" : "value") +
                " went unnoticed";
       }
-      if (!candidate.Synchronize().ok()) return "Synchronize: the error was not cleared";
+      // Of the sealed pages, the one with token 72; all of them where a NaN got into the key norm.
+      const int64_t bad_item = 72 / 32 - other.layout.SealedPages(8 * 32 - 1).begin;
+      const std::vector<int64_t> failed = reference->failed_seals();
+      CHECK(std::count(failed.begin(), failed.end(), bad_item) == 1, "the reference errs");
+      CHECK(is_key || failed.size() == 1, "the reference blames other pages");
+      if (candidate.failed_seals() != failed) {
+        return "Seal " + c.name + ": a non-finite " + (is_key ? "key" : "value") +
+               " is blamed on other pages";
+      }
+      if (!candidate.Synchronize().ok() || !candidate.failed_seals().empty()) {
+        return "Synchronize: the error was not cleared";
+      }
     }
   }
   return "";
@@ -784,14 +799,16 @@ class BrokenBackend final : public Backend {
   bool deterministic() const override { return true; }
   Result<Buffer> Allocate(int64_t bytes) override { return inner_->Allocate(bytes); }
   Result<Buffer> Import(ConstTensorView host) override { return inner_->Import(host); }
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias, WeightFormat format) override {
-    return inner_->PackWeight(parts, bias, format);
-  }
   Result<void> Reserve(const StepLimits& limits) override { return inner_->Reserve(limits); }
   Result<void> Synchronize() override { return inner_->Synchronize(); }
+  std::vector<int64_t> failed_seals() const override { return inner_->failed_seals(); }
 
  private:
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias, Weight* weight) override {
+    ASSIGN_OR_RETURN(*weight, inner_->PackWeight(parts, bias, weight->format));
+    return {};
+  }
   void Break(std::string_view operation, TensorView out) {
     if (operation != operation_) return;
     float* data = out.As<float>();

@@ -334,18 +334,20 @@ TEST_P(CpuAttentionTest, RefusesToSealNonFiniteValues) {
   const Case c{"base", Spec(3, kSym, kIn, 32), Spec(3, kSym, kIn, 32), 64, 2, 8, 32, 32, 96, false};
   auto attention = Create(GetParam(), 2);
   Cache cache(c, CodeOrder::kPanel16, 2);
-  const std::vector<PageRef> pages = Pages(1, 0, 1);
+  const std::vector<PageRef> pages = Pages(2, 0, 1);
   for (const bool key : {true, false}) {
     for (const float bad : {kNaN, 1e30f, 1.0f}) {  // 1e30 is infinite in F16
-      Input input = RandomInput(c, 32, kSeed + 8);
+      Input input = RandomInput(c, 64, kSeed + 8);
       std::vector<float> q;
       Fill(*attention, cache, input, pages, 0, q);
       const KvLayerLayout& layer = cache.layout.layer(0);
       uint16_t* memory = key ? cache.View().OpenKeys(0, 1) + layer.OpenKeyIndex(31, 63)
                              : cache.View().OpenValues(0, 1) + layer.OpenValueIndex(31, 63);
       *memory = F32ToF16(bad);
-      const SealItem item{0, 0, -1};
-      EXPECT_EQ(attention->Seal({cache.View(), {&item, 1}}), bad == 1.0f) << key << " " << bad;
+      const std::vector<SealItem> items = {{1, 1, -1}, {0, 0, -1}};
+      EXPECT_EQ(attention->Seal({cache.View(), items}),
+                bad == 1.0f ? std::vector<int64_t>() : std::vector<int64_t>{1})
+          << key << " " << bad;
     }
   }
 }

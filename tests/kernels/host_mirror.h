@@ -38,15 +38,21 @@ class HostMirror final : public Backend {
   Result<Buffer> Import(ConstTensorView host) override {
     return Buffer(const_cast<std::byte*>(host.data), host.bytes(), nullptr);
   }
-  // On the device.
-  Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias, WeightFormat format) override {
-    return device_->PackWeight(parts, bias, format);
-  }
   Result<void> Reserve(const StepLimits& limits) override { return device_->Reserve(limits); }
-  Result<void> Synchronize() override { return std::exchange(error_, Result<void>()); }
+  Result<void> Synchronize() override {
+    failed_seals_ = std::exchange(failing_, {});
+    return std::exchange(error_, Result<void>());
+  }
+  std::vector<int64_t> failed_seals() const override { return failed_seals_; }
 
  private:
+  // On the device.
+  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
+                            std::span<const ConstTensorView> bias, Weight* weight) override {
+    ASSIGN_OR_RETURN(*weight, device_->PackWeight(parts, bias, weight->format));
+    return {};
+  }
+
   using Pools = std::map<std::byte*, int64_t>;
   static constexpr int64_t kGuard = 256;
   static constexpr std::byte kGuardByte{0x5a};
@@ -83,7 +89,10 @@ class HostMirror final : public Backend {
         mirror_.device_->ReadToHost(output.copy->data(), output.copy->bytes(), bytes.data());
       }
       Result<void> result = mirror_.device_->Synchronize();
-      if (!result.ok()) return mirror_.Fail(result.error());
+      if (!result.ok()) {
+        mirror_.failing_ = mirror_.device_->failed_seals();
+        return mirror_.Fail(result.error());
+      }
       for (size_t i = 0; i < outputs_.size(); ++i) {
         const Output& output = outputs_[i];
         const auto bytes = static_cast<size_t>(output.bytes);
@@ -194,6 +203,7 @@ class HostMirror final : public Backend {
   std::unique_ptr<Backend> device_;
   std::shared_ptr<Pools> pools_ = std::make_shared<Pools>();
   Result<void> error_;
+  std::vector<int64_t> failing_, failed_seals_;  // since, and before the last Synchronize
 };
 
 }  // namespace innerq

@@ -118,6 +118,12 @@ TEST(PagedKv, EffectiveBitsCountTheWindows) {
   EXPECT_EQ(layout.effective_bits_per_element(1), 16 * 32);  // one open page for one token
   // 10 pages: 5 sealed, 5 open.
   EXPECT_EQ(layout.effective_bits_per_element(320), (5 * 3.5 + 5 * 16) / 10);
+  KvCacheSpec normalized = Spec(kSym3, kSym3);
+  for (auto& layer : normalized.layers) layer.normalize_keys = true;
+  const KvLayout with_norm = *KvLayout::Create(normalized, CodeOrder::kRowMajor);
+  EXPECT_EQ(with_norm.effective_bits_per_element(160), 16);
+  // A word for each channel of a key, over the tokens and the two elements of each.
+  EXPECT_EQ(with_norm.effective_bits_per_element(320), (5 * 3.5 + 5 * 16) / 10 + 32.0 / (320 * 2));
 }
 
 TEST(PagedKv, PagesSealByPositionAlone) {

@@ -208,15 +208,7 @@ class LlamaLoadTest : public testing::Test {
     config_ = json::parse(ReadAll(TinyLlama() / "config.json"));
     const auto checkpoint = Checkpoint::Open(TinyLlama());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.error().message;
-    for (const CheckpointTensor& tensor : (*checkpoint)->tensors()) {
-      StoredTensor stored{tensor.name, {}, {}, DTypeName(tensor.view.dtype)};
-      for (int i = 0; i < tensor.view.shape.rank(); ++i) {
-        stored.shape.push_back(tensor.view.shape[i]);
-      }
-      stored.bytes.assign(reinterpret_cast<const char*>(tensor.view.data),
-                          static_cast<size_t>(tensor.view.bytes()));
-      tensors_.push_back(std::move(stored));
-    }
+    tensors_ = StoredTensors(**checkpoint);
     expected_ = Logits();
     ASSERT_EQ(expected_.size(), 3u);
   }
@@ -283,10 +275,39 @@ TEST_F(LlamaLoadTest, RefusesTensorsThatConfigJsonDoesNotDescribe) {
   std::swap(query.shape[0], query.shape[1]);
   Tensor("model.layers.0.mlp.up_proj.bias").name = "something.else";
   ExpectRefused("tensor model.layers.0.mlp.up_proj.bias: missing");
-  config_["mlp_bias"] = false;  // now nobody asks for it
-  EXPECT_TRUE(Load().ok());
+  Tensor("something.else").name = "model.layers.0.mlp.up_proj.bias";
   config_["vocab_size"] = 129;
   ExpectRefused("tensor model.embed_tokens.weight: config.json asks for shape [129, 64]");
+}
+
+TEST_F(LlamaLoadTest, RefusesBiasesThatWouldGoUnused) {
+  config_["mlp_bias"] = false;
+  ExpectRefused("tensor model.layers.0.mlp.gate_proj.bias: config.json declares no bias");
+  std::erase_if(tensors_, [](const StoredTensor& tensor) {
+    return tensor.name.find("mlp") != std::string::npos && tensor.name.ends_with(".bias");
+  });
+  EXPECT_TRUE(Load().ok());
+  StoredTensor stray = Tensor("model.norm.weight");
+  stray.name = "model.layers.1.self_attn.rotary_emb.inv_freq";  // old checkpoints have it
+  tensors_.push_back(stray);
+  EXPECT_TRUE(Load().ok());
+  config_["attention_bias"] = false;
+  ExpectRefused("tensor model.layers.0.self_attn.q_proj.bias: config.json declares no bias");
+}
+
+TEST_F(LlamaLoadTest, AsksForTheMemoryOfAStepBeforeItReadsWeights) {
+  const auto backend = CreateBackend({.device = "cpu", .threads = 1}).value();
+  const auto checkpoint = Checkpoint::Open(TinyLlama()).value();
+  int64_t packed = 0;
+  const auto note = [&](int64_t done, int64_t) {
+    packed = done;
+    return true;
+  };
+  const auto model = LlamaModel::Load(checkpoint, backend.get(), {int64_t{1} << 40, 8, {}, note});
+  ASSERT_FALSE(model.ok());
+  EXPECT_EQ(model.error().code, ErrorCode::kResourceExhausted);
+  EXPECT_EQ(model.error().param, "scheduler.max_batch_tokens");
+  EXPECT_EQ(packed, 0);
 }
 
 TEST_F(LlamaLoadTest, ReportsProgressUntilEveryTensorIsPacked) {

@@ -117,6 +117,33 @@ TEST_P(GoldenTest, Stories260KContinuesAPromptWithTheGoldenTokens) {
   }
 }
 
+// Here keys and values pass through F16 on both sides. What is left is the order of F32 sums, and
+// the keys and values that it rounds to the other F16 number: the golden file says how far those
+// can move a row. Rows that they hardly move are held to 1e-3.
+TEST_P(GoldenTest, Stories260KMatchesNumpyToAThousandth) {
+  const auto directory = SharedPath("assets/models/stories260K-hf");
+  SKIP_WITHOUT(directory);
+  ASSERT_NO_FATAL_FAILURE(Load(directory));
+  constexpr float kBound = 1e-3f;
+  const json golden = json::parse(ReadAll(std::filesystem::path(INNERQ_SOURCE_DIR) /
+                                          "tests/models/golden/stories260k_logits.json"));
+  for (const int64_t chunk : {int64_t{1000}, int64_t{2}}) {
+    int num_strict = 0;
+    for (const json& row : golden) {
+      const auto tokens = row["token_ids"].get<std::vector<int32_t>>();
+      const auto moves = row["moves"].get<float>();
+      const bool strict = moves <= kBound / 2;
+      num_strict += strict;
+      const auto logits = Run(tokens, chunk, UniformCacheSpec(model_->config()));
+      ASSERT_EQ(logits.size(), tokens.size());
+      const float off = MaxDifference(logits.back(), row["logits"].get<std::vector<float>>());
+      EXPECT_LE(off, strict ? kBound : kBound + moves) << tokens.size() << " tokens, by " << chunk;
+      RecordProperty("off_" + std::to_string(tokens.size()), std::to_string(off));
+    }
+    EXPECT_GE(num_strict, 6);
+  }
+}
+
 TEST_P(GoldenTest, Stories260KGeneratesTheGoldenSixtyTokensGreedily) {
   const auto directory = SharedPath("assets/models/stories260K-hf");
   SKIP_WITHOUT(directory);

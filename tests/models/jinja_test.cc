@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "tests/models/test_files.h"
+#include "tests/models/test_time.h"
 
 namespace innerq::jinja {
 namespace {
@@ -295,6 +296,37 @@ TEST(JinjaTest, RefusesAtParseWithLineAndName) {
        {"{{ }}", "error: line 1: expected an expression, found }}"}});
 }
 
+TEST(JinjaTest, FindsAndCutsFromBothEnds) {
+  Expect({{"{{ 'aXbXc'.rsplit('X', 1) }}{{ 'aXbXc'.split('X', 1) }}", "['aXb', 'c']['a', 'bXc']"},
+          {"{{ 'aaa'.rsplit('aa') }}{{ 'aaa'.split('aa') }}", "['a', '']['', 'a']"},
+          {"{{ ''.rsplit('a') }}{{ 'a'.rsplit('ab') }}", "['']['a']"},
+          {"{{ 'abcab'.rfind('ab') }}{{ '\u00e9-\u00e9'.rfind('\u00e9') }}{{ 'ab'.rfind('') }}",
+           "322"},
+          {"{{ 'abcab'.find('ab') }}{{ 'ab'.find('') }}{{ 'ab'.rfind('abc') }}", "00-1"},
+          {"{{ '\u00e9\u00e8x\u00e9'.strip('\u00e9\u00e8') }}", "x"}});
+}
+
+TEST(JinjaTest, KeysThatAreEqualAreOne) {
+  Expect({{"{{ {1: 'a', true: 'b', 1.0: 'c'} }}", "{1: 'c'}"},
+          {"{{ {0: 1}[-0.0] }}{{ {0.5: 2}.get(0.5) }}{{ {none: 3}[none] }}", "123"},
+          {"{{ 2**53 + 1 == 2.0**53 }} {{ 2.0**53 in {2**53 + 1: 1} }}", "False False"},
+          {"{{ 'a' in {'a': 1} }} {{ '1' in {1: 1} }} {{ 1 in {'1': 1} }}", "True False False"},
+          {"{% set d = dict({'a': 1}, b=2) %}{{ d['a'] }}{{ d.b }}{{ dict(d, a=3) }}",
+           "12{'a': 3, 'b': 2}"}});
+}
+
+TEST(JinjaTest, BoundsNames) {
+  const std::string name(256, 'a');
+  EXPECT_EQ(Rendered("{{ " + name + " }}{{ x." + name + " }}", {{"x", 1}}), "");
+  EXPECT_EQ(Rendered("{{ x." + name + "a }}"),
+            "error: line 1: expected a name of at most 256 bytes, found 257");
+  std::string params = "p";
+  for (int i = 1; i < 255; ++i) params += ", p" + std::to_string(i);
+  EXPECT_EQ(Rendered("{% macro f(" + params + ") %}a{% endmacro %}{{ f() }}"), "a");
+  EXPECT_EQ(Rendered("{% macro f(" + params + ", q) %}{% endmacro %}"),
+            "error: line 1: macro f expects at most 255 parameters");
+}
+
 TEST(JinjaTest, BoundsDepth) {
   const auto repeat = [](const std::string& what, int times) {
     std::string out;
@@ -343,6 +375,95 @@ TEST(JinjaTest, BoundsStepsAndOutput) {
             "error: line 1: expected an output of at most 10 bytes, found more");
   EXPECT_EQ(Rendered(std::string(50, 'x'), json::object(), Limits{.max_source_bytes = 49}),
             "error: expected a template of at most 49 bytes, found 50");
+}
+
+// A step is short work, whatever texts, keys and lists a template makes for it: each of these does
+// one thing until its steps are spent.
+TEST(JinjaTest, StepsBoundTime) {
+  constexpr double kSeconds = 2.5 * kSlowdown;  // a fourth of what all steps may take
+  const Limits limits{.max_steps = 1'000'000};
+  const std::string texts =
+      "{% set one = 'a' * 60 %}{% set many = 'a' * 1000000 %}"
+      "{% set part = 'b' + 'a' * 199 %}{% set long = 'a' * 5000 + 'b' + 'a' * 5000 %}"
+      "{% set odd = '\\x01' * 200000 %}{% set set = 'b' * 100000 %}"
+      "{% set r = range(100000) %}{% set pairs = {many: 1, many + 'b': 2} %}"
+      "{% set deep = [[[[[[[[[[[[[[[[[[[[odd]]]]]]]]]]]]]]]]]]]] %}";
+  std::string numbers = "{% set numbers = {";
+  for (int i = 0; i < 5000; ++i) numbers += std::to_string(i) + ": 0, ";
+  numbers += "} %}";
+  constexpr const char* kExpressions[] = {"long in many",
+                                          "part in many",
+                                          "many.find(long)",
+                                          "many.find(part)",
+                                          "many.rfind(long)",
+                                          "many.rfind(part)",
+                                          "many.split(long)",
+                                          "many.split(part)",
+                                          "many.rsplit(long)",
+                                          "many.rsplit(part)",
+                                          "many.replace(long, '')",
+                                          "many | replace(part, '')",
+                                          "many.count(long)",
+                                          "many.count(part)",
+                                          "one.strip(set)",
+                                          "one | trim(set)",
+                                          "many.strip('a')",
+                                          "many.strip()",
+                                          "(' ' * 1000000).strip()",
+                                          "many[0]",
+                                          "many[::-1]",
+                                          "many[:-1]",
+                                          "many | length",
+                                          "many | title",
+                                          "many | upper",
+                                          "many.capitalize()",
+                                          "many.splitlines()",
+                                          "many.split()",
+                                          "many.startswith((one,) * 100000)",
+                                          "numbers[-1]",
+                                          "numbers.get(-1)",
+                                          "-1 in numbers",
+                                          "0.5 in numbers",
+                                          "none in numbers",
+                                          "pairs[many]",
+                                          "pairs.get(many)",
+                                          "many in pairs",
+                                          "{many: 1}",
+                                          "{many: 1}[long]",
+                                          "{}[odd]",
+                                          "namespace(a=1)[many]",
+                                          "r | sum",
+                                          "r | max",
+                                          "r | map(attribute=many) | list",
+                                          "([many] * 1000) | map(attribute=0) | list",
+                                          "r | join(attribute=many)",
+                                          "r | selectattr(many) | list",
+                                          "deep ~ ''",
+                                          "deep | string",
+                                          "deep | tojson",
+                                          "odd | tojson",
+                                          "deep in [deep, deep]",
+                                          "deep == deep",
+                                          "deep in deep",
+                                          "[r, r] | sort",
+                                          "r | unique",
+                                          "'a' * 1000000",
+                                          "many | indent",
+                                          "many ~ many",
+                                          "dict(pairs, a=1)",
+                                          "many | int",
+                                          "r | first"};
+  for (const char* expression : kExpressions) {
+    const double begin = ThreadSeconds();
+    const std::string out =
+        Rendered(texts + numbers + "{% for i in r %}{% for j in r %}{% set x = " + expression +
+                     " %}{% endfor %}{% endfor %}",
+                 json::object(), limits);
+    const double seconds = ThreadSeconds() - begin;
+    EXPECT_TRUE(out.starts_with("error: line 1: expected at most 1000000 steps"))
+        << expression << ": " << out.substr(0, 100);
+    EXPECT_TRUE(seconds <= kSeconds) << expression << ": " << seconds << " s";
+  }
 }
 
 // The output's segments, each in T() if it is trusted, else in U().

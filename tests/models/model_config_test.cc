@@ -136,6 +136,19 @@ TEST_F(ModelConfigTest, ReadsMistralWhoseWindowIsOff) {
   ExpectRefused(Read(file), "sliding_window");
 }
 
+TEST_F(ModelConfigTest, AnAbsentWindowIsTheOneThatTransformersTakes) {
+  json file = Llama2Config();
+  file["architectures"] = {"MistralForCausalLM"};
+  EXPECT_TRUE(Read(file).ok()) << "a window of 4096 in a context of 4096";
+  file["max_position_embeddings"] = 4097;
+  ExpectRefused(Read(file), "sliding_window");
+  file["sliding_window"] = nullptr;
+  EXPECT_TRUE(Read(file).ok());
+  file.erase("sliding_window");
+  file["architectures"] = {"LlamaForCausalLM"};
+  EXPECT_TRUE(Read(file).ok()) << "Llama knows no window";
+}
+
 TEST_F(ModelConfigTest, GenerationConfigReplacesTheEndTokens) {
   WriteAll(directory_.path() / "generation_config.json",
            R"({"bos_token_id": 1, "eos_token_id": [2, 7]})");

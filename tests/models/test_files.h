@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "models/checkpoint.h"
+
 namespace innerq {
 
 // A file or directory of the shared test data, by its path there.
@@ -77,6 +79,20 @@ struct StoredTensor {
   std::string bytes;
   std::string dtype = "F32";
 };
+
+// Copies of a checkpoint's tensors.
+inline std::vector<StoredTensor> StoredTensors(const Checkpoint& checkpoint) {
+  std::vector<StoredTensor> stored;
+  for (const CheckpointTensor& tensor : checkpoint.tensors()) {
+    StoredTensor& copy = stored.emplace_back();
+    copy.name = tensor.name;
+    copy.dtype = DTypeName(tensor.view.dtype);
+    for (int i = 0; i < tensor.view.shape.rank(); ++i) copy.shape.push_back(tensor.view.shape[i]);
+    copy.bytes.assign(reinterpret_cast<const char*>(tensor.view.data),
+                      static_cast<size_t>(tensor.view.bytes()));
+  }
+  return stored;
+}
 
 inline std::string Safetensors(const std::vector<StoredTensor>& tensors) {
   std::string header = "{", data;

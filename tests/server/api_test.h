@@ -46,7 +46,8 @@ class ApiTest : public testing::Test {
                                                 .created = 1,
                                                 .tokenizer = std::make_shared<ByteTokenizer>(),
                                                 .chat_template = std::make_shared<PlainTemplate>(),
-                                                .stop_token_ids = {kFakeEos}},
+                                                .stop_token_ids = {kFakeEos},
+                                                .text_slots = text_slots_},
                                        engine_.get(), metrics_.get());
   }
 
@@ -114,6 +115,7 @@ class ApiTest : public testing::Test {
     return false;
   }
 
+  const std::shared_ptr<WorkSlots> text_slots_ = std::make_shared<WorkSlots>(1);
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<OpenAiApi> api_;

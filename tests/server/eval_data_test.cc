@@ -76,10 +76,31 @@ TEST(FinalNumber, IsWhatStandsAfterTheMark) {
   EXPECT_EQ(FinalNumber("2 + 3 = 5\n#### 5"), "5");
   EXPECT_EQ(FinalNumber("#### 1,234\n"), "1234");
   EXPECT_EQ(FinalNumber("####-7"), "-7");
-  EXPECT_EQ(FinalNumber("#### $12.50 in all"), "12.50");
+  EXPECT_EQ(FinalNumber("#### $12.50 in all"), "12.5");
   EXPECT_EQ(FinalNumber("#### 5. Question: #### 6"), "5") << "the first; a full stop is none of it";
   EXPECT_EQ(FinalNumber("The answer is 5"), "");
   EXPECT_EQ(FinalNumber("#### five"), "");
+  EXPECT_EQ(FinalNumber("#### -$"), "");
+}
+
+TEST(FinalNumber, IsOneTextForEqualNumbers) {
+  for (const char* text : {"#### 18", "#### 18.00", "####\t18", "#### +18", "#### **18**",
+                           "#### 018", "#### $18.", "#### 18, I think"}) {
+    EXPECT_EQ(FinalNumber(text), "18") << text;
+  }
+  for (const char* text : {"#### -1,200.50", "#### -$1200.5", "#### $-1200.5000"}) {
+    EXPECT_EQ(FinalNumber(text), "-1200.5") << text;
+  }
+  EXPECT_EQ(FinalNumber("#### -0.0"), "0");
+  EXPECT_EQ(FinalNumber("#### .5"), "0.5");
+}
+
+TEST(FinalNumber, IsNotTakenFromAHeading) {
+  const std::string answer = "#### Step one\nTom has 9 + 9 = 18.\n#### 18";
+  EXPECT_EQ(FinalNumber(answer), "18");
+  EXPECT_FALSE(HasFinalLine("#### Step one\nTom has"));
+  EXPECT_FALSE(HasFinalLine(answer)) << "more digits may follow";
+  EXPECT_TRUE(HasFinalLine(answer + "\n"));
 }
 
 TEST(CutIntoWindows, ScoresEveryTokenOfATextOnceAndBeginsWindowsWithBos) {
@@ -89,13 +110,16 @@ TEST(CutIntoWindows, ScoresEveryTokenOfATextOnceAndBeginsWindowsWithBos) {
   ASSERT_EQ(ids.front(), *tokenizer->bos_id());
   for (const int64_t context : {2, 3, 7, 1000}) {
     std::vector<int32_t> scored;
-    for (const EvalText& window : CutIntoWindows(*tokenizer, {text}, context)) {
+    for (const EvalText& window : CutIntoWindows(*tokenizer, {text}, context, 0)) {
       EXPECT_LE(static_cast<int64_t>(window.tokens.size()), context);
       EXPECT_EQ(window.tokens.front(), ids.front());
       scored.insert(scored.end(), window.tokens.begin() + window.first_scored, window.tokens.end());
     }
     EXPECT_EQ(scored, std::vector<int32_t>(ids.begin() + 1, ids.end())) << context;
   }
+  EXPECT_EQ(CutIntoWindows(*tokenizer, {text, text}, 7, 1).size(), 2u) << "one of each";
+  EXPECT_EQ(CutIntoWindows(*tokenizer, {text}, 7, 100).size(),
+            CutIntoWindows(*tokenizer, {text}, 7, 0).size());
 }
 
 TEST(CacheChoice, IsAFileWithReplacedKeys) {
@@ -153,6 +177,38 @@ TEST(Needle, IsAsLongAsItIsToldAndStandsWhereItIsTold) {
     return InvalidArgument("no template");
   };
   EXPECT_EQ(MakeNeedle(spec, *tokenizer, fails).error().message, "no template");
+}
+
+TEST(Needle, IsFoundAmongTheTokensOfItsPrompt) {
+  const auto tokenizer = DemoTokenizer();
+  const EncodeNeedle encode = [&](const std::string& text, const std::string& question) {
+    return tokenizer->Encode(text + "\n\n" + ProblemPrompt(question), {});
+  };
+  for (const int64_t depth : {0, 50, 100}) {
+    const Needle needle =
+        MakeNeedle({.length = 500, .depth_percent = depth, .record_percent = 50, .seed = 3},
+                   *tokenizer, encode)
+            .value();
+    const std::span<const int32_t> tokens(needle.prompt.begin() + needle.begin,
+                                          needle.prompt.begin() + needle.end);
+    const std::string text = tokenizer->Decode({tokens.begin(), tokens.end()}, false);
+    EXPECT_NE(text.find(needle.code), std::string::npos) << depth << ": " << text;
+    EXPECT_LT(text.size(), 60u) << "one sentence: " << text;
+  }
+}
+
+// SentencePiece as Llama 2 has it puts a space before every text that it encodes.
+TEST(Needle, IsAsLongAsItIsToldWhereSpacesArePutBeforeTexts) {
+  const auto directory = SharedPath("assets/models/stories260K-hf");
+  SKIP_WITHOUT(directory);
+  const auto tokenizer = Tokenizer::Load(directory).value();
+  const EncodeNeedle encode = [&](const std::string& text, const std::string& question) {
+    return tokenizer->Encode(text + "\n\n" + ProblemPrompt(question), {});
+  };
+  const NeedleSpec spec{.length = 2000, .depth_percent = 50, .record_percent = 20, .seed = 1};
+  const Needle needle = MakeNeedle(spec, *tokenizer, encode).value();
+  EXPECT_LE(std::ssize(needle.prompt), 2000);
+  EXPECT_GT(std::ssize(needle.prompt), 2000 - 60) << "a sentence less at most";
 }
 
 TEST(OutputFile, KeepsTheOldContentUntilItIsWritten) {

@@ -125,6 +125,9 @@ TEST(Eval, PerplexityMeasuresTheConfigurationsOwnCacheAndSkipsWhatItIsTold) {
   const Json& demo = rest.json["caches"][1];
   EXPECT_EQ(demo["all"], demo["quantized"]);
   EXPECT_EQ(demo["all"], all.json["caches"][1]["quantized"]);
+  EXPECT_EQ(demo["increase"], demo["increase_quantized"]) << "the same tokens of the reference";
+  EXPECT_EQ(demo["increase"], all.json["caches"][1]["increase_quantized"]);
+  EXPECT_TRUE(all.json["caches"][0]["increase_quantized"].is_null());
   EXPECT_LT(demo["all"]["tokens"], all.json["caches"][1]["all"]["tokens"].get<int64_t>());
 }
 
@@ -172,6 +175,9 @@ TEST(Eval, RecallFindsNeedlesAtEveryDepth) {
     double sum = 0;
     for (const Json& cell : cache["grid"]) sum += cell["found"].get<double>();
     EXPECT_NEAR(sum / 6, cache["found"], 1e-12);
+    EXPECT_EQ(cache["found_quantized"].is_null(), cache["cache"] == "fp16");
+    EXPECT_EQ(cache["needles_quantized"], cache["cache"] == "fp16" ? 0 : 2)
+        << "those in the middle of the longer text";
     EXPECT_TRUE(cache.contains("found_length_128"));
     EXPECT_TRUE(cache.contains("found_depth_50"));
   }

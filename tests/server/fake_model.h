@@ -18,8 +18,8 @@ constexpr int32_t kFakeBos = 256;
 constexpr int32_t kFakeEos = 257;
 constexpr int64_t kFakeVocab = 258;
 
-// Token ids are byte values; 256 begins a prompt, 257 ends an answer. Throws for prompts that begin
-// with "throw", and at the byte '~' of an answer.
+// Token ids are byte values; 256 (<s>) begins a prompt, 257 (</s>) ends an answer. Throws for
+// prompts that begin with "throw", and at the byte '~' of an answer.
 class ByteTokenizer : public Tokenizer {
  public:
   int64_t vocab_size() const override { return kFakeVocab; }
@@ -27,7 +27,12 @@ class ByteTokenizer : public Tokenizer {
     if (text.starts_with("throw")) throw std::runtime_error("secret of the tokenizer");
     std::vector<int32_t> ids;
     if (options.add_bos) ids.push_back(kFakeBos);
-    for (const char c : text) ids.push_back(static_cast<uint8_t>(c));
+    while (!text.empty()) {
+      const bool bos = options.parse_special && text.starts_with("<s>");
+      const bool eos = options.parse_special && text.starts_with("</s>");
+      ids.push_back(bos ? kFakeBos : eos ? kFakeEos : static_cast<uint8_t>(text[0]));
+      text.remove_prefix(bos ? 3 : eos ? 4 : 1);
+    }
     return ids;
   }
   int64_t MinTokens(std::span<const TextSegment> segments) const override {

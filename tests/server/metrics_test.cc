@@ -159,6 +159,8 @@ TEST(Metrics, AreValidPrometheusTextWithVllmsNames) {
   metrics.CountFinished("stop", 1.25);
   EngineStats stats;
   stats.generation_tokens = 123456789012;
+  stats.prompt_tokens = 17;
+  stats.prompt_tokens_computed = 5;
   stats.queue_seconds.Observe(0.1);
   stats.step_tokens.Observe(8, 3);
   const auto families = ParseValid(metrics.Render(stats));
@@ -167,6 +169,8 @@ TEST(Metrics, AreValidPrometheusTextWithVllmsNames) {
       EXPECT_EQ(sample.labels.at("model_name"), "a\"b\\c\nd") << name;
     }
   }
+  EXPECT_EQ(families.at("vllm:prompt_tokens_total").samples.at(0).value, 17);
+  EXPECT_EQ(families.at("innerq:prompt_tokens_computed_total").samples.at(0).value, 5);
   for (const char* name : {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}) {
     EXPECT_EQ(families.at("vllm:" + std::string(name)).type, "gauge");
   }

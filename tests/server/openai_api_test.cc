@@ -1,6 +1,7 @@
 #include "server/openai_api.h"
 
 #include <atomic>
+#include <future>
 #include <set>
 #include <sstream>
 
@@ -224,6 +225,52 @@ TEST_F(ApiTest, WhatCannotFitIsRefusedBeforeItIsEncoded) {
   const json chat = Refusal(true, {{"messages", messages}}, 400);  // the template adds 16 bytes
   EXPECT_EQ(chat["param"], "messages");
   EXPECT_EQ(chat["n_prompt_tokens"], 1024);
+}
+
+TEST_F(ApiTest, ATextSpellsSpecialTokensIfItMay) {
+  const auto tokens = [this](const char* prompt, json more) {
+    more["prompt"] = prompt;
+    return Answer(false, more)["usage"]["prompt_tokens"].get<int>();
+  };
+  const json spelled = {{"parse_special", true}};
+  EXPECT_EQ(tokens("a</s>", json::object()), 1 + 5);
+  EXPECT_EQ(tokens("a</s>", spelled), 1 + 2);
+  EXPECT_EQ(tokens("<s>a", json::object()), 1 + 4);
+  EXPECT_EQ(tokens("<s>a", spelled), 2) << "one BOS, whoever writes it";
+  EXPECT_EQ(tokens("<s>a", {{"parse_special", true}, {"add_special_tokens", false}}), 2);
+  const auto echo = [this](const char* prompt) {
+    return Answer(false, {{"prompt", prompt},
+                          {"parse_special", true},
+                          {"echo", true},
+                          {"logprobs", 0},
+                          {"max_tokens", 0}})["choices"][0];
+  };
+  const json added = echo("a</s>b"), written = echo("<s>a</s>b");
+  EXPECT_EQ(added["text"], "a</s>b");
+  EXPECT_EQ(added["logprobs"]["tokens"], json::parse(R"(["<s>", "a", "</s>", "b"])"));
+  EXPECT_EQ(added["logprobs"]["text_offset"], json::parse("[0, 0, 1, 5]"));
+  EXPECT_EQ(written["text"], "<s>a</s>b");
+  EXPECT_EQ(written["logprobs"]["tokens"], added["logprobs"]["tokens"]);
+  EXPECT_EQ(written["logprobs"]["text_offset"], json::parse("[0, 3, 4, 8]"));
+}
+
+TEST_F(ApiTest, RequestsAreReadInASlotThatTheirAnswersDoNotHold) {
+  Start(ScriptedEngine(milliseconds(1)));
+  auto slot = std::make_unique<WorkSlots::Slot>(*text_slots_);
+  HttpRequest request = Http({});
+  request.body = "{";
+  auto refused =
+      std::async(std::launch::async, [&] { return api_->Complete(request, false).status; });
+  EXPECT_EQ(refused.wait_for(milliseconds(20)), std::future_status::timeout);
+  slot.reset();
+  EXPECT_EQ(refused.get(), 400);
+  auto answer = std::async(std::launch::async, [&] {
+    return Answer(false, {{"prompt", "a"}, {"max_tokens", 500}, {"ignore_eos", true}});
+  });
+  while (engine_->Stats().accepted == 0) std::this_thread::yield();
+  slot = std::make_unique<WorkSlots::Slot>(*text_slots_);
+  EXPECT_EQ(answer.wait_for(milliseconds(0)), std::future_status::timeout);
+  EXPECT_EQ(answer.get()["usage"]["completion_tokens"], 500);
 }
 
 TEST_F(ApiTest, RangesOfSamplingAndTokenIdsAreChecked) {

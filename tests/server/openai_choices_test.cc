@@ -297,6 +297,9 @@ TEST_F(ApiTest, OneBadPromptRefusesAll) {
   EXPECT_EQ(Refusal(false, {{"prompt", {"a", "#"}}}, 500)["type"], "server_error");
   Start(ScriptedEngine(milliseconds(0), {.max_queue = 3, .max_context = 1024}));
   EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"n", 4}}, 400)["param"], "n") << "can never fit";
+  EXPECT_EQ(Refusal(false, {{"prompt", "a"}, {"best_of", 4}}, 400)["param"], "best_of");
+  EXPECT_EQ(Refusal(false, {{"prompt", {"a", "b", "c", "d"}}}, 400)["param"], "prompt");
+  EXPECT_EQ(Refusal(true, {{"messages", kUser}, {"n", 4}}, 400)["param"], "n");
   EXPECT_EQ(Texts(Answer(false, {{"prompt", "a"}, {"n", 3}})).size(), 3u);
 }
 
@@ -306,15 +309,17 @@ TEST_F(ApiTest, LogprobsThatAreHeldAreBounded) {
   const json error = Refusal(false, many, 400);
   EXPECT_EQ(error["param"], "logprobs");
   EXPECT_EQ(error["code"], "invalid_value");
+  // A client may read a stream more slowly than it is made.
+  EXPECT_EQ(Refusal(false, With(many, {{"stream", true}}), 400)["param"], "logprobs");
   many["n"] = 124;  // 124 * 400 * 21 are fewer
   EXPECT_EQ(Answer(false, many)["choices"].size(), 124u);
-  many["n"] = 128;
-  EXPECT_FALSE(Stream(false, many).empty()) << "a stream holds none";
+  EXPECT_FALSE(Stream(false, many).empty());
   // A chat that leaves its length open is bounded, not refused: 128 times 1005 tokens would be
   // more.
   const json chat = {
       {"messages", kUser}, {"n", 128}, {"stop", "b"}, {"logprobs", true}, {"top_logprobs", 20}};
   EXPECT_EQ(Answer(true, chat)["choices"].size(), 128u);
+  EXPECT_FALSE(Stream(true, chat).empty());
 }
 
 TEST_F(ApiTest, AClientThatLeavesCancelsAllItsChoices) {

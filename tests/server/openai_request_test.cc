@@ -80,7 +80,7 @@ TEST(ApiRequest, UnknownAndUnsupportedParametersAreRefusedByName) {
 TEST(ApiRequest, ParametersOfCompletionsAloneArrive) {
   json body = Minimal(false);
   body.update(json::parse(R"({"n": 2, "best_of": 3, "echo": true, "logprobs": 5, "max_tokens": 0,
-      "add_special_tokens": false, "skip_special_tokens": false,
+      "add_special_tokens": false, "parse_special": true, "skip_special_tokens": false,
       "include_stop_str_in_output": true})"));
   const auto result = ParseApiRequest(body.dump(), false);
   ASSERT_TRUE(std::holds_alternative<ApiRequest>(result)) << std::get<ApiError>(result).message;
@@ -91,6 +91,7 @@ TEST(ApiRequest, ParametersOfCompletionsAloneArrive) {
   EXPECT_EQ(request.sampling.num_logprobs, 5);
   EXPECT_EQ(request.max_tokens, 0);
   EXPECT_FALSE(request.add_special_tokens);
+  EXPECT_TRUE(request.parse_special);
   EXPECT_FALSE(request.skip_special_tokens);
   EXPECT_TRUE(request.include_stop);
 }
@@ -112,6 +113,8 @@ TEST(ApiRequest, TheNumberOfChoicesIsBounded) {
   ExpectRefused(parse({{"best_of", 65}, {"prompt", two}}), "best_of", "invalid_value");
   const json many = std::vector<std::string>(129, "a");
   ExpectRefused(parse({{"prompt", many}}), "prompt", "invalid_value");
+  const json lists(129, json::parse(R"(["not an id"])"));
+  ExpectRefused(parse({{"prompt", lists}}), "prompt", "invalid_value");  // none of them is read
   EXPECT_EQ(std::get<ApiRequest>(With(true, "n", 3)).best_of, 3) << "of chats, too";
 }
 
@@ -133,6 +136,26 @@ TEST(ApiRequest, ContinuousUsageNeedsUsage) {
   body["stream_options"].erase("include_usage");
   ExpectRefused(ParseApiRequest(body.dump(), true), "stream_options.continuous_usage_stats",
                 "invalid_value");
+}
+
+TEST(ApiRequest, ObfuscationMayBeDeclinedAndNotHad) {
+  json body = Minimal(true);
+  body["stream"] = true;
+  for (const json& declined : {json(false), json(nullptr)}) {
+    body["stream_options"] = {{"include_obfuscation", declined}};
+    EXPECT_TRUE(std::holds_alternative<ApiRequest>(ParseApiRequest(body.dump(), true)));
+  }
+  for (const json& wanted : {json(true), json(0), json("false")}) {
+    body["stream_options"] = {{"include_obfuscation", wanted}};
+    ExpectRefused(ParseApiRequest(body.dump(), true), "stream_options.include_obfuscation",
+                  "unsupported_parameter");
+  }
+}
+
+TEST(ApiRequest, TheNumberOfMessagesIsBounded) {
+  ExpectRefused(With(true, "messages", json(65536, json::object())), "messages[0].role",
+                "missing_required_parameter");
+  ExpectRefused(With(true, "messages", json(65537, json::object())), "messages", "invalid_value");
 }
 
 TEST(ApiRequest, AnUnknownNameIsRefusedEvenWithoutAValue) {

@@ -7,6 +7,7 @@
 
 #include "server/config_schema.h"
 #include "server/http_server.h"
+#include "tests/models/test_files.h"
 
 namespace innerq {
 namespace {
@@ -257,6 +258,19 @@ TEST(Options, OverridesThatAreNotUtf8AreRefused) {
   }
 }
 
+TEST(Options, OverridesAreJsonAsStrictAsAFile) {
+  const Error twice = Refusal("{}", {R"(kv_cache.key={"bits": 3, "mode": "hybrid", "bits": 4})"});
+  EXPECT_EQ(twice.param, "kv_cache.key.bits");
+  EXPECT_NE(twice.message.find("kv_cache.key.bits: the key stands twice"), std::string::npos);
+  EXPECT_EQ(Refusal("{}", {R"(kv_cache.layers=[{"range": "0", "range": "1"}])"}).param,
+            "kv_cache.layers.0.range");
+  const Error deep = Refusal("{}", {"server.api_keys=" + DeepJson()});
+  EXPECT_EQ(deep.param, "server.api_keys");
+  EXPECT_NE(deep.message.find("nests deeper"), std::string::npos) << deep.message;
+  // Text stays text, whatever it looks like.
+  EXPECT_EQ(Accepted("{}", {R"(model.alias={"a": 1, "a": 2})"}).model.alias, R"({"a": 1, "a": 2})");
+}
+
 TEST(Options, SizesKnowTheirUnitsAndOverflow) {
   EXPECT_EQ(*ParseSize("0B"), 0);
   EXPECT_EQ(*ParseSize("3KiB"), 3072);
@@ -269,8 +283,8 @@ TEST(Options, SizesKnowTheirUnitsAndOverflow) {
 }
 
 TEST(Options, ARelativeModelPathIsFoundBesideTheConfigurationOrAboveIt) {
-  const auto root = std::filesystem::temp_directory_path() / "innerq_options_test";
-  std::filesystem::remove_all(root);
+  const TemporaryDirectory temporary;
+  const auto& root = temporary.path();
   std::filesystem::create_directories(root / "configs");
   std::filesystem::create_directories(root / "models" / "tiny");
   std::ofstream(root / "configs" / "a.json") << R"({"model": {"path": "models/tiny"}})";
@@ -294,8 +308,35 @@ TEST(Options, ARelativeModelPathIsFoundBesideTheConfigurationOrAboveIt) {
   ASSERT_FALSE(absent.ok());
   EXPECT_EQ(absent.error().code, ErrorCode::kNotFound);
   EXPECT_NE(absent.error().message.find("models/none"), std::string::npos);
+  EXPECT_NE(absent.error().message.find("in the working directory"), std::string::npos);
   EXPECT_EQ(LoadOptions(root / "none.json", {}).error().code, ErrorCode::kNotFound);
-  std::filesystem::remove_all(root);
+}
+
+TEST(Options, APathThatLeadsNowhereIsToldAsWhatItIs) {
+  const TemporaryDirectory temporary;
+  const auto& root = temporary.path();
+  const auto file = root / "a.json";
+  std::ofstream(file) << "{}";
+  std::filesystem::create_symlink("loop", root / "loop");  // may not be followed, by root either
+  const auto message_of = [&](const std::string& key, const std::filesystem::path& path) {
+    std::filesystem::create_directories(root / "models" / "demo");
+    const auto options = LoadOptions(file, {key + "=" + path.string()});
+    EXPECT_FALSE(options.ok()) << path;
+    if (options.ok()) return std::string();
+    EXPECT_EQ(options.error().code, ErrorCode::kNotFound);
+    EXPECT_EQ(options.error().param, key);
+    return options.error().message;
+  };
+  for (const char* key : {"model.path", "server.api_key_file"}) {
+    EXPECT_NE(message_of(key, root / "loop").find("cannot look at"), std::string::npos) << key;
+    const std::string absolute = message_of(key, root / "none");
+    EXPECT_EQ(absolute, file.string() + ": " + key + ": no " + (root / "none").string());
+  }
+  EXPECT_NE(message_of("model.path", file).find("is not a directory"), std::string::npos);
+  const auto unread = LoadOptions(root / "loop", {});
+  ASSERT_FALSE(unread.ok());
+  EXPECT_NE(unread.error().message.find("symbolic links"), std::string::npos)
+      << unread.error().message;
 }
 
 }  // namespace

@@ -8,10 +8,10 @@ namespace {
 using Lines = std::vector<std::string>;
 
 // What the check of the demo model says, warnings with a "!" before them.
-Lines Check(std::vector<std::string> overrides) {
+Lines Check(std::vector<std::string> overrides, const std::string& preset = "innerq_base") {
   overrides.push_back("backend.threads=1");
   const auto options =
-      LoadOptions(std::string(INNERQ_SOURCE_DIR) + "/configs/innerq_base.json", overrides);
+      LoadOptions(std::string(INNERQ_SOURCE_DIR) + "/configs/" + preset + ".json", overrides);
   EXPECT_TRUE(options.ok()) << (options.ok() ? "" : options.error().message);
   const auto parts = LoadParts(*options);
   EXPECT_TRUE(parts.ok()) << (parts.ok() ? "" : parts.error().message);
@@ -31,6 +31,19 @@ TEST(SelfCheck, FindsTheDemoModelsCacheGoodInTheTimeItHas) {
   ASSERT_EQ(lines.size(), 1u);
   EXPECT_TRUE(lines[0].starts_with("self-check: KL divergence from an F16 cache 0.0")) << lines[0];
   EXPECT_TRUE(Contains(lines[0], "on 128 tokens")) << lines[0];
+}
+
+TEST(SelfCheck, WarnsOfThePresetsThatDamageTheDemoModel) {
+  for (const char* good : {"int8", "int4", "innerq_base", "innerq_small", "innerq_hybrid"}) {
+    const Lines lines = Check({"self_check.seconds=600"}, good);
+    ASSERT_EQ(lines.size(), 1u) << good;
+    EXPECT_FALSE(lines[0].starts_with("!")) << good << ": " << lines[0];
+  }
+  for (const char* bad : {"kivi", "kivi_sink"}) {
+    const Lines lines = Check({"self_check.seconds=600"}, bad);
+    ASSERT_EQ(lines.size(), 2u) << bad;
+    EXPECT_TRUE(lines[0].starts_with("!self-check: KL")) << bad << ": " << lines[0];
+  }
 }
 
 TEST(SelfCheck, WarnsAndNamesTheLayers) {

@@ -48,6 +48,19 @@ TEST(SvgPlot, PutsPointsWhereTheyBelong) {
   EXPECT_EQ(svg, RenderSvg(plot));
 }
 
+TEST(SvgPlot, HasRoomForLongLabels) {
+  SvgPlot plot{.title = "t", .x_label = "x", .y_label = "y", .points = {{"a", 3, 10}}};
+  const auto width = [&plot] {
+    const std::string svg = RenderSvg(plot);
+    std::smatch found;
+    EXPECT_TRUE(std::regex_search(svg, found, std::regex("<svg [^>]*width=\"([0-9.]+)\"")));
+    return std::stod(found[1]);
+  };
+  const double narrow = width();
+  plot.points[0].label = std::string(80, 'm');
+  EXPECT_GT(width(), narrow + 40 * 6);
+}
+
 TEST(SvgPlot, LogarithmicAxesHaveAPlaceForZero) {
   const std::string svg = RenderSvg({.title = "t",
                                      .x_label = "x",

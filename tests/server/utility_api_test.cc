@@ -202,7 +202,11 @@ TEST_F(UtilityTest, TextsWaitForASlot) {
       },
       [&] {
         EXPECT_EQ(Apply({{"messages", kUser}}), "user:hi|assistant:");
-      }};
+      },
+      // To read what will be refused takes as much.
+      [&] { ExpectRefused(&UtilityApi::Tokenize, "{", "", "invalid_json"); },
+      [&] { ExpectRefused(&UtilityApi::Detokenize, "{", "", "invalid_json"); },
+      [&] { ExpectRefused(&UtilityApi::ApplyTemplate, "{", "", "invalid_json"); }};
   for (const auto& request : requests) {
     auto slot = std::make_unique<WorkSlots::Slot>(*model_.text_slots);
     auto answered = std::async(std::launch::async, request);
@@ -308,6 +312,10 @@ class RoundTripTest : public UtilityTest {
     }
     const json body = {{"messages", {{{"role", "user"}, {"content", "Hello there"}}}}};
     EXPECT_EQ(Ids({{"content", Apply(body)}, {"add_special", true}}), Ids(body));
+    EXPECT_EQ(Ids({{"prompt", Apply(body)}, {"parse_special", true}}), Ids(body));
+    const std::string bos = Answered(api_->TokenizerInfo())["bos_token"];
+    EXPECT_EQ(Ids({{"prompt", bos + Apply(body)}, {"parse_special", true}}), Ids(body))
+        << "one BOS, whoever writes it";
     const json open = Ids(body);
     json closed = body;
     closed["add_generation_prompt"] = false;

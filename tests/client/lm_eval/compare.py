@@ -6,7 +6,8 @@ ASSETS holds stories260K.bin and tok512.bin, RESULTS what lm_eval wrote with --l
 values are rounded to F16 in both. One that lies between two F16 numbers may go either way with the
 order of an F32 sum, and this model is sensitive: a key of 10 moves by 0.008. So numpy also tells
 for each token how far such roundings move it. Passes if every token's log-probability agrees to
-1e-3 and that, the mean to 1e-3, and every choice and greedy text is the same.
+1e-3 and that, nine in ten to 1e-3 alone, the mean to 1e-3, and every choice and greedy text is the
+same.
 """
 
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import llama2c
 
 BOUND = 1e-3  # per token, natural logarithm
+WITHIN = 0.9  # of the tokens agree to that whatever roundings do
 
 
 def post(url, body):
@@ -51,6 +53,7 @@ def compare_tokens(url, model, tokenizer, texts):
           f"undecided roundings move them by up to {free.max():.1e}; without rounding to F16 they "
           f"would be off by {unrounded.mean():.1e} and {unrounded.max():.1e}")
     assert off.mean() <= BOUND and (off <= BOUND + free).all(), (off - free).max()
+    assert (off <= BOUND).mean() >= WITHIN, (off <= BOUND).mean()
 
 
 def samples(results, task):

@@ -92,9 +92,9 @@ class Model:
                            even * np.sin(angle) + odd * np.cos(angle)], axis=-1)
         return turned.reshape(x.shape)
 
-    def logprobs(self, ids, half_cache=False, noise=None):
-        """Log-probabilities of the token after each, [T, V]. `half_cache`: keys and values are
-        rounded to F16, as in a server's cache of 16 bits. `noise`: a generator; before that they
+    def logits(self, ids, half_cache=False, noise=None):
+        """Logits of the token after each, [T, V]. `half_cache`: keys and values are rounded to
+        F16, as in a server's cache of 16 bits. `noise`: a generator; before that they
         are off by as much as sums in F32 are, so that what lies near the middle of two F16 numbers
         goes either way."""
         def stored(a):
@@ -118,7 +118,11 @@ class Model:
             y = self._normalize(x, self.mlp_norm[layer])
             gate = y @ self.gate[layer].T
             x = x + (gate / (1 + np.exp(-gate)) * (y @ self.up[layer].T)) @ self.down[layer].T
-        logits = self._normalize(x, self.norm) @ self.embedding.T
+        return self._normalize(x, self.norm) @ self.embedding.T
+
+    def logprobs(self, ids, **how):
+        """Log-probabilities of the token after each, [T, V]; `how` as of logits."""
+        logits = self.logits(ids, **how)
         logits -= logits.max(axis=-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
