@@ -61,7 +61,7 @@ class TileAttention {
     const int64_t page = first_token / layout_.page_tokens;
     const int t0 = static_cast<int>(first_token % layout_.page_tokens);
     const PageRef ref = args_.pages[tile_.slice->first_page + page];
-    const bool sealed = tile_.IsSealed(page);
+    const bool sealed = page >= tile_.sealed.begin && page < tile_.sealed.end;
     float score[R] = {};
     __syncwarp();  // all lanes are done with the strip before
     if (sealed) {

@@ -147,6 +147,8 @@ class MmaAttention {
         thread_(static_cast<int>(threadIdx.x)),
         row_(thread_ / 4),
         last_strip_(static_cast<int>(tile.last_strip)),
+        first_sealed_(static_cast<int>(tile.sealed.begin << Log2Of32s(args.layout.page_tokens))),
+        end_sealed_(static_cast<int>(tile.sealed.end << Log2Of32s(args.layout.page_tokens))),
         first_(thread_ % 4 * 8),
         outer_(row_ % 8 / 2 * 8 + row_ % 2),
         offset_(StripOffset(args, from, row_)),
@@ -183,7 +185,7 @@ class MmaAttention {
   static constexpr int kSquares = kDim / kSide;  // of a strip, keys or values
 
   __device__ bool IsSealed(int strip) const {
-    return tile_.IsSealed(strip >> Log2Of32s(layout_.page_tokens));
+    return strip >= first_sealed_ && strip < end_sealed_;
   }
   // First token of a strip in its page.
   __device__ int FirstToken(int strip) const {
@@ -195,7 +197,7 @@ class MmaAttention {
     kv.layout = &layout_;
     const int page = strip >> Log2Of32s(layout_.page_tokens);
     const PageRef ref = args_.pages[tile_.slice->first_page + page];
-    if (tile_.IsSealed(page)) return kv.SealedHead(ref.sealed_id, tile_.kv_head);
+    if (IsSealed(strip)) return kv.SealedHead(ref.sealed_id, tile_.kv_head);
     return reinterpret_cast<const std::byte*>(kv.OpenKeys(ref.open_id, tile_.kv_head));
   }
   __device__ const std::byte* HeadOf(int strip) const { return heads_[strip & (kStrips - 1)]; }
@@ -416,6 +418,7 @@ class MmaAttention {
   std::byte* const shared_;
   const std::byte** const heads_;  // of the segment's strips, in shared memory
   const int thread_, row_, last_strip_;
+  const int first_sealed_, end_sealed_;  // strips that the tokens see sealed
   const int first_;  // of the lane's eight inner places, and of the outer ones of its sums
   const int outer_;  // outer place that the lane's codes of tile 0 have
   const int offset_, last_offset_;  // of the row's and the last row's token in their strip
@@ -428,6 +431,10 @@ class MmaAttention {
 // Grid: [items, G]. Block: a warp for every 8 rows of a tile; attends one segment of it for one
 // key/value head, or all of it. Shared: PlanMmaShared: a ring of sealed strips, the total of
 // segments, addresses of pages.
+//
+// Registers: 168 at D = 128, 96 to 128 at D = 64, of which a few words spill; with more to spend
+// the compiler takes 230 to load ahead, which the ring does already. Shared memory: 15 KB for one
+// warp at 3 bits and D = 128. So 12 warps share a multiprocessor of sm_90, 10 of sm_80.
 template <int kDim>
 __global__ void __launch_bounds__(MmaWarps(kMaxTileRows) * kWarpSize)
     MmaAttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {

@@ -18,8 +18,6 @@ struct BlockTile {
   int64_t kv_head;
   int64_t last_strip;
   PageRange sealed;  // what the tokens see sealed
-
-  __device__ bool IsSealed(int64_t page) const { return page >= sealed.begin && page < sealed.end; }
 };
 
 __device__ inline int64_t PositionOf(const AttentionKernelLaunch& args, const PlannedTile& from,
