@@ -159,7 +159,7 @@ KvPoolPlan TrimKvPools(const KvLayout& layout, const KvPoolPlan& plan, const Pag
 
 Result<std::unique_ptr<KvCache>> KvCache::Create(Backend* backend, KvLayout layout,
                                                  const KvPoolPlan& plan) {
-  CHECK(layout.layer(0).order == backend->code_order(), "a layout in another backend's order");
+  CHECK(layout.order() == backend->code_order(), "a layout in another backend's order");
   const auto allocate = [backend](int64_t bytes) -> Result<Buffer> {
     auto buffer = backend->Allocate(bytes);
     if (buffer) return buffer;

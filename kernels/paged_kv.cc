@@ -32,6 +32,16 @@ Result<void> CheckSpec(const QuantSpec& spec, const std::string& name, int64_t i
   return {};
 }
 
+// Whether products of kMmaFragment serve a layer: groups cover squares of 32 along the inner axis,
+// and the head is one that kernels exist for.
+bool HasFragments(const KvLayerLayout& layer) {
+  const auto serves = [](const QuantSpec& spec) {
+    return !spec.quantized() || (spec.axis == QuantAxis::kInner && spec.group_size >= 32);
+  };
+  return (layer.head_dim == 64 || layer.head_dim == 128) && serves(layer.key) &&
+         serves(layer.value);
+}
+
 // Bytes of scales and zeros of one head of one page.
 int64_t NumScales(const QuantSpec& spec, int64_t inner, int64_t outer) {
   return spec.axis == QuantAxis::kInner ? inner / spec.group_size * outer
@@ -121,6 +131,7 @@ Result<KvLayout> KvLayout::Create(const KvCacheSpec& spec, CodeOrder order) {
                            std::to_string(spec.kv_heads));
   }
   if (spec.layers.empty()) return InvalidArgument("a cache needs at least one layer");
+  layout.order_ = order;
   layout.windows_.page_tokens = tokens;
   layout.windows_.sink_pages = spec.sink_tokens / tokens;
   layout.windows_.recent_pages = spec.recent_tokens / tokens;
@@ -134,7 +145,8 @@ Result<KvLayout> KvLayout::Create(const KvCacheSpec& spec, CodeOrder order) {
     layer.key = from.key;
     layer.value = from.value;
     layer.normalize_keys = from.normalize_keys && from.key.quantized();
-    layer.order = order;
+    const bool row_major = order == CodeOrder::kMmaFragment && !HasFragments(layer);
+    layer.order = row_major ? CodeOrder::kRowMajor : order;
     PlanLayer(layer);
     layout.windows_.quantized |= layer.quantized();
     layout.normalizes_ |= layer.normalize_keys;
@@ -192,8 +204,8 @@ float DecodeSealedKey(const PagedKvView& kv, int64_t sealed_id, int64_t head, in
       layout.key.has_zero()
           ? F16ToF32(reinterpret_cast<const uint16_t*>(page + layout.key_zeros)[group])
           : -scale * static_cast<float>(1 << (layout.key.bits - 1));
-  const uint32_t code = ReadCode(reinterpret_cast<const uint8_t*>(page + layout.key_codes),
-                                 layout.key.bits, layout.KeyCodeIndex(t, d));
+  const uint32_t code = layout.ReadCodeAt(reinterpret_cast<const uint8_t*>(page + layout.key_codes),
+                                          layout.key.bits, layout.KeyCodeIndex(t, d));
   return scale * static_cast<float>(code) + zero;
 }
 
@@ -212,8 +224,9 @@ float DecodeSealedValue(const PagedKvView& kv, int64_t sealed_id, int64_t head, 
       layout.value.has_zero()
           ? F16ToF32(reinterpret_cast<const uint16_t*>(page + layout.value_zeros)[group])
           : -scale * static_cast<float>(1 << (layout.value.bits - 1));
-  const uint32_t code = ReadCode(reinterpret_cast<const uint8_t*>(page + layout.value_codes),
-                                 layout.value.bits, layout.ValueCodeIndex(t, c));
+  const uint32_t code =
+      layout.ReadCodeAt(reinterpret_cast<const uint8_t*>(page + layout.value_codes),
+                        layout.value.bits, layout.ValueCodeIndex(t, c));
   return scale * static_cast<float>(code) + zero;
 }
 

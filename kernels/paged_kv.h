@@ -5,7 +5,7 @@
 // A page holds T consecutive tokens of one sequence in every layer. Open pages are F16 and may
 // grow; sealed pages are quantized and immutable. Each pool is laid out [layer][page][head], so
 // what one head needs of one page is contiguous:
-//   open    K F16 [T][D] in open_key order, V F16 [T][Dp]
+//   open    K F16 [T][D], V F16 [T][Dp], in the backend's order
 //   sealed  K codes, K scales F16, K zeros F16, V codes, V scales F16, V zeros F16
 // Scales (and zeros) per (page, head), with N the group size:
 //   K inner [D/N][T]   K outer [T/N][D]   V inner [T/N][Dp]   V outer [D/N][T]
@@ -24,22 +24,67 @@
 
 namespace innerq {
 
-// The physical order of elements within one head of one page; a backend has exactly one.
+// The physical order of elements within one head of one page; a backend asks for exactly one.
 enum class CodeOrder {
   kRowMajor,  // [T][D]: the canonical order
   // CPU panels. Codes: [outer/16][inner/4][16 outer][4 inner], K outer = tokens, V outer =
   // channels, so that one u8 x s8 quad dot product takes 4 inner elements of 16 outer ones. Open K
   // is [T/16][D][16 tokens], open V is [T][Dp].
   kPanel16,
+  // CUDA tensor cores. Codes: [T/32][D/32] squares of 32 tokens and channels, each in the order in
+  // which a warp's lanes take it into products, see FragmentIndex. Open K is [T][D], open V is
+  // [T/8][D][8 tokens]. Layers of other shapes than these products serve are kRowMajor instead.
+  kMmaFragment,
 };
 
 constexpr int64_t kPanelWidth = 16;
+constexpr int64_t kSquareCodes = 32 * 32;  // of a square of kMmaFragment
 
 INNERQ_HOST_DEVICE constexpr int64_t RoundUp(int64_t x, int64_t unit) {
   return (x + unit - 1) / unit * unit;
 }
 INNERQ_HOST_DEVICE constexpr int64_t CeilDiv(int64_t x, int64_t unit) {
   return (x + unit - 1) / unit;
+}
+
+// Index of the first code of the square of kMmaFragment that an element lies in.
+INNERQ_HOST_DEVICE constexpr int64_t SquareIndex(int64_t t, int64_t d, int64_t head_dim) {
+  return (t / 32 * (head_dim / 32) + d / 32) * kSquareCodes;
+}
+
+// Index of a code in its square. `inner` is its place along the dimension that the
+// product reduces (channels of K, tokens of V), `outer` along the other one; both in [0, 32).
+//
+// A square is the B operand of two steps of mma.m16n8k16 for each of four tiles of eight columns
+// (PTX ISA, "Matrix Fragments for mma.m16n8k16"). There lane 4g + i has column g and rows 2i,
+// 2i + 1, 2i + 8, 2i + 9 of a step. Which outer place is a column and which inner one a row is ours
+// to choose: column g of tile n is 8 (g/2) + 2n + g%2, and the eight rows that lane 4g + i has in
+// both steps are 8i to 8i + 7. So a lane has 32 codes, and its sums, of columns 2i and 2i + 1 of
+// each tile, are those of the outer places 8i to 8i + 7.
+INNERQ_HOST_DEVICE constexpr int64_t FragmentIndex(int64_t inner, int64_t outer) {
+  const int64_t lane = (outer / 8 * 2 + outer % 2) * 4 + inner / 8;
+  const int64_t tile = outer % 8 / 2;
+  return lane * 32 + tile * 8 + inner % 8;
+}
+
+// Bit at which a code of a square begins in a plane of `plane_bits` bits a code: 1, 2, 4 or 8. A
+// lane's codes fill that many words one after the other. Neighbours share the halves of a word, for
+// they are the halves of a register of the product. Single bits lie two apart, as pairs of bits do.
+INNERQ_HOST_DEVICE constexpr int64_t FragmentBit(int plane_bits, int64_t index) {
+  const int64_t pair = index / 2 % (16 / plane_bits);  // of the word
+  const int64_t bit =
+      plane_bits == 1 ? pair / 8 * 8 + pair % 4 * 2 + pair / 4 % 2 : pair * plane_bits;
+  return index * plane_bits / 32 * 32 + index % 2 * 16 + bit;
+}
+
+// Reads a code of a square. Codes of 3 bits are two planes: the lower two bits, then the highest.
+inline uint32_t ReadFragmentCode(const uint8_t* square, int bits, int64_t index) {
+  const auto read = [&](const uint8_t* plane, int plane_bits) {
+    const int64_t bit = FragmentBit(plane_bits, index);
+    return (static_cast<uint32_t>(plane[bit / 8]) >> (bit % 8)) & ((1u << plane_bits) - 1u);
+  };
+  if (bits != 3) return read(square, bits);
+  return read(square, 2) | read(square + kSquareCodes * 2 / 8, 1) << 2;
 }
 
 // Keys and values of one layer: sizes and offsets within one head of one page, in bytes.
@@ -60,14 +105,24 @@ struct KvLayerLayout {
 
   INNERQ_HOST_DEVICE int64_t padded_dim() const { return RoundUp(head_dim, kPanelWidth); }
 
-  // Index of element (token t, channel d) in the code string of K, and likewise of V.
+  // Index of element (token t, channel d) among the codes of K, and likewise of V.
   INNERQ_HOST_DEVICE int64_t KeyCodeIndex(int64_t t, int64_t d) const {
     if (order == CodeOrder::kRowMajor) return t * head_dim + d;
+    if (order == CodeOrder::kMmaFragment)
+      return SquareIndex(t, d, head_dim) + FragmentIndex(d % 32, t % 32);
     return ((t / 16 * (head_dim / 4) + d / 4) * 16 + t % 16) * 4 + d % 4;
   }
   INNERQ_HOST_DEVICE int64_t ValueCodeIndex(int64_t t, int64_t c) const {
     if (order == CodeOrder::kRowMajor) return t * padded_dim() + c;
+    if (order == CodeOrder::kMmaFragment)
+      return SquareIndex(t, c, head_dim) + FragmentIndex(t % 32, c % 32);
     return ((c / 16 * (page_tokens / 4) + t / 4) * 16 + c % 16) * 4 + t % 4;
+  }
+  // Reads the code at an index of K or V, whose codes begin at `codes` and have `bits` bits.
+  uint32_t ReadCodeAt(const uint8_t* codes, int bits, int64_t index) const {
+    if (order != CodeOrder::kMmaFragment) return ReadCode(codes, bits, index);
+    const int64_t square = index / kSquareCodes;
+    return ReadFragmentCode(codes + square * kSquareCodes * bits / 8, bits, index % kSquareCodes);
   }
   // Index of the scale (and zero) that serves an element.
   INNERQ_HOST_DEVICE int64_t KeyScaleIndex(int64_t t, int64_t d) const {
@@ -80,10 +135,11 @@ struct KvLayerLayout {
   }
   // Index of an F16 element in an open page, and in a sealed one that keeps 16 bits.
   INNERQ_HOST_DEVICE int64_t OpenKeyIndex(int64_t t, int64_t d) const {
-    if (order == CodeOrder::kRowMajor) return t * head_dim + d;
-    return (t / 16 * head_dim + d) * 16 + t % 16;
+    if (order == CodeOrder::kPanel16) return (t / 16 * head_dim + d) * 16 + t % 16;
+    return t * head_dim + d;
   }
   INNERQ_HOST_DEVICE int64_t OpenValueIndex(int64_t t, int64_t c) const {
+    if (order == CodeOrder::kMmaFragment) return (t / 8 * head_dim + c) * 8 + t % 8;
     return t * padded_dim() + c;
   }
 
@@ -142,6 +198,7 @@ class KvLayout {
 
   int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
   const KvLayerLayout& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
+  CodeOrder order() const { return order_; }  // what was asked for; a layer's may be kRowMajor
   const PageWindows& windows() const { return windows_; }
   int64_t page_tokens() const { return windows_.page_tokens; }
   int64_t sink_pages() const { return windows_.sink_pages; }
@@ -186,6 +243,7 @@ class KvLayout {
 
  private:
   std::vector<KvLayerLayout> layers_;
+  CodeOrder order_ = CodeOrder::kRowMajor;
   PageWindows windows_;
   int64_t open_page_bytes_ = 0, sealed_page_bytes_ = 0;
   bool normalizes_ = false;

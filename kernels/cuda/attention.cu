@@ -1,74 +1,26 @@
-// Attention over open and sealed pages, in one kernel for prefill and decode; see attention_plan.h
-// for how the work is cut.
+// Attention over open and sealed pages, prefill and decode, for every shape of head and group; see
+// attention_plan.h for how the work is cut. attention_mma.cu has the shapes of tensor cores.
 //
 // R rows of a tile, C channels of V that a lane sums, D head dimension, Dp D rounded up to 16,
 // T page_tokens, N group size. The cache is in CodeOrder::kRowMajor.
 //
 // Strips of 32 tokens: see attention_strip.cuh.
 #include "kernels/cuda/attention_strip.cuh"
+#include "kernels/cuda/attention_tile.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/strip_index.h"
 
 namespace innerq::cuda {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-
-// What one warp works on. All of its tokens lie in strip `last_strip`.
-template <int R>
-struct Tile {
-  const DeviceSlice* slice;
-  int64_t kv_head;
-  int64_t last_strip;
-  PageRange sealed;  // what the tokens see sealed
-  int offset[R];     // of each row's token in its strip; absent rows have the last one's
-};
-
-// Where row r of a tile begins in q and out, in elements.
-__device__ int64_t RowOffset(const AttentionKernelLaunch& args, const PlannedTile& tile,
-                             int64_t kv_head, int r) {
-  const int64_t group = args.num_heads / args.layout.kv_heads;
-  const int64_t row = tile.first_row + r;
-  const int64_t token = args.slices[tile.slice].row_begin + row / group;
-  return (token * args.num_heads + kv_head * group + row % group) * args.layout.head_dim;
-}
-
-// The softmax of the rows over a segment so far. `largest` and `sum` are equal in all lanes.
-template <int R, int C>
-struct State {
-  float largest[R];  // score, in units of log2
-  float sum[R];      // of 2^(score - largest)
-  float values[R][C];
-
-  __device__ void Clear() {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      largest[r] = -INFINITY;
-      sum[r] = 0;
-#pragma unroll
-      for (int c = 0; c < C; ++c) values[r][c] = 0;
-    }
-  }
-};
-
-// Weights of two states in their merge: 2^(largest - larger of both).
-struct MergeWeights {
-  float largest, before, after;
-};
-__device__ MergeWeights WeightsOf(float before, float after) {
-  const float largest = fmaxf(before, after);
-  return {largest, exp2f(before - largest), exp2f(after - largest)};
-}
-__device__ float Merge(const MergeWeights& weights, float before, float after) {
-  return fmaf(before, weights.before, after * weights.after);
-}
-
 // All that a warp needs to attend strips of its tile.
 template <int R, int C>
 class TileAttention {
  public:
+  static constexpr int kRows = R, kChannels = C;
+
   __device__ TileAttention(const AttentionKernelLaunch& args, const PlannedTile& from,
-                           const Tile<R>& tile, float* shared)
+                           const BlockTile& tile, float* shared)
       : args_(args),
         layout_(args.layout),
         from_(from),
@@ -84,6 +36,8 @@ class TileAttention {
     q_sums_ = shared + at.q_sums;
     total_ = shared + at.total;
     strip_ = reinterpret_cast<uint32_t*>(shared + at.strip);
+#pragma unroll
+    for (int r = 0; r < R; ++r) offset_[r] = StripOffset(args, from, r);
   }
 
   // Accumulates the tile's part of a segment.
@@ -96,8 +50,8 @@ class TileAttention {
 
   // The lane's part of the total over segments, in shared memory.
   __device__ float& Total(int r, int c) { return total_[(r * C + c) * kWarpSize + lane_]; }
-  __device__ int channel() const { return lane_ * C; }
-  __device__ bool has_channels() const { return channel() < dim_; }
+  __device__ int row(int r) const { return r; }
+  __device__ int channel(int c) const { return lane_ * C + c; }
 
  private:
   enum class Queries { kNone, kPlain, kTimesNorm };
@@ -126,7 +80,7 @@ class TileAttention {
     } else {
       const uint16_t* values = kv_.OpenValues(ref.open_id, tile_.kv_head);
       AddHalfStrip(reinterpret_cast<const std::byte*>(values + layout_.OpenValueIndex(t0, 0)),
-                   is_last ? tile_.offset[R - 1] + 1 : kWarpSize, state);
+                   is_last ? offset_[R - 1] + 1 : kWarpSize, state);
     }
   }
 
@@ -192,7 +146,7 @@ class TileAttention {
   __device__ void Weigh(bool is_last, const float (&score)[R], State<R, C>& state) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const float visible = is_last && lane_ > tile_.offset[r] ? -INFINITY : score[r];
+      const float visible = is_last && lane_ > offset_[r] ? -INFINITY : score[r];
       const float largest = fmaxf(state.largest[r], WarpMax(visible));
       const float keep = exp2f(state.largest[r] - largest);
       const float weight = exp2f(visible - largest);
@@ -208,8 +162,8 @@ class TileAttention {
   __device__ void AddHalfStrip(const std::byte* values, int num_tokens, State<R, C>& state) {
     CopyStrip(values, PackRowsDensely(kWarpSize, padded_, 16), strip_);
     __syncwarp();
-    if (!has_channels()) return;
-    AddHalves<R, C>(strip_, padded_, channel(), num_tokens, weights_, state.values);
+    if (channel(0) >= dim_) return;
+    AddHalves<R, C>(strip_, padded_, channel(0), num_tokens, weights_, state.values);
   }
 
   // Values of a sealed page from token t0 on.
@@ -220,46 +174,29 @@ class TileAttention {
     if (!spec.quantized()) return AddHalfStrip(codes, kWarpSize, state);
     CopyStrip(codes, PackRowsDensely(kWarpSize, padded_, spec.bits), strip_);
     __syncwarp();
-    if (!has_channels()) return;
+    if (channel(0) >= dim_) return;
     const CodeFormat format = FormatOf(spec);
-    const auto at = layout_.ValueScaleIndex(t0, channel());
+    const auto at = layout_.ValueScaleIndex(t0, channel(0));
     const auto* scales = reinterpret_cast<const uint16_t*>(page + layout_.value_scales) + at;
     const auto* zeros = reinterpret_cast<const uint16_t*>(page + layout_.value_zeros) + at;
     if (spec.axis == QuantAxis::kInner) {
-      AddInner<R, C>(strip_, format, layout_, channel(), scales, zeros, weights_, state.values);
+      AddInner<R, C>(strip_, format, layout_, channel(0), scales, zeros, weights_, state.values);
     } else {
-      AddOuter<R, C>(strip_, format, padded_, channel(), scales, zeros, weights_, state.values);
+      AddOuter<R, C>(strip_, format, padded_, channel(0), scales, zeros, weights_, state.values);
     }
   }
 
   const AttentionKernelLaunch& args_;
   const KvLayerLayout& layout_;
   const PlannedTile& from_;
-  const Tile<R>& tile_;
+  const BlockTile& tile_;
   PagedKvView kv_;
   const int dim_, padded_, lane_;
+  int offset_[R];  // of each row's token in its strip
   Queries queries_ = Queries::kNone;
   float *q_, *weights_, *q_sums_, *total_;
   uint32_t* strip_;
 };
-
-template <int R>
-__device__ Tile<R> TileOf(const AttentionKernelLaunch& args, const PlannedTile& from) {
-  const int64_t group = args.num_heads / args.layout.kv_heads;
-  Tile<R> tile;
-  tile.slice = args.slices + from.slice;
-  tile.kv_head = blockIdx.y;
-  const int64_t first = tile.slice->first_position + from.first_row / group;
-  tile.last_strip = first / kStripTokens;
-  tile.sealed = args.windows.SealedPages(first, tile.slice->exact_before);
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = from.first_row + min(r, from.num_rows - 1);
-    const int64_t position = tile.slice->first_position + row / group;
-    tile.offset[r] = static_cast<int>(position % kStripTokens);
-  }
-  return tile;
-}
 
 // Grid: [items, G]. Block: one warp attends one segment of a tile for one key/value head, or all
 // of it. Shared: PlanAttentionShared: queries, weights, the total of segments, a strip of keys or
@@ -270,67 +207,18 @@ __global__ void __launch_bounds__(kWarpSize)
   extern __shared__ float4 shared[];
   const AttentionItem item = args.items[blockIdx.x];
   const PlannedTile from = args.tiles[item.tile];
-  const Tile<R> tile = TileOf<R>(args, from);
+  const BlockTile tile = TileOf(args, from);
   TileAttention<R, C> attention(args, from, tile, reinterpret_cast<float*>(shared));
-  State<R, C> state;
-  if (item.segment >= 0) {
-    attention.AttendSegment(item.segment, state);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float* to = args.states + StateIndex(from, R, tile.kv_head, item.segment, r) *
-                                    StateFloats(args.layout.head_dim);
-      if (attention.has_channels()) {
-#pragma unroll
-        for (int c = 0; c < C; ++c) to[attention.channel() + c] = state.values[r][c];
-      }
-      if (threadIdx.x == 0) {
-        to[args.layout.head_dim] = state.largest[r];
-        to[args.layout.head_dim + 1] = state.sum[r];
-      }
-    }
-    return;
-  }
-  float largest[R] = {}, sum[R] = {};  // of the segments so far
-  for (int segment = 0; segment < from.num_segments; ++segment) {
-    attention.AttendSegment(segment, state);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (segment == 0) {
-        largest[r] = state.largest[r];
-        sum[r] = state.sum[r];
-#pragma unroll
-        for (int c = 0; c < C; ++c) attention.Total(r, c) = state.values[r][c];
-        continue;
-      }
-      const MergeWeights weights = WeightsOf(largest[r], state.largest[r]);
-      largest[r] = weights.largest;
-      sum[r] = Merge(weights, sum[r], state.sum[r]);
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        attention.Total(r, c) = Merge(weights, attention.Total(r, c), state.values[r][c]);
-      }
-    }
-  }
-  if (!attention.has_channels()) return;
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    if (r >= from.num_rows) continue;
-    float* out = args.out + RowOffset(args, from, tile.kv_head, r) + attention.channel();
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      out[c] = attention.Total(r, c) / sum[r];
-    }
-  }
+  AttendItem(args, item, from, tile.kv_head, attention);
 }
 
 constexpr int kMergeThreads = 128;
 
-// Grid: [tiles, G, R]. Block: 128 threads merge the segments of one row in order, a channel each at
-// a time. No shared memory.
-template <int R>
+// Grid: [tiles, G, rows of a tile]. Block: 128 threads merge the segments of one row in order, a
+// channel each at a time. No shared memory.
 __global__ void MergeKernel(const __grid_constant__ AttentionKernelLaunch args) {
   const PlannedTile from = args.tiles[blockIdx.x];
-  const int row = blockIdx.z;
+  const int row = static_cast<int>(blockIdx.z);
   if (row >= from.num_rows) return;
   const int64_t dim = args.layout.head_dim;
   float* out = args.out + RowOffset(args, from, blockIdx.y, row);
@@ -338,7 +226,8 @@ __global__ void MergeKernel(const __grid_constant__ AttentionKernelLaunch args) 
     float largest = 0, sum = 0, value = 0;
     for (int segment = 0; segment < from.num_segments; ++segment) {
       const float* state =
-          args.states + StateIndex(from, R, blockIdx.y, segment, row) * StateFloats(dim);
+          args.states +
+          StateIndex(from, args.tile_rows, blockIdx.y, segment, row) * StateFloats(dim);
       if (segment == 0) {
         largest = state[dim];
         sum = state[dim + 1];
@@ -361,11 +250,6 @@ cudaError_t Launch(const AttentionKernelLaunch& launch, cudaStream_t stream) {
   const auto bytes =
       static_cast<size_t>(PlanAttentionShared(launch.layout, R, C).floats) * sizeof(float);
   AttentionKernel<R, C><<<grid, kWarpSize, bytes, stream>>>(launch);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess || !launch.split) {
-    return error;
-  }
-  const dim3 merge_grid(static_cast<unsigned>(launch.num_tiles), kv_heads, R);
-  MergeKernel<R><<<merge_grid, kMergeThreads, 0, stream>>>(launch);
   return cudaGetLastError();
 }
 
@@ -384,9 +268,8 @@ cudaError_t LaunchForRows(const AttentionKernelLaunch& launch, cudaStream_t stre
   return cudaErrorInvalidValue;
 }
 
-}  // namespace
-
-cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+cudaError_t LaunchForShape(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  if (launch.layout.order == CodeOrder::kMmaFragment) return LaunchMmaAttention(launch, stream);
   switch (LaneChannels(launch.layout.head_dim)) {
     case 2:
       return LaunchForRows<2>(launch, stream);
@@ -396,6 +279,20 @@ cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t st
       return LaunchForRows<8>(launch, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  if (const cudaError_t error = LaunchForShape(launch, stream);
+      error != cudaSuccess || !launch.split) {
+    return error;
+  }
+  const dim3 grid(static_cast<unsigned>(launch.num_tiles),
+                  static_cast<unsigned>(launch.layout.kv_heads),
+                  static_cast<unsigned>(launch.tile_rows));
+  MergeKernel<<<grid, kMergeThreads, 0, stream>>>(launch);
+  return cudaGetLastError();
 }
 
 }  // namespace innerq::cuda

@@ -4,12 +4,15 @@
 // A row is one query head of one token. For a key/value head, the rows of a sequence's slice are
 // numbered token by token: row f is query head f % N of token f / N, N = H / G.
 //
-// A warp takes a tile of rows, one key/value head, and walks strips of 32 tokens. Strips are joined
-// in segments of kSegmentTokens, counted from the start of the sequence: within a segment a row's
-// softmax is accumulated strip by strip, and the states of segments are merged in order. A tile is
-// attended by one warp from its first segment to its last, or by one warp per segment with the
-// merge in a second kernel; both do the same operations on the same numbers. So what a row gives
-// depends on its position alone: not on its neighbours, its tile, or how the tile was split.
+// A block takes a tile of rows, one key/value head, and walks strips of 32 tokens. Strips are
+// joined in segments of kSegmentTokens, counted from the start of the sequence: within a segment a
+// row's softmax is accumulated strip by strip, and the states of segments are merged in order. A
+// tile is attended by one block from its first segment to its last, or by one block per segment
+// with the merge in a second kernel; both do the same operations on the same numbers. So what a row
+// gives depends on its position alone: not on its neighbours, its tile, or how the tile was split.
+//
+// Blocks are warps where every lane holds all rows (attention.cu), and have a warp for every 8 rows
+// on tensor cores (attention_mma.cu).
 #pragma once
 
 #include <algorithm>
@@ -24,7 +27,8 @@ namespace innerq {
 constexpr int64_t kStripTokens = 32;     // one per lane of a warp
 constexpr int64_t kSegmentTokens = 512;  // a multiple of every page size
 constexpr int64_t kSegmentStrips = kSegmentTokens / kStripTokens;
-constexpr int kMaxTileRows = 8;
+constexpr int kMmaWarpRows = 8;  // of one warp on tensor cores
+constexpr int kMaxTileRows = 4 * kMmaWarpRows;
 
 // A slice of the step, without its page table, which starts at `first_page` of the step's table.
 struct DeviceSlice {
@@ -45,7 +49,7 @@ struct PlannedTile {
   int64_t first_state = -1;  // see StateIndex; -1: not split
 };
 
-// What one warp does, for each key/value head: one segment of a tile, or all of it.
+// What one block does, for each key/value head: one segment of a tile, or all of it.
 struct AttentionItem {
   int32_t tile = 0;
   int32_t segment = -1;  // -1: all, and the merge
@@ -73,6 +77,7 @@ struct AttentionShape {
   int64_t group = 1;     // N = H / G
   int64_t kv_heads = 1;  // G
   int64_t head_dim = 0;
+  bool tensor_cores = false;
   int64_t max_states = 0;  // that the scratch memory holds
   int64_t max_items = 0;   // likewise, of one launch
   int64_t busy_warps = 0;  // as many warps keep the device busy: fewer are split
@@ -83,15 +88,21 @@ constexpr int LaneChannels(int64_t head_dim) {
   return head_dim <= 64 ? 2 : head_dim <= 128 ? 4 : 8;
 }
 
-// Rows of a tile that a kernel for `head_dim` channels has registers for.
-constexpr int MostTileRows(int64_t head_dim) { return LaneChannels(head_dim) == 8 ? 4 : 8; }
+// Rows of a tile that a block has registers for.
+constexpr int MostTileRows(const AttentionShape& shape) {
+  if (shape.tensor_cores) return kMaxTileRows;
+  return LaneChannels(shape.head_dim) == 8 ? 4 : 8;
+}
 
-// Kernels exist for 1, 2, 4 and 8 rows.
-inline int TileRowsFor(int64_t rows, int64_t head_dim) {
+// Tiles have 1, 2, 4, ... rows.
+constexpr int TileRowsFor(int64_t rows, const AttentionShape& shape) {
   int tile_rows = 1;
-  while (tile_rows < rows && tile_rows < MostTileRows(head_dim)) tile_rows *= 2;
+  while (tile_rows < rows && tile_rows < MostTileRows(shape)) tile_rows *= 2;
   return tile_rows;
 }
+
+// Warps of a block on tensor cores.
+constexpr int MmaWarps(int tile_rows) { return (tile_rows + kMmaWarpRows - 1) / kMmaWarpRows; }
 
 // Cuts a step into two launches: sequences with one token (decode), and the others. Reuses its
 // memory from call to call; Reserve makes it enough for a step.
@@ -105,8 +116,8 @@ class AttentionPlan {
   }
 
   void Make(std::span<const SequenceSlice> slices, const AttentionShape& shape) {
-    Begin(decode_, TileRowsFor(shape.group, shape.head_dim));
-    Begin(prefill_, MostTileRows(shape.head_dim));
+    Begin(decode_, TileRowsFor(shape.group, shape));
+    Begin(prefill_, MostTileRows(shape));
     for (size_t i = 0; i < slices.size(); ++i) {
       CutTiles(slices[i], static_cast<int32_t>(i), shape.group,
                slices[i].num_rows == 1 ? decode_ : prefill_);
@@ -157,7 +168,9 @@ class AttentionPlan {
       longest = std::max<int64_t>(longest, tile.num_segments);
     }
     const int64_t num_states = num_items * shape.kv_heads * launch.tile_rows;
-    const bool split = num_tiles * shape.kv_heads < shape.busy_warps && longest > 1 &&
+    const int64_t num_warps =
+        num_tiles * shape.kv_heads * (shape.tensor_cores ? MmaWarps(launch.tile_rows) : 1);
+    const bool split = num_warps < shape.busy_warps && longest > 1 &&
                        num_items <= shape.max_items && num_states <= shape.max_states;
     for (int32_t i = 0; i < static_cast<int32_t>(num_tiles); ++i) {
       PlannedTile& tile = launch.tiles[static_cast<size_t>(i)];

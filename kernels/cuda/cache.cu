@@ -149,7 +149,7 @@ __device__ bool EncodeGroup(const KvLayerLayout& layout, const SealSide& side, i
 }
 
 // Grid: [items, G, 2]: keys, values. Block: 128 threads seal one side of one head of one page, a
-// group each at a time. Shared: the side's codes, one a byte, in the order of the page's string.
+// group each at a time. Shared: the side's codes, one a byte, in the page's order.
 __global__ void SealKernel(const __grid_constant__ SealLaunch args) {
   extern __shared__ uint8_t codes[];
   const KvLayerLayout& layout = args.layout;
@@ -190,9 +190,18 @@ __global__ void SealKernel(const __grid_constant__ SealLaunch args) {
     }
     __syncthreads();
     const int bits = side.spec->bits;
-    auto* packed = reinterpret_cast<uint8_t*>(side.codes);
-    for (int64_t i = threadIdx.x; i < num_codes / 8; i += kThreads) {
-      PackEightCodes(codes + i * 8, bits, packed + i * bits);
+    if (layout.order == CodeOrder::kMmaFragment) {
+      const int64_t square_words = kSquareCodes * bits / 32;
+      auto* packed = reinterpret_cast<uint32_t*>(side.codes);
+      for (int64_t i = threadIdx.x; i < num_codes * bits / 32; i += kThreads) {
+        const uint8_t* square = codes + i / square_words * kSquareCodes;
+        packed[i] = PackFragmentWord(square, bits, i % square_words);
+      }
+    } else {
+      auto* packed = reinterpret_cast<uint8_t*>(side.codes);
+      for (int64_t i = threadIdx.x; i < num_codes / 8; i += kThreads) {
+        PackEightCodes(codes + i * 8, bits, packed + i * bits);
+      }
     }
   }
   if (!finite) atomicExch(args.non_finite + blockIdx.x, 1);

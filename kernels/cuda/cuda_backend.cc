@@ -65,7 +65,7 @@ class CudaBackend final : public Backend {
   }
 
   std::string_view name() const override { return name_; }
-  CodeOrder code_order() const override { return CodeOrder::kRowMajor; }
+  CodeOrder code_order() const override { return CodeOrder::kMmaFragment; }
   bool deterministic() const override { return cublas_ == nullptr; }
   bool host_visible() const override { return false; }
   int64_t available_bytes() const override {
@@ -367,7 +367,7 @@ class CudaBackend final : public Backend {
 
   void DoAttention(const AttentionArgs& args) override {
     const KvLayerLayout& layout = *args.kv.layout;
-    CHECK(layout.order == CodeOrder::kRowMajor, "Attention: a cache in another backend's order");
+    CHECK(layout.order != CodeOrder::kPanel16, "Attention: a cache in another backend's order");
     CHECK(states_.bytes() > 0, "Attention before Reserve");
     pages_.clear();
     slices_.clear();
@@ -384,6 +384,7 @@ class CudaBackend final : public Backend {
     plan_.Make(args.slices, {.group = args.num_heads / layout.kv_heads,
                              .kv_heads = layout.kv_heads,
                              .head_dim = layout.head_dim,
+                             .tensor_cores = layout.order == CodeOrder::kMmaFragment,
                              .max_states = kStateBytes / (StateFloats(layout.head_dim) * 4),
                              .max_items = kMaxItems,
                              .busy_warps = device_.num_multiprocessors * kWarpsPerSm});

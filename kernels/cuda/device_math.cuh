@@ -33,4 +33,14 @@ __device__ inline float WarpSum(float x) {
   return x;
 }
 
+// The same over four neighbouring lanes, which share a row of a tensor-core fragment.
+__device__ inline float RowMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ inline float RowSum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
 }  // namespace innerq::cuda

@@ -97,7 +97,7 @@ struct SealLaunch {
 };
 cudaError_t LaunchSeal(const SealLaunch& launch, cudaStream_t stream);
 
-// --- attention.cu ---
+// --- attention.cu, attention_mma.cu ---
 
 struct AttentionKernelLaunch {
   KvLayerLayout layout;

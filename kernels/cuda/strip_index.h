@@ -93,6 +93,100 @@ INNERQ_HOST_DEVICE inline PageElement GroupElement(const KvLayerLayout& layout, 
   return {j / dim * group_size + i, j % dim};
 }
 
+// Offsets in the shared memory of one block of attention on tensor cores, in bytes; see
+// attention_mma.cu. A stage is a sealed strip without the sides that keep 16 bits.
+struct MmaShared {
+  // Within a stage, which begins with the codes of keys [D/32] squares.
+  int32_t key_scales = 0, key_zeros = 0;      // F16 [D/N][32]
+  int32_t value_codes = 0;                    // [D/32] squares
+  int32_t value_scales = 0, value_zeros = 0;  // F16 [D]
+  int32_t stage_bytes = 0;
+  // After all stages.
+  int32_t total = 0;  // [D/4][threads] F32
+  int32_t heads = 0;  // addresses, one per strip of a segment
+  int32_t bytes = 0;  // of all
+};
+
+struct MmaSharedShape {
+  int32_t num_stages = 0, num_threads = 0, segment_strips = 0;
+};
+INNERQ_HOST_DEVICE inline MmaShared PlanMmaShared(const KvLayerLayout& layout,
+                                                  const MmaSharedShape& shape) {
+  const auto dim = static_cast<int32_t>(layout.head_dim);
+  const QuantSpec &key = layout.key, &value = layout.value;
+  const int32_t key_params = key.quantized() ? dim / key.group_size * 32 * 2 : 0;
+  const int32_t value_params = value.quantized() ? dim * 2 : 0;
+  MmaShared shared;
+  shared.key_scales = key.quantized() ? 32 * dim * key.bits / 8 : 0;
+  shared.key_zeros = shared.key_scales + key_params;
+  shared.value_codes = shared.key_zeros + (key.has_zero() ? key_params : 0);
+  shared.value_scales = shared.value_codes + (value.quantized() ? 32 * dim * value.bits / 8 : 0);
+  shared.value_zeros = shared.value_scales + value_params;
+  shared.stage_bytes = shared.value_zeros + (value.has_zero() ? value_params : 0);
+  shared.total = shape.num_stages * shared.stage_bytes;
+  shared.heads = shared.total + dim / 4 * shape.num_threads * 4;
+  shared.bytes = shared.heads + shape.segment_strips * static_cast<int32_t>(sizeof(void*));
+  return shared;
+}
+
+// So many neighbouring words, read at once.
+template <int kCount>
+struct alignas(4 * kCount) Words {
+  uint32_t word[kCount];
+};
+
+// The words of a square's codes that a lane owns; see FragmentBit.
+template <int kBits>
+INNERQ_HOST_DEVICE inline void LoadLaneWords(const uint32_t* square, int lane,
+                                             uint32_t (&words)[kBits]) {
+  constexpr int kAtOnce = kBits == 3 ? 2 : kBits < 4 ? kBits : 4;
+  constexpr int kPlane = kBits == 3 ? 2 : kBits;
+  for (int i = 0; i < kPlane; i += kAtOnce) {
+    const auto some = *reinterpret_cast<const Words<kAtOnce>*>(square + lane * kPlane + i);
+    for (int k = 0; k < kAtOnce; ++k) words[i + k] = some.word[k];
+  }
+  if constexpr (kBits == 3) words[2] = square[2 * 32 + lane];
+}
+
+// Bit of a half at which TileCodes leaves the codes of pair `pair` of a tile.
+INNERQ_HOST_DEVICE constexpr int TileCodeBit(int bits, int pair) {
+  return pair * (bits == 3 ? 2 : bits) % 8;
+}
+
+// Two codes of a lane, in the halves of a word: those of register `pair` of tile `tile` of a
+// square; each begins at TileCodeBit, all other bits are 0.
+template <int kBits>
+INNERQ_HOST_DEVICE inline uint32_t TileCodes(const uint32_t (&words)[kBits], int tile, int pair) {
+  constexpr int kPlane = kBits == 3 ? 2 : kBits;
+  constexpr uint32_t kBothHalves = 0x00010001u;
+  const int bit = (4 * tile + pair) * kPlane;  // of the lane's halves, one after the other
+  const int at = TileCodeBit(kBits, pair);
+  const uint32_t mask = ((1u << kPlane) - 1u) * kBothHalves;
+  const uint32_t codes = words[bit / 16] >> (bit % 16 / 8 * 8) & mask << at;
+  if constexpr (kBits == 3) {
+    // The single bits of a tile lie two apart, as the codes do, from bit 0, 1, 8 or 9 on.
+    const uint32_t high = tile < 2 ? words[2] << (2 - tile) : words[2] >> (4 + tile);
+    return codes | (high & (4u * kBothHalves) << at);
+  } else {
+    return codes;
+  }
+}
+
+// Packs word `word` of a square from its codes, one a byte.
+INNERQ_HOST_DEVICE inline uint32_t PackFragmentWord(const uint8_t* codes, int bits, int64_t word) {
+  const bool high = bits == 3 && word >= 2 * 32;  // of the plane of highest bits
+  const int plane_bits = bits == 3 ? (high ? 1 : 2) : bits;
+  const int shift = high ? 2 : 0;
+  const int64_t num_codes = 32 / plane_bits;
+  const int64_t first = (high ? word - 2 * 32 : word) * num_codes;
+  uint32_t packed = 0;
+  for (int64_t i = first; i < first + num_codes; ++i) {
+    const uint32_t code = static_cast<uint32_t>(codes[i]) >> shift & ((1u << plane_bits) - 1u);
+    packed |= code << (FragmentBit(plane_bits, i) % 32);
+  }
+  return packed;
+}
+
 // Packs eight codes, one a byte, into `bits` bytes: eight consecutive codes of a page's string.
 INNERQ_HOST_DEVICE inline void PackEightCodes(const uint8_t* codes, int bits, uint8_t* packed) {
   uint64_t string = 0;

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -10,7 +11,7 @@
 
 namespace innerq::emulation {
 
-dim3 thread_index, block_index;
+dim3 thread_index, block_index, block_extent;
 std::byte* dynamic_shared = nullptr;
 
 namespace {
@@ -28,12 +29,19 @@ struct Barrier {
   }
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<std::byte[]> stack;
   bool ended = false;
-  const Barrier* barrier = nullptr;  // that it waits at
-  int generation = 0;                // of the barrier, when it came
+  const Barrier* barrier = nullptr;      // that it waits at
+  int generation = 0;                    // of the barrier, when it came
+  std::vector<Copy> copies;              // not committed
+  std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
 
 // The block that runs. One thread of the host emulates at a time.
@@ -41,6 +49,7 @@ struct Block {
   std::vector<Fiber> fibers;
   Barrier all, warps[kMaxThreads / kWarp];
   float shuffled[kMaxThreads];
+  MmaLane products[kMaxThreads];
   size_t current = 0;
   ucontext_t scheduler;
   const std::function<void()>* kernel = nullptr;
@@ -80,6 +89,8 @@ void StartThreads(size_t count) {
     if (fiber.stack == nullptr) fiber.stack = std::make_unique<std::byte[]>(kStackBytes);
     fiber.ended = false;
     fiber.barrier = nullptr;
+    fiber.copies.clear();
+    fiber.groups.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -112,6 +123,7 @@ void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()
   const auto [grid, block, shared_bytes, stream] = launch;
   CHECK(block.y == 1 && block.z == 1 && block.x <= kMaxThreads, "blocks have one dimension");
   running.kernel = &kernel;
+  block_extent = block;
   // Sized to the byte, so that tools see what writes beyond it.
   const std::unique_ptr<std::byte[]> shared(new std::byte[shared_bytes]);
   static_assert(__STDCPP_DEFAULT_NEW_ALIGNMENT__ >= alignof(float4));
@@ -137,6 +149,35 @@ float ShuffleXor(float value, int mask) {
   const float other = running.shuffled[self ^ static_cast<size_t>(mask)];
   SyncWarp();
   return other;
+}
+
+void MultiplyAdd(const MmaLane& lane) {
+  const size_t self = running.current, first = self / kWarp * kWarp;
+  Barrier& warp = running.warps[self / kWarp];
+  CHECK(warp.alive == kWarp, "a product takes a whole warp");
+  running.products[self] = lane;
+  // The last lane to come computes for all; the others' sums stay where they are until then.
+  if (warp.waiting + 1 == warp.alive) {
+    MultiplyAddFragments(std::span<const MmaLane, kWarp>(running.products + first, kWarp));
+  }
+  Wait(warp);
+}
+
+void CopyAsync(void* to, const void* from) {
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  CHECK(aligned(to) && aligned(from), "CopyAsync: addresses must be multiples of 16");
+  running.fibers[running.current].copies.push_back({to, from});
+}
+void CommitCopies() {
+  Fiber& fiber = running.fibers[running.current];
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+void WaitForCopies(size_t pending_groups) {
+  Fiber& fiber = running.fibers[running.current];
+  for (; fiber.groups.size() > pending_groups; fiber.groups.pop_front()) {
+    for (const Copy& copy : fiber.groups.front()) std::memcpy(copy.to, copy.from, 16);
+  }
 }
 
 }  // namespace innerq::emulation

@@ -1,14 +1,17 @@
 // CUDA kernels on the CPU, thread by thread: what the language adds to C++, as far as our kernels
 // use it. translate.py includes this file and turns kernel<<<grid, block, shared, stream>>>(x) into
 // EmulateKernel. Blocks run one after another; the threads of a block are fibers that run from one
-// barrier to the next. It shows whether indices, barriers and arithmetic are right. It does not
-// show races between barriers, alignment, timing, or what the hardware rounds differently.
+// barrier to the next. It shows whether indices, barriers and arithmetic are right, and whether
+// asynchronous copies are waited for and aligned. It does not show races between barriers, other
+// alignment, timing, or what the hardware rounds differently.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cmath>
 #include <functional>
+
+#include "tests/cuda_emulation/mma_fragments.h"
 
 #define __global__
 #define __device__
@@ -19,7 +22,7 @@
 
 namespace innerq::emulation {
 
-extern dim3 thread_index, block_index;
+extern dim3 thread_index, block_index, block_extent;
 extern std::byte* dynamic_shared;  // of the block
 
 // What stands between <<< and >>>.
@@ -36,11 +39,18 @@ void SyncBlock();
 void SyncWarp();
 // The value of the lane whose id differs by `mask`.
 float ShuffleXor(float value, int mask);
+// The product of the warp; see MultiplyAddFragments.
+void MultiplyAdd(const MmaLane& lane);
+// Copies of 16 bytes by the thread. They happen as late as they may: when it waits for them.
+void CopyAsync(void* to, const void* from);
+void CommitCopies();
+void WaitForCopies(size_t pending_groups);
 
 }  // namespace innerq::emulation
 
 #define threadIdx ::innerq::emulation::thread_index
 #define blockIdx ::innerq::emulation::block_index
+#define blockDim ::innerq::emulation::block_extent
 
 inline void __syncthreads() { innerq::emulation::SyncBlock(); }
 inline void __syncwarp() { innerq::emulation::SyncWarp(); }

@@ -8,12 +8,14 @@
 #include <set>
 
 #include "kernels/cuda/strip_index.h"
+#include "tests/cuda_emulation/mma_fragments.h"
 
 namespace innerq {
 namespace {
 
 struct PlanCase {
   int64_t group, head_dim, kv_heads;
+  bool tensor_cores;
   std::vector<SequenceSlice> slices;
   int64_t busy_warps = 2000;
 };
@@ -31,7 +33,11 @@ std::vector<PlanCase> PlanCases() {
   std::vector<PlanCase> cases;
   for (const int64_t group : {1, 3, 4, 8, 12}) {
     for (const int64_t dim : {64, 128, 256}) {
-      for (const int64_t busy : {0, 2000}) cases.push_back({group, dim, 2, MixedStep(), busy});
+      for (const int64_t busy : {0, 2000}) {
+        for (const bool tensor_cores : {false, true}) {
+          cases.push_back({group, dim, 2, tensor_cores, MixedStep(), busy});
+        }
+      }
     }
   }
   return cases;
@@ -41,6 +47,7 @@ AttentionShape ShapeOf(const PlanCase& c) {
   return {.group = c.group,
           .kv_heads = c.kv_heads,
           .head_dim = c.head_dim,
+          .tensor_cores = c.tensor_cores,
           .max_states = 100000,
           .max_items = 1000,
           .busy_warps = c.busy_warps};
@@ -52,7 +59,7 @@ TEST(AttentionPlan, EveryRowIsInOneTileThatSeesItsPages) {
     plan.Make(c.slices, ShapeOf(c));
     std::set<std::pair<int32_t, int64_t>> rows;  // of a slice
     for (const AttentionLaunch* launch : {&plan.decode(), &plan.prefill()}) {
-      EXPECT_LE(launch->tile_rows, MostTileRows(c.head_dim));
+      EXPECT_LE(launch->tile_rows, MostTileRows(ShapeOf(c)));
       for (const PlannedTile& tile : launch->tiles) {
         const SequenceSlice& slice = c.slices[static_cast<size_t>(tile.slice)];
         EXPECT_EQ(slice.num_rows == 1, launch == &plan.decode());
@@ -111,7 +118,7 @@ TEST(AttentionPlan, ItemsCoverEverySegmentOnceAndStatesDoNotOverlap) {
 
 TEST(AttentionPlan, IsNotSplitBeyondItsMemory) {
   const std::vector<SequenceSlice> slices = {{0, 1, 5000, {}, -1, 0}};
-  AttentionShape shape = ShapeOf({4, 128, 2, slices});
+  AttentionShape shape = ShapeOf({4, 128, 2, false, slices});
   AttentionPlan plan;
   plan.Make(slices, shape);
   ASSERT_TRUE(plan.decode().split());
@@ -186,6 +193,104 @@ TEST(StripIndex, LanesFindTheCodesThatTheLayoutPlaced) {
             }
           }
         }
+      }
+    }
+  }
+}
+
+// A square of codes, packed as sealing packs it, and taken by a warp's lanes into products: the
+// sums must be where attention_mma.cu expects them.
+template <int kBits>
+void ExpectSquareIsOperand() {
+  std::mt19937 random(11);
+  uint8_t codes[32][32], ordered[kSquareCodes];  // [inner][outer]; as FragmentIndex has them
+  float rows[16][32];                            // [M][inner]
+  for (int64_t inner = 0; inner < 32; ++inner) {
+    for (auto& row : rows) row[inner] = static_cast<float>(random() % 17) - 8;
+    for (int64_t outer = 0; outer < 32; ++outer) {
+      codes[inner][outer] = static_cast<uint8_t>(random() & ((1u << kBits) - 1u));
+      ordered[FragmentIndex(inner, outer)] = codes[inner][outer];
+    }
+  }
+  alignas(16) uint32_t square[kSquareCodes * kBits / 32];
+  for (int64_t i = 0; i < kSquareCodes * kBits / 32; ++i) {
+    square[i] = PackFragmentWord(ordered, kBits, i);
+  }
+  for (int64_t i = 0; i < kSquareCodes; ++i) {
+    ASSERT_EQ(ReadFragmentCode(reinterpret_cast<const uint8_t*>(square), kBits, i), ordered[i]);
+  }
+  const auto halves = [](float low, float high) {
+    return F32ToF16(low) | static_cast<uint32_t>(F32ToF16(high)) << 16;
+  };
+  for (int tile = 0; tile < 4; ++tile) {
+    float sums[32][4] = {};
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[32][4];
+      emulation::MmaLane lanes[32];
+      for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, first = lane % 4 * 8 + step * 4;
+        uint32_t words[kBits];
+        LoadLaneWords<kBits>(square, lane, words);
+        for (int i = 0; i < 4; ++i) {
+          const float* row = rows[g + i % 2 * 8] + first + i / 2 * 2;
+          a[lane][i] = halves(row[0], row[1]);
+        }
+        for (int i = 0; i < 2; ++i) {
+          const int pair = step * 2 + i, at = TileCodeBit(kBits, pair);
+          const uint32_t two = TileCodes<kBits>(words, tile, pair);
+          const uint32_t mask = ((1u << kBits) - 1u) * 0x00010001u << at;
+          ASSERT_EQ(two & ~mask, 0u);
+          ASSERT_LE(at + kBits, 10) << "a mantissa of F16 has 10 bits";
+          lanes[lane].b[i] = halves(static_cast<float>((two & 0xffffu) >> at),
+                                    static_cast<float>(two >> 16 >> at));
+        }
+        lanes[lane].a = a[lane];
+        lanes[lane].c = sums[lane];
+      }
+      emulation::MultiplyAddFragments(lanes);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, outer = lane % 4 * 8 + 2 * tile + i % 2;
+        float want = 0;
+        for (int inner = 0; inner < 32; ++inner) {
+          want += rows[row][inner] * static_cast<float>(codes[inner][outer]);
+        }
+        ASSERT_EQ(sums[lane][i], want) << kBits << " bits, tile " << tile << ", lane " << lane;
+      }
+    }
+  }
+}
+
+TEST(StripIndex, SquaresOfCodesAreOperandsOfProducts) {
+  ExpectSquareIsOperand<2>();
+  ExpectSquareIsOperand<3>();
+  ExpectSquareIsOperand<4>();
+  ExpectSquareIsOperand<8>();
+}
+
+// Asynchronous copies move 16 bytes; without asking, a block gets 48 KiB.
+TEST(StripIndex, PartsOfAStageAreWholeVectorsAndFitABlock) {
+  for (const int64_t dim : {64, 128}) {
+    for (const int bits : {2, 3, 4, 8, 16}) {
+      for (const QuantMode mode : {QuantMode::kSymmetric, QuantMode::kHybrid}) {
+        KvLayerLayout layer;
+        layer.head_dim = dim;
+        layer.key = layer.value = {.bits = bits, .mode = mode};
+        const MmaShared at = PlanMmaShared(layer, {3, MmaWarps(kMaxTileRows) * 32, kSegmentStrips});
+        const auto params = static_cast<int32_t>(bits == 16 ? 0 : dim * 2);
+        const auto codes = static_cast<int32_t>(bits == 16 ? 0 : 32 * dim * bits / 8);
+        const int32_t zeros = mode == QuantMode::kHybrid ? params : 0;
+        EXPECT_EQ(at.key_scales, codes);
+        EXPECT_EQ(at.key_zeros, codes + params);
+        EXPECT_EQ(at.value_codes, at.key_zeros + zeros);
+        EXPECT_EQ(at.value_scales, at.value_codes + codes);
+        EXPECT_EQ(at.value_zeros, at.value_scales + params);
+        EXPECT_EQ(at.stage_bytes, at.value_zeros + zeros);
+        for (const int32_t part : {codes, params, at.stage_bytes, at.heads}) {
+          EXPECT_EQ(part % 16, 0);
+        }
+        EXPECT_LE(at.bytes, 48 << 10);
       }
     }
   }

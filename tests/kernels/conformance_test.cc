@@ -331,10 +331,11 @@ struct CacheCase {
 
 std::vector<CacheCase> CacheCases() {
   const auto spec = [](int64_t heads, int64_t dim, QuantSpec key, QuantSpec value, bool normalize,
-                       int64_t sink = 32, int64_t recent = 96) {
+                       int64_t sink = 32, int64_t recent = 96, int64_t page_tokens = 32) {
     KvCacheSpec s;
     s.kv_heads = heads;
     s.head_dim = dim;
+    s.page_tokens = page_tokens;
     s.sink_tokens = sink;
     s.recent_tokens = recent;
     s.layers.push_back({key, value, normalize});
@@ -362,6 +363,16 @@ std::vector<CacheCase> CacheCases() {
        2},
       {"keys 16, values 2", spec(1, 64, f16, {2, kSymmetric, kInner, 32, kFitted}, false), 4},
       {"keys 3, values 16", spec(1, 64, sym3, f16, true), 4},
+      {"keys 4 asymmetric in groups of 64, values 8 hybrid",
+       spec(1, 128, {4, kAsymmetric, kInner, 64, kFitted}, {8, kHybrid, kInner, 32, kFitted}, true),
+       3},
+      {"keys 2 hybrid in groups of 128, values 4",
+       spec(1, 128, {2, kHybrid, kInner, 128, kFitted}, {4, kSymmetric, kInner, 32, kPaper}, true),
+       1},
+      {"keys 8, values 3 hybrid, pages and groups of 64, 12 heads",
+       spec(1, 64, {8, kSymmetric, kInner, 64, kPaper}, {3, kHybrid, kInner, 64, kFitted}, true, 64,
+            64, 64),
+       12},
   };
 }
 
@@ -394,7 +405,7 @@ std::string CheckRopeAppend(Backend& candidate, const CacheCase& c) {
     cos.push_back(std::cos(static_cast<float>(i)));
     sin.push_back(std::sin(static_cast<float>(i)));
   }
-  // Two sequences' slices share the rows; the second starts a page of its own.
+  // Two sequences' slices share the rows; the second has the last page for its own.
   std::vector<PageRef> other = {{want.table[3].open_id, -1}};
   Guarded want_q(Shape{rows, heads * dim}), got_q(Shape{rows, heads * dim});
   const auto append = [&](Backend& backend, Cache& cache, Guarded& q) {
@@ -410,8 +421,10 @@ std::string CheckRopeAppend(Backend& candidate, const CacheCase& c) {
   // Two products and a sum of numbers below 6.
   RETURN_IF_WRONG(Compare(want_q, got_q, rows * heads * dim, "RopeAppend.q " + c.name,
                           [](int64_t) { return 4 * kU * 12; }));
-  for (int64_t p = 0; p < 4 * 32; ++p) {
-    const bool written = (p >= first && p < first + rows - 2) || p == 3 * 32 + 7 || p == 3 * 32 + 8;
+  const int64_t other_first = 3 * c.spec.page_tokens + 7;
+  for (int64_t p = 0; p < 4 * c.spec.page_tokens; ++p) {
+    const bool written =
+        (p >= first && p < first + rows - 2) || (p >= other_first && p < other_first + 2);
     for (int64_t g = 0; g < c.spec.kv_heads; ++g) {
       for (int64_t d = 0; d < dim; ++d) {
         const float key = F16ToF32(want.Key(p, g, d)), key_got = F16ToF32(got.Key(p, g, d));
@@ -432,11 +445,13 @@ std::string CheckRopeAppend(Backend& candidate, const CacheCase& c) {
 std::string CheckComputeKeyNorm(Backend& candidate, const CacheCase& c) {
   const std::unique_ptr<Backend> reference = CreateReferenceBackend();
   Cache want(*reference, c.spec, 6), got(candidate, c.spec, 6);
-  Fill(want, got, 6 * 32);
-  for (int64_t p = 0; p < 6 * 32; ++p) {  // a channel that is always 0 keeps norm 1
+  const int64_t page = c.spec.page_tokens;
+  Fill(want, got, 6 * page);
+  for (int64_t p = 0; p < 6 * page; ++p) {  // a channel that is always 0 keeps norm 1
     want.Key(p, 0, 2) = got.Key(p, 0, 2) = 0;
   }
-  want.Key(50, 0, 3) = got.Key(50, 0, 3) = kHalfNaN;  // of a channel whose other keys are finite
+  // Of a channel whose other keys are finite.
+  want.Key(page + 18, 0, 3) = got.Key(page + 18, 0, 3) = kHalfNaN;
   want.ComputeKeyNorm(*reference);
   got.ComputeKeyNorm(candidate);
   RETURN_IF_WRONG(Failed(candidate, "ComputeKeyNorm"));
@@ -458,17 +473,18 @@ std::string CheckComputeKeyNorm(Backend& candidate, const CacheCase& c) {
 
 std::string CheckSeal(Backend& candidate, const CacheCase& c) {
   const std::unique_ptr<Backend> reference = CreateReferenceBackend();
-  const int64_t pages = 8;
+  const int64_t pages = 8, tokens = pages * c.spec.page_tokens;
+  const int64_t sealed_token = c.spec.page_tokens + 8;  // of a page that seals
   Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
-  Fill(want, got, pages * 32);
-  for (int64_t p = 40; p < 48; ++p) {  // all-zero groups and one huge outlier
+  Fill(want, got, tokens);
+  for (int64_t p = sealed_token; p < sealed_token + 8; ++p) {  // all-zero groups, a huge outlier
     for (int64_t d = 0; d < c.spec.head_dim; ++d) {
       want.Value(p, 0, d) = got.Value(p, 0, d) = 0;
       want.Key(p, 0, d) = got.Key(p, 0, d) = 0;
     }
   }
-  want.Value(50, 0, 1) = got.Value(50, 0, 1) = F32ToF16(10000.0f);
-  const int64_t position = pages * 32 - 1;
+  want.Value(sealed_token + 10, 0, 1) = got.Value(sealed_token + 10, 0, 1) = F32ToF16(10000.0f);
+  const int64_t position = tokens - 1;
   want.SealUpTo(*reference, position);
   got.SealUpTo(candidate, position);
   RETURN_IF_WRONG(Failed(candidate, "Seal"));
@@ -484,7 +500,7 @@ std::string CheckSeal(Backend& candidate, const CacheCase& c) {
         }
         continue;
       }
-      for (int64_t t = 0; t < 32; ++t) {
+      for (int64_t t = 0; t < c.spec.page_tokens; ++t) {
         for (int64_t d = 0; d < c.spec.head_dim; ++d) {
           const float key = DecodeSealedKey(want.view(), page, g, t, d);
           const float value = DecodeSealedValue(want.view(), page, g, t, d);
@@ -501,21 +517,21 @@ std::string CheckSeal(Backend& candidate, const CacheCase& c) {
   // Non-finite input must surface, from either side, whether it is quantized or kept as F16.
   for (const bool is_key : {true, false}) {
     for (const uint16_t bad : {kHalfInfinity, kHalfNaN}) {
-      Cache cache(candidate, c.spec, 8), other(*reference, c.spec, 8);
-      Fill(cache, other, 8 * 32);
+      Cache cache(candidate, c.spec, pages), other(*reference, c.spec, pages);
+      Fill(cache, other, tokens);
       for (Cache* each : {&cache, &other}) {
-        (is_key ? each->Key(72, 0, 3) : each->Value(72, 0, 3)) = bad;
+        (is_key ? each->Key(sealed_token, 0, 3) : each->Value(sealed_token, 0, 3)) = bad;
       }
-      cache.SealUpTo(candidate, 8 * 32 - 1);
-      other.SealUpTo(*reference, 8 * 32 - 1);
+      cache.SealUpTo(candidate, position);
+      other.SealUpTo(*reference, position);
       const Result<void> result = candidate.Synchronize();
       CHECK(!reference->Synchronize().ok(), "the reference seals anything");
       if (result.ok() || result.error().code != ErrorCode::kInternal) {
         return "Seal " + c.name + ": a non-finite " + (is_key ? "key" : "value") +
                " went unnoticed";
       }
-      // Of the sealed pages, the one with token 72; all of them where a NaN got into the key norm.
-      const int64_t bad_item = 72 / 32 - other.layout.SealedPages(8 * 32 - 1).begin;
+      // Of the sealed pages, the one with the token; all of them where a NaN got into the norm.
+      const int64_t bad_item = sealed_token / c.spec.page_tokens - sealed.begin;
       const std::vector<int64_t> failed = reference->failed_seals();
       CHECK(std::count(failed.begin(), failed.end(), bad_item) == 1, "the reference errs");
       CHECK(is_key || failed.size() == 1, "the reference blames other pages");
@@ -542,7 +558,8 @@ std::string CheckAttention(Backend& candidate, const CacheCase& c) {
   std::mt19937_64 random(kSeed);
   const std::unique_ptr<Backend> reference = CreateReferenceBackend();
   const int64_t pages = 9, dim = c.spec.head_dim, heads = c.spec.kv_heads * c.group;
-  const int64_t tokens = pages * 32 - 5;  // the last page has an unused tail of NaN
+  // The last page has an unused tail of NaN.
+  const int64_t tokens = pages * c.spec.page_tokens - 5;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   Cache want(*reference, c.spec, pages), got(candidate, c.spec, pages);
   Fill(want, got, tokens);
@@ -678,7 +695,8 @@ std::string CheckAttentionRows(Backend& candidate, const CacheCase& c) {
   std::mt19937_64 random(kSeed);
   const int64_t tokens = 576, first = 500, rows = tokens - first;
   const int64_t width = c.spec.kv_heads * c.group * c.spec.head_dim;
-  Cache cache(candidate, c.spec, tokens / 32), unused(candidate, c.spec, tokens / 32);
+  const int64_t pages = tokens / c.spec.page_tokens;
+  Cache cache(candidate, c.spec, pages), unused(candidate, c.spec, pages);
   Fill(cache, unused, tokens);
   cache.SealUpTo(candidate, tokens - 1);
   const std::vector<float> q = Normal(random, rows * width, 1.5f);

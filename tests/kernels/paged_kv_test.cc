@@ -16,7 +16,8 @@ namespace {
 constexpr QuantMode kSym = QuantMode::kSymmetric, kAsym = QuantMode::kAsymmetric,
                     kHybrid = QuantMode::kHybrid;
 constexpr QuantAxis kIn = QuantAxis::kInner, kOut = QuantAxis::kOuter;
-constexpr CodeOrder kOrders[] = {CodeOrder::kRowMajor, CodeOrder::kPanel16};
+constexpr CodeOrder kOrders[] = {CodeOrder::kRowMajor, CodeOrder::kPanel16,
+                                 CodeOrder::kMmaFragment};
 
 KvCacheSpec Spec(QuantSpec key, QuantSpec value, int64_t head_dim = 128) {
   KvCacheSpec spec;
@@ -178,9 +179,10 @@ void ExpectBijection(int64_t tokens, int64_t width, const std::string& what,
 
 TEST(PagedKv, IndexFunctionsAreBijections) {
   for (const CodeOrder order : kOrders) {
-    for (const int64_t dim : {8, 48, 80, 128}) {
+    for (const int64_t dim : {8, 48, 64, 80, 128}) {
       for (const int64_t tokens : {32, 128}) {
-        KvCacheSpec spec = Spec({3, kSym, kIn, 8}, {3, kSym, kIn, 8}, dim);
+        const int size = dim % 32 == 0 ? 32 : 8;
+        KvCacheSpec spec = Spec({3, kSym, kIn, size}, {3, kSym, kIn, size}, dim);
         spec.page_tokens = spec.sink_tokens = spec.recent_tokens = tokens;
         const KvLayout layout = *KvLayout::Create(spec, order);
         const KvLayerLayout& layer = layout.layer(0);
@@ -194,6 +196,43 @@ TEST(PagedKv, IndexFunctionsAreBijections) {
         check(dim, "open key", &KvLayerLayout::OpenKeyIndex);
         check(layer.padded_dim(), "open value", &KvLayerLayout::OpenValueIndex);
       }
+    }
+  }
+}
+
+TEST(PagedKv, FragmentsAreForTheShapesThatTheyServe) {
+  const QuantSpec half{.bits = 16}, small{3, kSym, kIn, 16}, outer{2, kAsym, kOut, 32};
+  struct Row {
+    QuantSpec key, value;
+    int64_t head_dim;
+    bool served;
+  };
+  for (const Row& row : {Row{kSym3, kSym3, 128, true},
+                         {kSym3, {2, kHybrid, kIn, 32}, 64, true},
+                         {{8, kSym, kIn, 64}, half, 64, true},
+                         {half, half, 128, true},
+                         {kSym3, kSym3, 96, false},
+                         {kSym3, kSym3, 256, false},
+                         {small, kSym3, 128, false},
+                         {kSym3, small, 128, false},
+                         {outer, kSym3, 128, false},
+                         {half, outer, 64, false}}) {
+    const KvLayout layout =
+        *KvLayout::Create(Spec(row.key, row.value, row.head_dim), CodeOrder::kMmaFragment);
+    EXPECT_EQ(layout.order(), CodeOrder::kMmaFragment);
+    EXPECT_EQ(layout.layer(0).order, row.served ? CodeOrder::kMmaFragment : CodeOrder::kRowMajor);
+  }
+}
+
+// Bits of a plane are used once, and neighbouring codes are in one word.
+TEST(PagedKv, FragmentBitsArePlanesOfASquare) {
+  for (const int bits : {1, 2, 4, 8}) {
+    std::vector<int> hits(static_cast<size_t>(kSquareCodes * bits));
+    for (int64_t i = 0; i < kSquareCodes; ++i) {
+      const int64_t bit = FragmentBit(bits, i);
+      for (int b = 0; b < bits; ++b) EXPECT_EQ(++hits.at(static_cast<size_t>(bit + b)), 1);
+      EXPECT_EQ(bit / 32, i * bits / 32);
+      EXPECT_EQ(FragmentBit(bits, i ^ 1), bit ^ 16);
     }
   }
 }

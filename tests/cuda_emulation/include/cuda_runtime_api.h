@@ -31,7 +31,7 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
+  unsigned x, y, z, w;
 };
 
 inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }

@@ -1,0 +1,133 @@
+// What the attention kernels have in common: the tile of a block, the state of its softmax, and the
+// walk over segments; see attention_plan.h for how the work is cut.
+#pragma once
+
+#include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace innerq::cuda {
+
+constexpr float kLog2E = 1.44269504f;
+
+// The part of LaunchAttention for caches in CodeOrder::kMmaFragment, without the merge.
+cudaError_t LaunchMmaAttention(const AttentionKernelLaunch& launch, cudaStream_t stream);
+
+// What one block works on. All of its tokens lie in strip `last_strip`.
+struct BlockTile {
+  const DeviceSlice* slice;
+  int64_t kv_head;
+  int64_t last_strip;
+  PageRange sealed;  // what the tokens see sealed
+};
+
+__device__ inline int64_t PositionOf(const AttentionKernelLaunch& args, const PlannedTile& from,
+                                     int row) {
+  const int64_t group = args.num_heads / args.layout.kv_heads;
+  return args.slices[from.slice].first_position + (from.first_row + row) / group;
+}
+
+__device__ inline BlockTile TileOf(const AttentionKernelLaunch& args, const PlannedTile& from) {
+  const DeviceSlice* slice = args.slices + from.slice;
+  const int64_t first = PositionOf(args, from, 0);
+  return {slice, blockIdx.y, first / kStripTokens,
+          args.windows.SealedPages(first, slice->exact_before)};
+}
+
+// Where a row's token lies in its strip. Rows that a tile has not got have the last one's.
+__device__ inline int StripOffset(const AttentionKernelLaunch& args, const PlannedTile& from,
+                                  int row) {
+  return static_cast<int>(PositionOf(args, from, min(row, from.num_rows - 1)) % kStripTokens);
+}
+
+// Where a row of a tile begins in q and out, in elements.
+__device__ inline int64_t RowOffset(const AttentionKernelLaunch& args, const PlannedTile& from,
+                                    int64_t kv_head, int row) {
+  const int64_t group = args.num_heads / args.layout.kv_heads;
+  const int64_t f = from.first_row + row;
+  const int64_t token = args.slices[from.slice].row_begin + f / group;
+  return (token * args.num_heads + kv_head * group + f % group) * args.layout.head_dim;
+}
+
+// The softmax of a lane's R rows over a segment so far, of C channels. `largest` and `sum` are
+// equal in all lanes that have a row.
+template <int R, int C>
+struct State {
+  float largest[R];  // score, in units of log2
+  float sum[R];      // of weights: 2^(score - largest), times a factor of the kernel's
+  float values[R][C];
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      largest[r] = -INFINITY;
+      sum[r] = 0;
+#pragma unroll
+      for (int c = 0; c < C; ++c) values[r][c] = 0;
+    }
+  }
+};
+
+// Weights of two states in their merge: 2^(largest - larger of both).
+struct MergeWeights {
+  float largest, before, after;
+};
+__device__ inline MergeWeights WeightsOf(float before, float after) {
+  const float largest = fmaxf(before, after);
+  return {largest, exp2f(before - largest), exp2f(after - largest)};
+}
+__device__ inline float Merge(const MergeWeights& weights, float before, float after) {
+  return fmaf(before, weights.before, after * weights.after);
+}
+
+// Attends to an item: keeps the state of its segment, or merges all segments in order and writes
+// the rows out. `attention` has, for a lane: kRows and kChannels; row(r), channel(c), counted in
+// the tile and in the head; AttendSegment; and Total(r, c), which only that lane uses.
+template <typename Attention>
+__device__ void AttendItem(const AttentionKernelLaunch& args, const AttentionItem& item,
+                           const PlannedTile& from, int64_t kv_head, Attention& attention) {
+  constexpr int R = Attention::kRows, C = Attention::kChannels;
+  const int64_t dim = args.layout.head_dim;
+  const bool split = item.segment >= 0, has_channels = attention.channel(0) < dim;
+  const int begin = split ? item.segment : 0, end = split ? begin + 1 : from.num_segments;
+  State<R, C> state;
+  float largest[R] = {}, sum[R] = {};  // of the segments so far
+  for (int segment = begin; segment < end; ++segment) {
+    attention.AttendSegment(segment, state);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (segment == begin) {
+        largest[r] = state.largest[r];
+        sum[r] = state.sum[r];
+#pragma unroll
+        for (int c = 0; c < C; ++c) attention.Total(r, c) = state.values[r][c];
+        continue;
+      }
+      const MergeWeights weights = WeightsOf(largest[r], state.largest[r]);
+      largest[r] = weights.largest;
+      sum[r] = Merge(weights, sum[r], state.sum[r]);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        attention.Total(r, c) = Merge(weights, attention.Total(r, c), state.values[r][c]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int row = attention.row(r);
+    if (row >= from.num_rows || !has_channels) continue;
+    float* to = split ? args.states + StateIndex(from, args.tile_rows, kv_head, item.segment, row) *
+                                          StateFloats(dim)
+                      : args.out + RowOffset(args, from, kv_head, row);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const float total = attention.Total(r, c);
+      to[attention.channel(c)] = split ? total : total / sum[r];
+    }
+    if (split && attention.channel(0) == 0) {
+      to[dim] = largest[r];
+      to[dim + 1] = sum[r];
+    }
+  }
+}
+
+}  // namespace innerq::cuda
