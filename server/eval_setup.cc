@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "engine/page_budget.h"
+#include "server/utf8.h"
 
 namespace innerq {
 namespace {
@@ -53,7 +54,8 @@ Result<KvLayout> LayoutOf(const CacheChoice& cache, const ModelConfig& config) {
 Result<std::vector<CacheChoice>> ReadChoices(const Options& options, const ConfigSource& source,
                                              const std::vector<std::string>& choices) {
   if (choices.empty()) {
-    return std::vector<CacheChoice>{{source.file.stem().string(), options.runner.kv_cache}};
+    return std::vector<CacheChoice>{
+        {ReplaceInvalidUtf8(source.file.stem().string()), options.runner.kv_cache}};
   }
   for (const std::string& text : source.overrides) {
     const bool one_key = text.starts_with("kv_cache.");
@@ -106,7 +108,7 @@ Result<void> AddReference(const Options& options, const ModelConfig& config,
 Result<CacheChoice> ParseCacheChoice(std::string_view text) {
   std::vector<std::string> parts = SplitChoice(text);
   const std::filesystem::path file = parts[0];
-  CacheChoice choice{.name = file.stem().string(), .options = {}};
+  CacheChoice choice{.name = ReplaceInvalidUtf8(file.stem().string()), .options = {}};
   std::vector<std::string> overrides;
   for (size_t i = 1; i < parts.size(); ++i) {
     choice.name += "," + parts[i];

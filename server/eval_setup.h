@@ -17,7 +17,7 @@
 
 namespace innerq {
 
-// A cache and what tables call it.
+// A cache and what tables call it, in UTF-8.
 struct CacheChoice {
   std::string name;
   KvCacheOptions options;
