@@ -6,6 +6,8 @@
 #include <iterator>
 #include <utility>
 
+#include "server/utf8.h"
+
 namespace innerq {
 namespace {
 
@@ -35,7 +37,7 @@ std::vector<std::string> SplitChoice(std::string_view text) {
 Result<CacheChoice> ParseCacheChoice(std::string_view text) {
   std::vector<std::string> parts = SplitChoice(text);
   const std::filesystem::path file = parts[0];
-  CacheChoice choice{.name = file.stem().string(), .options = {}};
+  CacheChoice choice{.name = ReplaceInvalidUtf8(file.stem().string()), .options = {}};
   std::vector<std::string> overrides;
   for (size_t i = 1; i < parts.size(); ++i) {
     choice.name += "," + parts[i];
@@ -61,7 +63,8 @@ Result<CacheChoice> ParseCacheChoice(std::string_view text) {
 Result<std::vector<CacheChoice>> ReadCacheChoices(const Options& options,
                                                   const ConfigSource& source,
                                                   const std::vector<std::string>& texts) {
-  CacheChoice own{.name = source.file.stem().string(), .options = options.runner.kv_cache};
+  CacheChoice own{.name = ReplaceInvalidUtf8(source.file.stem().string()),
+                  .options = options.runner.kv_cache};
   for (const std::string& text : source.overrides) {
     if (text.starts_with(kSection)) own.replaced.push_back(text.substr(kSection.size()));
   }

@@ -264,7 +264,7 @@ Result<EvalReport> EvaluateProblems(const Evaluation& evaluation, const ProblemA
                          {"chat", args.chat},
                          {"max_tokens", args.max_tokens},
                          {"reference", evaluation.caches[0].name}};
-  report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
+  report.settings = settings.dump();
   report.columns = {{"accuracy", "right", Format::kPercent},
                     {"as_reference", "as reference", Format::kPercent},
                     {"ended", "with a number", Format::kPercent},
@@ -303,7 +303,7 @@ Result<EvalReport> EvaluateRecall(const Evaluation& evaluation, const RecallArgs
   const Json settings = {{"lengths", args.lengths},       {"depths", args.depths},
                          {"trials", args.trials},         {"seed", args.seed},
                          {"max_tokens", args.max_tokens}, {"chat", args.chat}};
-  report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
+  report.settings = settings.dump();
   report.columns = {{"found", "found", Format::kPercent},
                     {"found_quantized", "quantized", Format::kPercent}};
   for (const int64_t length : args.lengths) {

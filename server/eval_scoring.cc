@@ -128,7 +128,7 @@ Result<Scored> ScoreWindows(const Evaluation& evaluation, const std::string& tas
                          {"context", context},
                          {"skip", args.skip},
                          {"reference", evaluation.caches[0].name}};
-  scored.report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
+  scored.report.settings = settings.dump();
   return scored;
 }
 
@@ -314,7 +314,7 @@ EvalReport LongAnswerReport(const Evaluation& evaluation, const LongAnswerArgs& 
                          {"temperature", args.temperature},
                          {"seed", args.seed},
                          {"reference", evaluation.caches[0].name}};
-  report.settings = settings.dump(-1, ' ', false, Json::error_handler_t::replace);
+  report.settings = settings.dump();
   report.columns = {{"kl_mean", "KL mean", Format::kSmall},
                     {"kl_p99", "99th pct", Format::kSmall},
                     {"top1_agreement", "top-1", Format::kPercent},

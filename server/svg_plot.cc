@@ -7,8 +7,6 @@
 #include <iterator>
 #include <string_view>
 
-#include "server/utf8.h"
-
 namespace innerq {
 namespace {
 
@@ -20,7 +18,7 @@ constexpr double kCharWidth = 7;  // of most characters at 12 pixels, generously
 
 std::string Escape(std::string_view text) {
   std::string escaped;
-  for (const char c : ReplaceInvalidUtf8(text)) {
+  for (const char c : text) {
     switch (c) {
       case '&':
         escaped += "&amp;";

@@ -140,6 +140,14 @@ TEST(CacheChoice, IsAFileWithReplacedKeys) {
   EXPECT_EQ(ParseCacheChoice(file + ",bits=2").error().param, "kv_cache.bits");
 }
 
+TEST(CacheChoice, IsCalledInUtf8) {
+  const TemporaryDirectory directory;
+  WriteAll(directory.path() / "a\xff.json", R"({"kv_cache": {"key": {"bits": 2}}})");
+  const auto choice = ParseCacheChoice((directory.path() / "a\xff.json").string() + ",key.bits=4");
+  ASSERT_TRUE(choice.ok()) << choice.error().message;
+  EXPECT_EQ(choice->name, "a\xef\xbf\xbd,key.bits=4");
+}
+
 TEST(Needle, IsAsLongAsItIsToldAndStandsWhereItIsTold) {
   const auto tokenizer = DemoTokenizer();
   const EncodeNeedle encode = [&](const std::string& text, const std::string& question) {

@@ -175,9 +175,10 @@ TEST(Eval, RecallFindsNeedlesAtEveryDepth) {
     double sum = 0;
     for (const Json& cell : cache["grid"]) sum += cell["found"].get<double>();
     EXPECT_NEAR(sum / 6, cache["found"], 1e-12);
-    EXPECT_EQ(cache["found_quantized"].is_null(), cache["cache"] == "fp16");
-    EXPECT_EQ(cache["needles_quantized"], cache["cache"] == "fp16" ? 0 : 2)
-        << "those in the middle of the longer text";
+    // In the middle of the longer text, if that is longer than the windows by far.
+    const int quantized = cache["cache"] != "fp16" && kContext > 400 ? 2 : 0;
+    EXPECT_EQ(cache["needles_quantized"], quantized);
+    EXPECT_EQ(cache["found_quantized"].is_null(), quantized == 0);
     EXPECT_TRUE(cache.contains("found_length_128"));
     EXPECT_TRUE(cache.contains("found_depth_50"));
   }
