@@ -1,8 +1,10 @@
 // Attention over cache pages on the GPU: decode and prefill by cache format, beside the time that
 // the bytes alone would take.
 //
-//   attention_gpu_bench [longest context, 131072]
+//   attention_gpu_bench [tokens=1024,32768] [batch=1,8] [model=32x8x128] [cache=fp16,innerq_base]
+//                       [behind=0,4096]
 //
+// Each argument replaces a list of what is measured; an empty one leaves that table out.
 // Prints one line per case. The byte floor is what a decode must read, at the bandwidth that a
 // device-to-device copy of 1 GiB reaches in the same run. Pools are written with random halves and
 // hold several layers, together more than any cache, which take turns. Times are medians of several
@@ -18,6 +20,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -218,17 +221,68 @@ double Measure(Backend& backend, const Case& c, int64_t* read_bytes) {
   return Median(seconds);
 }
 
-void RunAll(Backend& backend, int64_t longest) {
+// What is measured.
+struct Choice {
+  std::vector<int64_t> tokens = {1024, 4096, 16384, 32768, 131072};
+  std::vector<int64_t> batches = {1, 8, 32};
+  std::vector<int64_t> behind = {0, 4096, 32768};
+  std::vector<std::string> models, caches;  // empty: all
+};
+
+std::vector<std::string> SplitList(std::string_view list) {
+  std::vector<std::string> items;
+  for (size_t at = 0; at < list.size();) {
+    const size_t end = std::min(list.find(',', at), list.size());
+    items.emplace_back(list.substr(at, end - at));
+    at = end + 1;
+  }
+  return items;
+}
+
+std::vector<int64_t> SplitNumbers(std::string_view list) {
+  std::vector<int64_t> numbers;
+  for (const std::string& item : SplitList(list)) numbers.push_back(std::atol(item.c_str()));
+  return numbers;
+}
+
+bool Chosen(const std::vector<std::string>& names, const char* name) {
+  return names.empty() || std::find(names.begin(), names.end(), name) != names.end();
+}
+
+// Whether `argument` is one of the list above.
+bool ReadArgument(std::string_view argument, Choice* choice) {
+  const size_t equals = argument.find('=');
+  if (equals == std::string_view::npos) return false;
+  const std::string_view key = argument.substr(0, equals), list = argument.substr(equals + 1);
+  if (key == "tokens") {
+    choice->tokens = SplitNumbers(list);
+  } else if (key == "batch") {
+    choice->batches = SplitNumbers(list);
+  } else if (key == "behind") {
+    choice->behind = SplitNumbers(list);
+  } else if (key == "model") {
+    choice->models = SplitList(list);
+  } else if (key == "cache") {
+    choice->caches = SplitList(list);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+void RunAll(Backend& backend, const Choice& choice) {
   const double bandwidth = CopyBandwidth(backend);
   std::printf("copy within device memory: %.0f GB/s read and written\n", bandwidth / 1e9);
   std::printf("\ndecode: one token of each sequence, one layer\n");
   std::printf("%-10s %-14s %8s %6s %10s %10s %8s %8s\n", "model", "cache", "tokens", "batch", "us",
               "floor us", "floor/t", "x fp16");
   for (const Model& model : kModels) {
-    for (int64_t tokens = 1024; tokens <= longest; tokens *= 4) {
-      for (const int64_t batch : {1, 8, 32}) {
+    if (!Chosen(choice.models, model.name)) continue;
+    for (const int64_t tokens : choice.tokens) {
+      for (const int64_t batch : choice.batches) {
         double fp16 = 0;
         for (const Format& format : Formats()) {
+          if (!Chosen(choice.caches, format.name)) continue;
           int64_t bytes = 0;
           const double seconds = Measure(backend, {model, format, tokens - 1, batch, 1}, &bytes);
           const double floor = static_cast<double>(bytes) / bandwidth;
@@ -249,8 +303,10 @@ void RunAll(Backend& backend, int64_t longest) {
   std::printf("\nprefill: 512 tokens of one sequence, one layer\n");
   std::printf("%-10s %-14s %8s %10s\n", "model", "cache", "behind", "us");
   for (const Model& model : kModels) {
-    for (const int64_t depth : {0, 4096, 32768}) {
+    if (!Chosen(choice.models, model.name)) continue;
+    for (const int64_t depth : choice.behind) {
       for (const Format& format : Formats()) {
+        if (!Chosen(choice.caches, format.name)) continue;
         int64_t bytes = 0;
         const double seconds = Measure(backend, {model, format, depth, 1, 512}, &bytes);
         std::printf("%-10s %-14s %8ld %10.1f\n", model.name, format.name, static_cast<long>(depth),
@@ -264,6 +320,12 @@ void RunAll(Backend& backend, int64_t longest) {
 }  // namespace innerq
 
 int main(int argc, char** argv) {
+  innerq::Choice choice;
+  for (int i = 1; i < argc; ++i) {
+    if (innerq::ReadArgument(argv[i], &choice)) continue;
+    std::fprintf(stderr, "unknown argument %s; see the top of attention_gpu_bench.cc\n", argv[i]);
+    return 1;
+  }
   auto backend = innerq::CreateBackend({.device = "cuda"});
   if (!backend.ok()) {
     std::fprintf(stderr, "%s\n", backend.error().message.c_str());
@@ -275,5 +337,5 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", reserved.error().message.c_str());
     return 1;
   }
-  innerq::RunAll(**backend, argc > 1 ? std::atol(argv[1]) : 131072);
+  innerq::RunAll(**backend, choice);
 }
