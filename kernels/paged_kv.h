@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <string>
 #include <vector>
@@ -67,24 +68,45 @@ INNERQ_HOST_DEVICE constexpr int64_t FragmentIndex(int64_t inner, int64_t outer)
   return lane * 32 + tile * 8 + inner % 8;
 }
 
-// Bit at which a code of a square begins in a plane of `plane_bits` bits a code: 1, 2, 4 or 8. A
-// lane's codes fill that many words one after the other. Neighbours share the halves of a word, for
-// they are the halves of a register of the product. Single bits lie two apart, as pairs of bits do.
-INNERQ_HOST_DEVICE constexpr int64_t FragmentBit(int plane_bits, int64_t index) {
-  const int64_t pair = index / 2 % (16 / plane_bits);  // of the word
-  const int64_t bit =
-      plane_bits == 1 ? pair / 8 * 8 + pair % 4 * 2 + pair / 4 % 2 : pair * plane_bits;
-  return index * plane_bits / 32 * 32 + index % 2 * 16 + bit;
+// Where a lane's codes lie in its words, of which it has `bits`. Its codes 2p and 2p + 1 share
+// field p of 16, one in each half of a word, for they are the halves of a register of the product.
+// Masking a field out leaves a subnormal half, code * 2^(bit - 24), which the product takes as it
+// is; so a field must come to lie below bit 10, at the bit of the same field of the other tiles
+// (TileCodeBit), by few shifts. Three bits leave one bit of a half over in each word: those are the
+// last field.
+struct FragmentField {
+  int word = 0;
+  int bit = 0;  // of each half
+};
+INNERQ_HOST_DEVICE constexpr bool IsSplitField(int bits, int field) {
+  return bits == 3 && field == 15;  // bit k of a code is the highest bit of a half of word k
+}
+INNERQ_HOST_DEVICE constexpr FragmentField FragmentFieldAt(int bits, int field) {
+  if (bits != 3) return {field * bits / 16, field * bits % 16};
+  const int tile = field / 4, pair = field % 4;
+  if (tile < 3) return {tile, pair < 3 ? 3 * pair : tile == 1 ? 9 : 12};
+  return pair == 0 ? FragmentField{0, 9} : pair == 1 ? FragmentField{2, 9} : FragmentField{1, 12};
 }
 
-// Reads a code of a square. Codes of 3 bits are two planes: the lower two bits, then the highest.
+// Index of a lane's word k in a square. Three words are read as two and one.
+INNERQ_HOST_DEVICE constexpr int64_t FragmentWord(int bits, int64_t lane, int64_t k) {
+  if (bits != 3) return lane * bits + k;
+  return k < 2 ? lane * 2 + k : 2 * 32 + lane;
+}
+
+// Reads a code of a square.
 inline uint32_t ReadFragmentCode(const uint8_t* square, int bits, int64_t index) {
-  const auto read = [&](const uint8_t* plane, int plane_bits) {
-    const int64_t bit = FragmentBit(plane_bits, index);
-    return (static_cast<uint32_t>(plane[bit / 8]) >> (bit % 8)) & ((1u << plane_bits) - 1u);
+  const auto half_of = [&](int64_t k) {
+    uint16_t half;
+    const int64_t word = FragmentWord(bits, index / 32, k);
+    std::memcpy(&half, square + word * 4 + index % 2 * 2, sizeof(half));  // little endian
+    return static_cast<uint32_t>(half);
   };
-  if (bits != 3) return read(square, bits);
-  return read(square, 2) | read(square + kSquareCodes * 2 / 8, 1) << 2;
+  const int field = static_cast<int>(index / 2 % 16);
+  if (IsSplitField(bits, field))
+    return half_of(0) >> 15 | half_of(1) >> 15 << 1 | half_of(2) >> 15 << 2;
+  const FragmentField at = FragmentFieldAt(bits, field);
+  return half_of(at.word) >> at.bit & ((1u << bits) - 1u);
 }
 
 // Keys and values of one layer: sizes and offsets within one head of one page, in bytes.

@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(kWarpSize)
 }
 
 constexpr int kMergeThreads = 128;
+constexpr int kMergeAhead = 8;  // states that are read at once
 
 // Grid: [tiles, G, rows of a tile]. Block: 128 threads merge the segments of one row in order, a
 // channel each at a time. No shared memory.
@@ -222,22 +223,35 @@ __global__ void MergeKernel(const __grid_constant__ AttentionKernelLaunch args) 
   if (row >= from.num_rows) return;
   const int64_t dim = args.layout.head_dim;
   float* out = args.out + RowOffset(args, from, blockIdx.y, row);
+  const float* states =
+      args.states + StateIndex(from, args.tile_rows, blockIdx.y, 0, row) * StateFloats(dim);
+  const int64_t stride = args.tile_rows * StateFloats(dim);  // from segment to segment
   for (int64_t c = threadIdx.x; c < dim; c += kMergeThreads) {
-    float largest = 0, sum = 0, value = 0;
-    for (int segment = 0; segment < from.num_segments; ++segment) {
-      const float* state =
-          args.states +
-          StateIndex(from, args.tile_rows, blockIdx.y, segment, row) * StateFloats(dim);
-      if (segment == 0) {
-        largest = state[dim];
-        sum = state[dim + 1];
-        value = state[c];
-        continue;
+    float largest = -INFINITY, sum = 0, value = 0;
+    for (int begin = 0; begin < from.num_segments; begin += kMergeAhead) {
+      const int count = min(kMergeAhead, from.num_segments - begin);
+      float largests[kMergeAhead], sums[kMergeAhead], values[kMergeAhead];
+#pragma unroll
+      for (int i = 0; i < kMergeAhead; ++i) {
+        const float* state = states + (begin + min(i, count - 1)) * stride;
+        largests[i] = __ldg(state + dim);
+        sums[i] = __ldg(state + dim + 1);
+        values[i] = __ldg(state + c);
       }
-      const MergeWeights weights = WeightsOf(largest, state[dim]);
-      largest = weights.largest;
-      sum = Merge(weights, sum, state[dim + 1]);
-      value = Merge(weights, value, state[c]);
+#pragma unroll
+      for (int i = 0; i < kMergeAhead; ++i) {
+        if (i >= count) break;
+        if (begin + i == 0) {
+          largest = largests[0];
+          sum = sums[0];
+          value = values[0];
+          continue;
+        }
+        const MergeWeights weights = WeightsOf(largest, largests[i]);
+        largest = weights.largest;
+        sum = Merge(weights, sum, sums[i]);
+        value = Merge(weights, value, values[i]);
+      }
     }
     out[c] = value / sum;
   }

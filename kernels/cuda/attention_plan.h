@@ -29,6 +29,7 @@ constexpr int64_t kSegmentTokens = 512;  // a multiple of every page size
 constexpr int64_t kSegmentStrips = kSegmentTokens / kStripTokens;
 constexpr int kMmaWarpRows = 8;  // of one warp on tensor cores
 constexpr int kMaxTileRows = 4 * kMmaWarpRows;
+constexpr int kMmaTeams = 4;  // of a block that has rows for one warp; see attention_mma.cu
 
 // A slice of the step, without its page table, which starts at `first_page` of the step's table.
 struct DeviceSlice {
@@ -101,8 +102,13 @@ constexpr int TileRowsFor(int64_t rows, const AttentionShape& shape) {
   return tile_rows;
 }
 
-// Warps of a block on tensor cores.
+// Warps that hold the rows of a tile on tensor cores.
 constexpr int MmaWarps(int tile_rows) { return (tile_rows + kMmaWarpRows - 1) / kMmaWarpRows; }
+
+constexpr int BlockWarps(int tile_rows, const AttentionShape& shape) {
+  if (!shape.tensor_cores) return 1;
+  return tile_rows <= kMmaWarpRows ? kMmaTeams : MmaWarps(tile_rows);
+}
 
 // Cuts a step into two launches: sequences with one token (decode), and the others. Reuses its
 // memory from call to call; Reserve makes it enough for a step.
@@ -168,8 +174,7 @@ class AttentionPlan {
       longest = std::max<int64_t>(longest, tile.num_segments);
     }
     const int64_t num_states = num_items * shape.kv_heads * launch.tile_rows;
-    const int64_t num_warps =
-        num_tiles * shape.kv_heads * (shape.tensor_cores ? MmaWarps(launch.tile_rows) : 1);
+    const int64_t num_warps = num_tiles * shape.kv_heads * BlockWarps(launch.tile_rows, shape);
     const bool split = num_warps < shape.busy_warps && longest > 1 &&
                        num_items <= shape.max_items && num_states <= shape.max_states;
     for (int32_t i = 0; i < static_cast<int32_t>(num_tiles); ++i) {

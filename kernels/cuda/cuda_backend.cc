@@ -28,7 +28,7 @@ constexpr int64_t kMaxHeadDim = 256;
 // States of split attention: 8 rows of 128 channels, 8 heads, 4 million tokens in segments.
 constexpr int64_t kStateBytes = int64_t{256} << 20;
 constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
-constexpr int64_t kWarpsPerSm = 16;      // that keep a multiprocessor busy
+constexpr int64_t kWarpsPerSm = 48;      // that keep a multiprocessor busy, in turns
 constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
 constexpr int64_t kSpareBytes = 65536;   // of staging, for small arguments
 

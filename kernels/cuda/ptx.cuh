@@ -24,17 +24,28 @@ __device__ inline void MultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with sums that start from `from`: c = from + a * b.
+__device__ inline void Multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                const float (&from)[4], float (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(from[0]), "f"(from[1]),
+        "f"(from[2]), "f"(from[3]));
+}
+
+// 2^x to two units in the last place; results below 2^-126 are 0.
+__device__ inline float FastExp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Two floats as halves of a word, to nearest even; the first is the lower one.
 __device__ inline uint32_t PackHalves(float low, float high) {
   uint32_t halves;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
-  return halves;
-}
-
-// x * y + z in both halves, rounded once.
-__device__ inline uint32_t MultiplyAddHalves(uint32_t x, uint32_t y, uint32_t z) {
-  uint32_t halves;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(halves) : "r"(x), "r"(y), "r"(z));
   return halves;
 }
 

@@ -101,14 +101,17 @@ struct MmaShared {
   int32_t value_codes = 0;                    // [D/32] squares
   int32_t value_scales = 0, value_zeros = 0;  // F16 [D]
   int32_t stage_bytes = 0;
-  // After all stages.
-  int32_t total = 0;  // [D/4][threads] F32
-  int32_t heads = 0;  // addresses, one per strip of a segment
+  int32_t num_stages = 0;
+  int32_t team_bytes = 0;  // of the stages of one team
+  // After the stages of all teams.
+  int32_t parts = 0;  // states of a segment's parts [teams][D/4 + 2][32] F32; of one team: the
+                      // segment so far [D/4][threads]
+  int32_t total = 0;  // of the segments so far [D/4 / teams][threads] F32
   int32_t bytes = 0;  // of all
 };
 
 struct MmaSharedShape {
-  int32_t num_stages = 0, num_threads = 0, segment_strips = 0;
+  int32_t num_stages = 0, num_threads = 0, num_teams = 0;
 };
 INNERQ_HOST_DEVICE inline MmaShared PlanMmaShared(const KvLayerLayout& layout,
                                                   const MmaSharedShape& shape) {
@@ -123,9 +126,13 @@ INNERQ_HOST_DEVICE inline MmaShared PlanMmaShared(const KvLayerLayout& layout,
   shared.value_scales = shared.value_codes + (value.quantized() ? 32 * dim * value.bits / 8 : 0);
   shared.value_zeros = shared.value_scales + value_params;
   shared.stage_bytes = shared.value_zeros + (value.has_zero() ? value_params : 0);
-  shared.total = shape.num_stages * shared.stage_bytes;
-  shared.heads = shared.total + dim / 4 * shape.num_threads * 4;
-  shared.bytes = shared.heads + shape.segment_strips * static_cast<int32_t>(sizeof(void*));
+  shared.num_stages = shape.num_stages;
+  shared.team_bytes = shape.num_stages * shared.stage_bytes;
+  shared.parts = shape.num_teams * shared.team_bytes;
+  const int32_t part_floats =
+      shape.num_teams > 1 ? shape.num_teams * (dim / 4 + 2) * 32 : dim / 4 * shape.num_threads;
+  shared.total = shared.parts + part_floats * 4;
+  shared.bytes = shared.total + dim / 4 / shape.num_teams * shape.num_threads * 4;
   return shared;
 }
 
@@ -135,54 +142,54 @@ struct alignas(4 * kCount) Words {
   uint32_t word[kCount];
 };
 
-// The words of a square's codes that a lane owns; see FragmentBit.
+// The words of a square's codes that a lane owns; see FragmentFieldAt.
 template <int kBits>
 INNERQ_HOST_DEVICE inline void LoadLaneWords(const uint32_t* square, int lane,
                                              uint32_t (&words)[kBits]) {
   constexpr int kAtOnce = kBits == 3 ? 2 : kBits < 4 ? kBits : 4;
-  constexpr int kPlane = kBits == 3 ? 2 : kBits;
-  for (int i = 0; i < kPlane; i += kAtOnce) {
-    const auto some = *reinterpret_cast<const Words<kAtOnce>*>(square + lane * kPlane + i);
-    for (int k = 0; k < kAtOnce; ++k) words[i + k] = some.word[k];
+  for (int k = 0; k + kAtOnce <= kBits; k += kAtOnce) {
+    const auto some =
+        *reinterpret_cast<const Words<kAtOnce>*>(square + FragmentWord(kBits, lane, k));
+    for (int i = 0; i < kAtOnce; ++i) words[k + i] = some.word[i];
   }
-  if constexpr (kBits == 3) words[2] = square[2 * 32 + lane];
+  if constexpr (kBits == 3) words[2] = square[FragmentWord(kBits, lane, 2)];
 }
 
-// Bit of a half at which TileCodes leaves the codes of pair `pair` of a tile.
+// Bit of a half at which TileCodes leaves the codes of register `pair` of every tile.
 INNERQ_HOST_DEVICE constexpr int TileCodeBit(int bits, int pair) {
-  return pair * (bits == 3 ? 2 : bits) % 8;
+  return bits == 3 ? (pair == 2 ? 6 : pair == 0 ? 0 : 3) : pair * bits % 8;
 }
 
 // Two codes of a lane, in the halves of a word: those of register `pair` of tile `tile` of a
 // square; each begins at TileCodeBit, all other bits are 0.
 template <int kBits>
 INNERQ_HOST_DEVICE inline uint32_t TileCodes(const uint32_t (&words)[kBits], int tile, int pair) {
-  constexpr int kPlane = kBits == 3 ? 2 : kBits;
   constexpr uint32_t kBothHalves = 0x00010001u;
-  const int bit = (4 * tile + pair) * kPlane;  // of the lane's halves, one after the other
-  const int at = TileCodeBit(kBits, pair);
-  const uint32_t mask = ((1u << kPlane) - 1u) * kBothHalves;
-  const uint32_t codes = words[bit / 16] >> (bit % 16 / 8 * 8) & mask << at;
-  if constexpr (kBits == 3) {
-    // The single bits of a tile lie two apart, as the codes do, from bit 0, 1, 8 or 9 on.
-    const uint32_t high = tile < 2 ? words[2] << (2 - tile) : words[2] >> (4 + tile);
-    return codes | (high & (4u * kBothHalves) << at);
-  } else {
-    return codes;
+  const int field = 4 * tile + pair, to = TileCodeBit(kBits, pair);
+  if (IsSplitField(kBits, field)) {
+    return (words[0] >> (15 - to) & kBothHalves << to) |
+           (words[kBits / 2] >> (14 - to) & kBothHalves << (to + 1)) |
+           (words[kBits - 1] >> (13 - to) & kBothHalves << (to + 2));
   }
+  const FragmentField at = FragmentFieldAt(kBits, field);
+  return words[at.word] >> (at.bit - to) & ((1u << kBits) - 1u) * kBothHalves << to;
 }
 
 // Packs word `word` of a square from its codes, one a byte.
 INNERQ_HOST_DEVICE inline uint32_t PackFragmentWord(const uint8_t* codes, int bits, int64_t word) {
-  const bool high = bits == 3 && word >= 2 * 32;  // of the plane of highest bits
-  const int plane_bits = bits == 3 ? (high ? 1 : 2) : bits;
-  const int shift = high ? 2 : 0;
-  const int64_t num_codes = 32 / plane_bits;
-  const int64_t first = (high ? word - 2 * 32 : word) * num_codes;
+  const bool third = bits == 3 && word >= 2 * 32;
+  const int64_t words = third ? 1 : bits == 3 ? 2 : bits;  // of a lane, side by side
+  const int64_t lane = (third ? word - 2 * 32 : word) / words;
+  const int k = third ? 2 : static_cast<int>(word % words);
   uint32_t packed = 0;
-  for (int64_t i = first; i < first + num_codes; ++i) {
-    const uint32_t code = static_cast<uint32_t>(codes[i]) >> shift & ((1u << plane_bits) - 1u);
-    packed |= code << (FragmentBit(plane_bits, i) % 32);
+  for (int field = 0; field < 16; ++field) {
+    const uint8_t* two = codes + lane * 32 + field * 2;
+    const uint32_t halves = two[0] | static_cast<uint32_t>(two[1]) << 16;
+    if (IsSplitField(bits, field)) {
+      packed |= (halves >> k & 0x00010001u) << 15;
+    } else if (const FragmentField at = FragmentFieldAt(bits, field); at.word == k) {
+      packed |= halves << at.bit;
+    }
   }
   return packed;
 }

@@ -142,13 +142,16 @@ void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()
 void SyncBlock() { Wait(running.all); }
 void SyncWarp() { Wait(running.warps[running.current / kWarp]); }
 
-float ShuffleXor(float value, int mask) {
+float Shuffle(float value, int lane) {
   const size_t self = running.current;
   running.shuffled[self] = value;
   SyncWarp();
-  const float other = running.shuffled[self ^ static_cast<size_t>(mask)];
+  const float other = running.shuffled[self / kWarp * kWarp + static_cast<size_t>(lane)];
   SyncWarp();
   return other;
+}
+float ShuffleXor(float value, int mask) {
+  return Shuffle(value, static_cast<int>(running.current % kWarp) ^ mask);
 }
 
 void MultiplyAdd(const MmaLane& lane) {

@@ -37,8 +37,9 @@ struct LaunchConfiguration {
 void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()>& kernel);
 void SyncBlock();
 void SyncWarp();
-// The value of the lane whose id differs by `mask`.
+// The value of the lane whose id differs by `mask`, and of lane `lane`.
 float ShuffleXor(float value, int mask);
+float Shuffle(float value, int lane);
 // The product of the warp; see MultiplyAddFragments.
 void MultiplyAdd(const MmaLane& lane);
 // Copies of 16 bytes by the thread. They happen as late as they may: when it waits for them.
@@ -56,6 +57,18 @@ inline void __syncthreads() { innerq::emulation::SyncBlock(); }
 inline void __syncwarp() { innerq::emulation::SyncWarp(); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return innerq::emulation::ShuffleXor(value, mask);
+}
+inline int __shfl_sync(unsigned, int value, int lane) {
+  float bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = innerq::emulation::Shuffle(bits, lane);
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline int __any_sync(unsigned, int predicate) {
+  float any = predicate != 0 ? 1.0f : 0.0f;
+  for (int mask = 1; mask < 32; mask *= 2) any += innerq::emulation::ShuffleXor(any, mask);
+  return any > 0;
 }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 #include <string>
 #include <vector>
@@ -224,16 +225,26 @@ TEST(PagedKv, FragmentsAreForTheShapesThatTheyServe) {
   }
 }
 
-// Bits of a plane are used once, and neighbouring codes are in one word.
-TEST(PagedKv, FragmentBitsArePlanesOfASquare) {
-  for (const int bits : {1, 2, 4, 8}) {
-    std::vector<int> hits(static_cast<size_t>(kSquareCodes * bits));
+// Every bit of a lane is that of one code.
+TEST(PagedKv, FragmentFieldsFillALanesWords) {
+  for (const int bits : {2, 3, 4, 8}) {
+    std::vector<uint8_t> square(kSquareCodes * bits / 8, 0xff);
     for (int64_t i = 0; i < kSquareCodes; ++i) {
-      const int64_t bit = FragmentBit(bits, i);
-      for (int b = 0; b < bits; ++b) EXPECT_EQ(++hits.at(static_cast<size_t>(bit + b)), 1);
-      EXPECT_EQ(bit / 32, i * bits / 32);
-      EXPECT_EQ(FragmentBit(bits, i ^ 1), bit ^ 16);
+      EXPECT_EQ(ReadFragmentCode(square.data(), bits, i), (1u << bits) - 1u);
     }
+    std::vector<int> readers(kSquareCodes * bits);  // of each bit
+    for (int64_t bit = 0; bit < kSquareCodes * bits; ++bit) {
+      std::fill(square.begin(), square.end(), uint8_t{0});
+      square[static_cast<size_t>(bit / 8)] = static_cast<uint8_t>(1u << (bit % 8));
+      const int64_t lane = bits == 3 && bit / 32 >= 64 ? bit / 32 - 64
+                           : bits == 3                 ? bit / 64
+                                                       : bit / 32 / bits;
+      for (int64_t i = lane * 32; i < lane * 32 + 32; ++i) {
+        readers[static_cast<size_t>(bit)] +=
+            std::popcount(ReadFragmentCode(square.data(), bits, i));
+      }
+    }
+    EXPECT_EQ(readers, std::vector<int>(readers.size(), 1)) << bits << " bits";
   }
 }
 

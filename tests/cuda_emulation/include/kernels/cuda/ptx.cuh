@@ -10,20 +10,17 @@ inline void MultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float 
   emulation::MultiplyAdd({a, {b0, b1}, c});
 }
 
+inline void Multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&from)[4],
+                     float (&c)[4]) {
+  for (int i = 0; i < 4; ++i) c[i] = from[i];
+  emulation::MultiplyAdd({a, {b0, b1}, c});
+}
+
 inline uint32_t PackHalves(float low, float high) {
   return F32ToF16(low) | static_cast<uint32_t>(F32ToF16(high)) << 16;
 }
 
-// Rounds twice, which shows only where the sum is no F16.
-inline uint32_t MultiplyAddHalves(uint32_t x, uint32_t y, uint32_t z) {
-  const auto half = [&](int shift) {
-    const auto part = [&](uint32_t halves) {
-      return F16ToF32(static_cast<uint16_t>(halves >> shift & 0xffffu));
-    };
-    return fmaf(part(x), part(y), part(z));
-  };
-  return PackHalves(half(0), half(16));
-}
+inline float FastExp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 
 inline void CopyAsync(void* shared, const void* global) { emulation::CopyAsync(shared, global); }
 inline void CommitCopies() { emulation::CommitCopies(); }
