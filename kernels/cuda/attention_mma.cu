@@ -60,6 +60,20 @@ using Rows = uint32_t[2][4];
 // log2(size / 32) of a size in {32, 64, 128}.
 __device__ int Log2Of32s(int64_t size) { return size == 128 ? 2 : size == 64 ? 1 : 0; }
 
+// How a warp's eight rows meet keys: times the key norm where keys were divided by it, and ready
+// for codes or for halves. In shared memory.
+template <int kDim>
+struct QueryForm {
+  struct alignas(16) Square {
+    Rows lanes[kWarpSize];
+  };
+  Square rows[kDim / kSide];
+  float sums[kDim / kSide][kMmaWarpRows];  // over squares, in kCodeUnit
+  float unit[kMmaWarpRows];                // times a product: a score, in units of log2
+};
+static_assert(sizeof(QueryForm<64>) == QueryFormBytes(64));
+static_assert(sizeof(QueryForm<128>) == QueryFormBytes(128));
+
 // A lane's eight elements of a row, as both halves of M.
 __device__ void SplitRow(const float (&x)[8], Rows& rows) {
 #pragma unroll
@@ -179,8 +193,14 @@ class MmaAttention {
         outer_(row_ % 8 / 2 * 8 + row_ % 2),
         offset_(StripOffset(args, from, row_)),
         last_offset_(StripOffset(args, from, kMaxTileRows)),
-        stages_(shared + (kTeamed ? warp_ * at_.team_bytes : 0)) {
+        stages_(shared + (kTeamed ? warp_ * at_.team_bytes : 0)),
+        forms_(reinterpret_cast<QueryForm<kDim>*>(shared + at_.queries) +
+               (kTeamed ? 0 : 2 * warp_)) {
     for (int i = 0; i < at_.num_stages - 1; ++i) BeginCopy();
+    for (int form = 0; form < 2; ++form) {
+      if (!kTeamed || warp_ == form) PrepareQueries(form == 1);
+    }
+    __syncthreads();
   }
 
   // Accumulates the tile's part of a segment. Segments come in order.
@@ -192,8 +212,14 @@ class MmaAttention {
     }
   }
 
-  // The thread's part of the total over segments, in shared memory.
-  __device__ float& Total(int, int c) { return Floats(at_.total)[c * blockDim.x + thread_]; }
+  // The thread's part of the total over segments: few floats, or in shared memory.
+  __device__ float& Total(int, int c) {
+    if constexpr (kTeamed) {
+      return total_[c];
+    } else {
+      return Floats(at_.total)[c * blockDim.x + thread_];
+    }
+  }
   __device__ int row(int) const { return row_; }
   __device__ int channel(int c) const {
     const int of_lane = (kTeamed ? warp_ * kChannels : 0) + c;
@@ -384,17 +410,17 @@ class MmaAttention {
     const bool sealed = IsSealed(strip), is_last = strip == last_strip_;
     // Of halves, where a side has 16 bits.
     const std::byte* halves = HeadOf(page, sealed) + FirstToken(strip) * kDim * 2;
-    const bool coded_keys = sealed && layout_.key.quantized();
-    PrepareQueries(sealed && layout_.normalize_keys, coded_keys);
+    const QueryForm<kDim>& form = forms_[sealed ? 1 : 0];
     float score[8] = {};
-    if (coded_keys) {
+    if (sealed && layout_.key.quantized()) {
       ScoreCodes(stage, score);
     } else {
-      ScoreHalves(halves + (sealed ? layout_.key_codes : 0), score);
+      ScoreHalves(halves + (sealed ? layout_.key_codes : 0), form, score);
     }
+    const float unit = form.unit[row_ % kMmaWarpRows];
     // Scores in units of log2, those of tokens that the row does not see at -infinity.
 #pragma unroll
-    for (int j = 0; j < 8; ++j) score[j] *= unit_;
+    for (int j = 0; j < 8; ++j) score[j] *= unit;
     if (is_last) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) score[j] = first_ + j > offset_ ? -INFINITY : score[j];
@@ -417,13 +443,10 @@ class MmaAttention {
     }
   }
 
-  // Fills queries_ with the row, times the key norm where keys were divided by it, and ready to
-  // meet codes or halves; unit_ with what turns its products into scores, in units of log2;
-  // query_sums_ with the sums over squares, in kCodeUnit. Does nothing if they are there already.
-  __device__ void PrepareQueries(bool times_norm, bool coded) {
-    const int form = (times_norm ? 1 : 0) + (coded ? 2 : 0);
-    if (form == form_) return;
-    form_ = form;
+  // Writes the form in which the warp's rows meet open or sealed keys.
+  __device__ void PrepareQueries(bool sealed) const {
+    const bool coded = sealed && layout_.key.quantized();
+    const bool times_norm = sealed && layout_.normalize_keys && first_sealed_ < end_sealed_;
     const bool present = row_ < from_.num_rows;
     const float* q = args_.q + RowOffset(args_, from_, tile_.kv_head, present ? row_ : 0);
     const float* norm = args_.kv.key_norms;
@@ -442,9 +465,10 @@ class MmaAttention {
     const uint32_t exponent = FloatBits(RowMax(largest)) >> 23;
     const uint32_t bounded = exponent < 15u ? 15u : exponent;
     const float up = FloatFromBits((268u - bounded) << 23);
-    unit_ = args_.scale * kLog2E * FloatFromBits((bounded - 14u) << 23);
-    if (coded) unit_ *= 1.0f / kCodeUnit;
+    const float unit = args_.scale * kLog2E * FloatFromBits((bounded - 14u) << 23);
     const int bits = coded ? layout_.key.bits : kHalfBits;
+    QueryForm<kDim>& form = forms_[sealed ? 1 : 0];
+    form.unit[row_ % kMmaWarpRows] = coded ? unit / kCodeUnit : unit;
 #pragma unroll
     for (int s = 0; s < kSquares; ++s) {
       float sum = 0;
@@ -454,8 +478,8 @@ class MmaAttention {
         sum += x[s][j];
         x[s][j] *= PairUnit(bits, j / 2);
       }
-      query_sums_[s] = RowSum(sum) * kCodeUnit;
-      SplitRow(x[s], queries_[s]);
+      form.sums[s][row_ % kMmaWarpRows] = RowSum(sum) * kCodeUnit;
+      SplitRow(x[s], form.rows[s].lanes[lane_]);
     }
   }
 
@@ -473,6 +497,10 @@ class MmaAttention {
   }
   template <int kBits>
   __device__ void ScoreCodesOf(const std::byte* stage, float (&score)[8]) const {
+    const QueryForm<kDim>& form = forms_[1];
+    float sums[kSquares];
+#pragma unroll
+    for (int s = 0; s < kSquares; ++s) sums[s] = form.sums[s][row_ % kMmaWarpRows];
     const bool has_zero = layout_.key.has_zero();
     const float implied_zero = has_zero ? 0.0f : -static_cast<float>(1 << (kBits - 1));
     const int group_log2 = Log2Of32s(layout_.key.group_size);  // in squares
@@ -482,20 +510,21 @@ class MmaAttention {
 #pragma unroll
     for (int s = 0; s < kSquares; ++s) {
       MultiplyCodes<kBits>(codes + s * kSide * kBits, scales + (s >> group_log2) * kSide,
-                           implied_zero * query_sums_[s], queries_[s], score);
+                           implied_zero * sums[s], form.rows[s].lanes[lane_], score);
     }
     if (!has_zero) return;
 #pragma unroll
     for (int s = 0; s < kSquares; ++s) {
-      AddZeros(zeros + (s >> group_log2) * kSide, query_sums_[s], score);
+      AddZeros(zeros + (s >> group_log2) * kSide, sums[s], score);
     }
   }
   // Keys of 16 bits [32][D].
-  __device__ void ScoreHalves(const std::byte* keys, float (&score)[8]) const {
+  __device__ void ScoreHalves(const std::byte* keys, const QueryForm<kDim>& form,
+                              float (&score)[8]) const {
     const auto* from = reinterpret_cast<const uint16_t*>(keys) + outer_ * kDim + first_;
 #pragma unroll
     for (int s = 0; s < kSquares; ++s) {
-      MultiplyHalves(from + s * kSide, 2 * kDim, 8, queries_[s], 1.0f, score);
+      MultiplyHalves(from + s * kSide, 2 * kDim, 8, form.rows[s].lanes[lane_], 1.0f, score);
     }
   }
 
@@ -574,13 +603,11 @@ class MmaAttention {
   const int outer_;  // outer place that the lane's codes of tile 0 have
   const int offset_, last_offset_;  // of the row's and the last row's token in their strip
   std::byte* const stages_;         // the team's ring
-  int copied_ = 0, attended_ = 0;   // of the team's strips
+  float total_[kTeamed ? kChannels : 1];
+  int copied_ = 0, attended_ = 0;  // of the team's strips
   int copy_stage_ = 0, attend_stage_ = 0;
   int pages_to_copy_ = -1, pages_to_attend_ = -1;  // of 32 strips, one in each lane
-  Rows queries_[kSquares];
-  float query_sums_[kSquares];
-  float unit_ = 0;
-  int form_ = -1;  // of the queries
+  QueryForm<kDim>* const forms_;                   // of the warp's rows, for open and sealed keys
 };
 
 // Grid: [items, G]. Block: attends one segment of a tile for one key/value head, or all of it; a

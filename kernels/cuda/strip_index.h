@@ -104,11 +104,17 @@ struct MmaShared {
   int32_t num_stages = 0;
   int32_t team_bytes = 0;  // of the stages of one team
   // After the stages of all teams.
-  int32_t parts = 0;  // states of a segment's parts [teams][D/4 + 2][32] F32; of one team: the
-                      // segment so far [D/4][threads]
-  int32_t total = 0;  // of the segments so far [D/4 / teams][threads] F32
-  int32_t bytes = 0;  // of all
+  int32_t parts = 0;    // states of a segment's parts [teams][D/4 + 2][32] F32; of one team: the
+                        // segment so far [D/4][threads]
+  int32_t total = 0;    // without teams: the segments so far [D/4][threads] F32
+  int32_t queries = 0;  // of each warp's rows, or of all teams' rows, two forms
+  int32_t bytes = 0;    // of all
 };
+
+// Of the rows of one warp: 32 lanes of 32 bytes for each square, sums of squares, units.
+INNERQ_HOST_DEVICE constexpr int32_t QueryFormBytes(int32_t head_dim) {
+  return head_dim / 32 * 32 * 32 + (head_dim / 32 + 1) * 8 * 4;
+}
 
 struct MmaSharedShape {
   int32_t num_stages = 0, num_threads = 0, num_teams = 0;
@@ -132,7 +138,9 @@ INNERQ_HOST_DEVICE inline MmaShared PlanMmaShared(const KvLayerLayout& layout,
   const int32_t part_floats =
       shape.num_teams > 1 ? shape.num_teams * (dim / 4 + 2) * 32 : dim / 4 * shape.num_threads;
   shared.total = shared.parts + part_floats * 4;
-  shared.bytes = shared.total + dim / 4 / shape.num_teams * shape.num_threads * 4;
+  shared.queries = shared.total + (shape.num_teams > 1 ? 0 : dim / 4 * shape.num_threads * 4);
+  shared.bytes =
+      shared.queries + (shape.num_teams > 1 ? 1 : shape.num_threads / 32) * 2 * QueryFormBytes(dim);
   return shared;
 }
 
