@@ -33,12 +33,13 @@ Result<void> CheckSpec(const QuantSpec& spec, const std::string& name, int64_t i
 }
 
 // Whether products of kMmaFragment serve a layer: groups cover squares of 32 along the inner axis,
-// and the head is one that kernels exist for.
+// both sides are quantized or neither is, and the head is one that kernels exist for.
 bool HasFragments(const KvLayerLayout& layer) {
   const auto serves = [](const QuantSpec& spec) {
     return !spec.quantized() || (spec.axis == QuantAxis::kInner && spec.group_size >= 32);
   };
-  return (layer.head_dim == 64 || layer.head_dim == 128) && serves(layer.key) &&
+  return (layer.head_dim == 64 || layer.head_dim == 128) &&
+         layer.key.quantized() == layer.value.quantized() && serves(layer.key) &&
          serves(layer.value);
 }
 

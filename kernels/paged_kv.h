@@ -166,7 +166,7 @@ struct KvLayerLayout {
   }
 
   int64_t open_page_bytes() const { return kv_heads * open_head_bytes; }
-  int64_t sealed_page_bytes() const { return kv_heads * sealed_head_bytes; }
+  INNERQ_HOST_DEVICE int64_t sealed_page_bytes() const { return kv_heads * sealed_head_bytes; }
   bool quantized() const { return key.quantized() || value.quantized(); }
 };
 
@@ -231,7 +231,7 @@ class KvLayout {
   bool normalizes_keys() const { return normalizes_; }   // in at least one layer
 
   int64_t open_page_bytes() const { return open_page_bytes_; }      // all layers
-  int64_t sealed_page_bytes() const { return sealed_page_bytes_; }  // all layers
+  INNERQ_HOST_DEVICE int64_t sealed_page_bytes() const { return sealed_page_bytes_; }  // all layers
   int64_t key_norm_bytes() const {                                  // one sequence, all layers, F32
     return num_layers() * kv_heads() * head_dim() * 4;
   }

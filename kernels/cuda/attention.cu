@@ -1,5 +1,5 @@
 // Attention over open and sealed pages, prefill and decode, for every shape of head and group; see
-// attention_plan.h for how the work is cut. attention_mma.cu has the shapes of tensor cores.
+// attention_plan.h for how the work is cut. attention_mma.cuh has the shapes of tensor cores.
 //
 // R rows of a tile, C channels of V that a lane sums, D head dimension, Dp D rounded up to 16,
 // T page_tokens, N group size. The cache is in CodeOrder::kRowMajor.
@@ -283,7 +283,10 @@ cudaError_t LaunchForRows(const AttentionKernelLaunch& launch, cudaStream_t stre
 }
 
 cudaError_t LaunchForShape(const AttentionKernelLaunch& launch, cudaStream_t stream) {
-  if (launch.layout.order == CodeOrder::kMmaFragment) return LaunchMmaAttention(launch, stream);
+  if (launch.layout.order == CodeOrder::kMmaFragment) {
+    return launch.layout.head_dim == 64 ? LaunchMmaAttention64(launch, stream)
+                                        : LaunchMmaAttention128(launch, stream);
+  }
   switch (LaneChannels(launch.layout.head_dim)) {
     case 2:
       return LaunchForRows<2>(launch, stream);

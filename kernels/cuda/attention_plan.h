@@ -12,7 +12,7 @@
 // gives depends on its position alone: not on its neighbours, its tile, or how the tile was split.
 //
 // Blocks are warps where every lane holds all rows (attention.cu), and have a warp for every 8 rows
-// on tensor cores (attention_mma.cu).
+// on tensor cores (attention_mma.cuh).
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ constexpr int64_t kSegmentTokens = 512;  // a multiple of every page size
 constexpr int64_t kSegmentStrips = kSegmentTokens / kStripTokens;
 constexpr int kMmaWarpRows = 8;  // of one warp on tensor cores
 constexpr int kMaxTileRows = 4 * kMmaWarpRows;
-constexpr int kMmaTeams = 4;  // of a block that has rows for one warp; see attention_mma.cu
+constexpr int kMmaTeams = 4;  // of a block that has rows for one warp; see attention_mma.cuh
 
 // A slice of the step, without its page table, which starts at `first_page` of the step's table.
 struct DeviceSlice {

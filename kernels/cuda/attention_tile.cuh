@@ -9,8 +9,9 @@ namespace innerq::cuda {
 
 constexpr float kLog2E = 1.44269504f;
 
-// The part of LaunchAttention for caches in CodeOrder::kMmaFragment, without the merge.
-cudaError_t LaunchMmaAttention(const AttentionKernelLaunch& launch, cudaStream_t stream);
+// The part of LaunchAttention for caches in CodeOrder::kMmaFragment, without the merge, by D.
+cudaError_t LaunchMmaAttention64(const AttentionKernelLaunch& launch, cudaStream_t stream);
+cudaError_t LaunchMmaAttention128(const AttentionKernelLaunch& launch, cudaStream_t stream);
 
 // What one block works on. All of its tokens lie in strip `last_strip`.
 struct BlockTile {
@@ -22,8 +23,7 @@ struct BlockTile {
 
 __device__ inline int64_t PositionOf(const AttentionKernelLaunch& args, const PlannedTile& from,
                                      int row) {
-  const int64_t group = args.num_heads / args.layout.kv_heads;
-  return args.slices[from.slice].first_position + (from.first_row + row) / group;
+  return args.slices[from.slice].first_position + (from.first_row + row) / args.group;
 }
 
 __device__ inline BlockTile TileOf(const AttentionKernelLaunch& args, const PlannedTile& from) {
@@ -42,10 +42,9 @@ __device__ inline int StripOffset(const AttentionKernelLaunch& args, const Plann
 // Where a row of a tile begins in q and out, in elements.
 __device__ inline int64_t RowOffset(const AttentionKernelLaunch& args, const PlannedTile& from,
                                     int64_t kv_head, int row) {
-  const int64_t group = args.num_heads / args.layout.kv_heads;
-  const int64_t f = from.first_row + row;
-  const int64_t token = args.slices[from.slice].row_begin + f / group;
-  return (token * args.num_heads + kv_head * group + f % group) * args.layout.head_dim;
+  const int f = from.first_row + row;
+  const int64_t token = args.slices[from.slice].row_begin + f / args.group;
+  return (token * args.num_heads + kv_head * args.group + f % args.group) * args.layout.head_dim;
 }
 
 // The softmax of a lane's R rows over a segment so far, of C channels. `largest` and `sum` are

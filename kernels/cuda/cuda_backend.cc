@@ -395,6 +395,7 @@ class CudaBackend final : public Backend {
                                  .out = args.out.As<float>(),
                                  .states = reinterpret_cast<float*>(states_.data()),
                                  .num_heads = args.num_heads,
+                                 .group = static_cast<int>(args.num_heads / layout.kv_heads),
                                  .scale = args.scale};
     const std::span<const DeviceSlice> slices(slices_);
     const std::span<const PageRef> pages(pages_);

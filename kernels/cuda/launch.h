@@ -97,7 +97,7 @@ struct SealLaunch {
 };
 cudaError_t LaunchSeal(const SealLaunch& launch, cudaStream_t stream);
 
-// --- attention.cu, attention_mma.cu ---
+// --- attention.cu, attention_mma_*.cu ---
 
 struct AttentionKernelLaunch {
   KvLayerLayout layout;
@@ -112,6 +112,7 @@ struct AttentionKernelLaunch {
   const AttentionItem* items = nullptr;
   int64_t num_tiles = 0, num_items = 0;
   int64_t num_heads = 0;
+  int group = 1;  // H / G
   int tile_rows = 0;
   bool split = false;
   float scale = 0;

@@ -65,4 +65,50 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Copies of whole blocks of memory, and the barriers in shared memory that tell when they are
+// there. A barrier has phases: one ends when the thread that began it has arrived and what it
+// promised has been copied; their parities alternate from 0 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define INNERQ_BULK_COPIES 1
+
+__device__ inline uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+// By one thread, before all meet at a barrier of the block.
+__device__ inline void InitBarrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives, and promises `bytes` of copies.
+__device__ inline void ArriveAndExpect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// Begins to copy `bytes` from global to shared memory; all are multiples of 16.
+__device__ inline void CopyBulk(void* shared, const void* global, uint32_t bytes,
+                                uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
+}
+// Waits for the end of the phase of parity `parity`; the thread then sees what was copied.
+__device__ inline void WaitForPhase(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
+}
+#else
+#define INNERQ_BULK_COPIES 0
+#endif
+
 }  // namespace innerq::cuda

@@ -93,54 +93,58 @@ INNERQ_HOST_DEVICE inline PageElement GroupElement(const KvLayerLayout& layout, 
   return {j / dim * group_size + i, j % dim};
 }
 
-// Offsets in the shared memory of one block of attention on tensor cores, in bytes; see
-// attention_mma.cu. A stage is a sealed strip without the sides that keep 16 bits.
+// How a block of attention on tensor cores is cut; see attention_mma.cuh.
+struct MmaShape {
+  int32_t head_dim = 0;
+  int32_t lane_rows = 1;  // rows of a warp are eight times as many
+  int32_t num_teams = 1;
+
+  // Offsets in a form of queries, in bytes, and its size.
+  INNERQ_HOST_DEVICE constexpr int32_t starts() const { return head_dim / 32 * 2 * 32 * 16; }
+  INNERQ_HOST_DEVICE constexpr int32_t sums() const { return starts() + head_dim / 32 * 8 * 16; }
+  INNERQ_HOST_DEVICE constexpr int32_t units() const { return sums() + head_dim / 32 * 16 * 4; }
+  INNERQ_HOST_DEVICE constexpr int32_t form_bytes() const { return units() + 16 * 4; }
+};
+
+// Offsets in the shared memory of one block, in bytes. A stage is a sealed strip: of a page of one
+// strip, what lies in memory.
 struct MmaShared {
   // Within a stage, which begins with the codes of keys [D/32] squares.
   int32_t key_scales = 0, key_zeros = 0;      // F16 [D/N][32]
   int32_t value_codes = 0;                    // [D/32] squares
   int32_t value_scales = 0, value_zeros = 0;  // F16 [D]
   int32_t stage_bytes = 0;
-  int32_t num_stages = 0;
-  int32_t team_bytes = 0;  // of the stages of one team
+  int32_t team_bytes = 0;  // of a team's stages and their barriers
   // After the stages of all teams.
   int32_t parts = 0;    // states of a segment's parts [teams][D/4 + 2][32] F32; of one team: the
-                        // segment so far [D/4][threads]
-  int32_t total = 0;    // without teams: the segments so far [D/4][threads] F32
-  int32_t queries = 0;  // of each warp's rows, or of all teams' rows, two forms
+                        // segment so far [rows][D/4][threads]
+  int32_t total = 0;    // of one team: the segments so far [rows][D/4][threads] F32
+  int32_t queries = 0;  // of each warp's rows, or of all teams' rows: two forms
   int32_t bytes = 0;    // of all
 };
 
-// Of the rows of one warp: 32 lanes of 32 bytes for each square, sums of squares, units.
-INNERQ_HOST_DEVICE constexpr int32_t QueryFormBytes(int32_t head_dim) {
-  return head_dim / 32 * 32 * 32 + (head_dim / 32 + 1) * 8 * 4;
-}
-
-struct MmaSharedShape {
-  int32_t num_stages = 0, num_threads = 0, num_teams = 0;
-};
 INNERQ_HOST_DEVICE inline MmaShared PlanMmaShared(const KvLayerLayout& layout,
-                                                  const MmaSharedShape& shape) {
-  const auto dim = static_cast<int32_t>(layout.head_dim);
+                                                  const MmaShape& shape, int32_t num_stages,
+                                                  int32_t num_threads) {
+  const int32_t dim = shape.head_dim;
   const QuantSpec &key = layout.key, &value = layout.value;
-  const int32_t key_params = key.quantized() ? dim / key.group_size * 32 * 2 : 0;
-  const int32_t value_params = value.quantized() ? dim * 2 : 0;
   MmaShared shared;
-  shared.key_scales = key.quantized() ? 32 * dim * key.bits / 8 : 0;
-  shared.key_zeros = shared.key_scales + key_params;
-  shared.value_codes = shared.key_zeros + (key.has_zero() ? key_params : 0);
-  shared.value_scales = shared.value_codes + (value.quantized() ? 32 * dim * value.bits / 8 : 0);
-  shared.value_zeros = shared.value_scales + value_params;
-  shared.stage_bytes = shared.value_zeros + (value.has_zero() ? value_params : 0);
-  shared.num_stages = shape.num_stages;
-  shared.team_bytes = shape.num_stages * shared.stage_bytes;
+  if (key.quantized()) {  // both are, or none
+    const int32_t key_params = dim / key.group_size * 32 * 2;
+    shared.key_scales = 32 * dim * key.bits / 8;
+    shared.key_zeros = shared.key_scales + key_params;
+    shared.value_codes = shared.key_zeros + (key.has_zero() ? key_params : 0);
+    shared.value_scales = shared.value_codes + 32 * dim * value.bits / 8;
+    shared.value_zeros = shared.value_scales + dim * 2;
+    shared.stage_bytes = shared.value_zeros + (value.has_zero() ? dim * 2 : 0);
+  }
+  shared.team_bytes = num_stages * shared.stage_bytes + (num_stages * 8 + 15) / 16 * 16;
   shared.parts = shape.num_teams * shared.team_bytes;
-  const int32_t part_floats =
-      shape.num_teams > 1 ? shape.num_teams * (dim / 4 + 2) * 32 : dim / 4 * shape.num_threads;
-  shared.total = shared.parts + part_floats * 4;
-  shared.queries = shared.total + (shape.num_teams > 1 ? 0 : dim / 4 * shape.num_threads * 4);
-  shared.bytes =
-      shared.queries + (shape.num_teams > 1 ? 1 : shape.num_threads / 32) * 2 * QueryFormBytes(dim);
+  const bool teams = shape.num_teams > 1;
+  const int32_t state = shape.lane_rows * dim / 4 * num_threads * 4;
+  shared.total = shared.parts + (teams ? shape.num_teams * (dim / 4 + 2) * 32 * 4 : state);
+  shared.queries = shared.total + (teams ? 0 : state);
+  shared.bytes = shared.queries + (teams ? 1 : num_threads / 32) * 2 * shape.form_bytes();
   return shared;
 }
 

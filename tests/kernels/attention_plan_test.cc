@@ -199,7 +199,7 @@ TEST(StripIndex, LanesFindTheCodesThatTheLayoutPlaced) {
 }
 
 // A square of codes, packed as sealing packs it, and taken by a warp's lanes into products: the
-// sums must be where attention_mma.cu expects them.
+// sums must be where attention_mma.cuh expects them.
 template <int kBits>
 void ExpectSquareIsOperand() {
   std::mt19937 random(11);
@@ -269,28 +269,37 @@ TEST(StripIndex, SquaresOfCodesAreOperandsOfProducts) {
   ExpectSquareIsOperand<8>();
 }
 
-// Asynchronous copies move 16 bytes; without asking, a block gets 48 KiB.
+// Asynchronous copies move 16 bytes; a block of sm_120 has at most 99 KiB.
 TEST(StripIndex, PartsOfAStageAreWholeVectorsAndFitABlock) {
-  for (const int64_t dim : {64, 128}) {
+  for (const int32_t dim : {64, 128}) {
     for (const int bits : {2, 3, 4, 8, 16}) {
       for (const QuantMode mode : {QuantMode::kSymmetric, QuantMode::kHybrid}) {
-        KvLayerLayout layer;
-        layer.head_dim = dim;
-        layer.key = layer.value = {.bits = bits, .mode = mode};
-        const MmaShared at = PlanMmaShared(layer, {2, MmaWarps(kMaxTileRows) * 32, kMmaTeams});
-        const auto params = static_cast<int32_t>(bits == 16 ? 0 : dim * 2);
-        const auto codes = static_cast<int32_t>(bits == 16 ? 0 : 32 * dim * bits / 8);
-        const int32_t zeros = mode == QuantMode::kHybrid ? params : 0;
-        EXPECT_EQ(at.key_scales, codes);
-        EXPECT_EQ(at.key_zeros, codes + params);
-        EXPECT_EQ(at.value_codes, at.key_zeros + zeros);
-        EXPECT_EQ(at.value_scales, at.value_codes + codes);
-        EXPECT_EQ(at.value_zeros, at.value_scales + params);
-        EXPECT_EQ(at.stage_bytes, at.value_zeros + zeros);
-        for (const int32_t part : {codes, params, at.stage_bytes, at.parts, at.total}) {
-          EXPECT_EQ(part % 16, 0);
+        const QuantSpec side{.bits = bits, .mode = mode};
+        const KvLayerLayout layer =
+            KvLayout::Create({.kv_heads = 1, .head_dim = dim, .layers = {{side, side, false}}},
+                             CodeOrder::kMmaFragment)
+                .value()
+                .layer(0);
+        for (const bool teams : {false, true}) {
+          const MmaShape shape{dim, teams ? 1 : 2, teams ? kMmaTeams : 1};
+          const MmaShared at = PlanMmaShared(layer, shape, 2, teams ? kMmaTeams * 32 : 64);
+          // Pages of one strip lie in memory as in a stage.
+          EXPECT_EQ(at.stage_bytes, bits == 16 ? 0 : layer.sealed_head_bytes);
+          if (bits != 16) {
+            EXPECT_EQ(at.key_scales, layer.key_scales);
+            EXPECT_EQ(at.key_zeros, layer.key_zeros);
+            EXPECT_EQ(at.value_codes, layer.value_codes);
+            EXPECT_EQ(at.value_scales, layer.value_scales);
+            EXPECT_EQ(at.value_zeros, layer.value_zeros);
+          }
+          for (const int32_t part :
+               {at.key_scales, at.key_zeros, at.value_codes, at.value_scales, at.value_zeros,
+                at.stage_bytes, at.team_bytes, at.parts, at.total, at.queries, shape.starts(),
+                shape.sums(), shape.units(), shape.form_bytes()}) {
+            EXPECT_EQ(part % 16, 0);
+          }
+          EXPECT_LE(at.bytes, 99 << 10);
         }
-        EXPECT_LE(at.bytes, 99 << 10);  // the least of sm_80, sm_90 and sm_120
       }
     }
   }

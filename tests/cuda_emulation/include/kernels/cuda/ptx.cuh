@@ -1,6 +1,8 @@
 // What kernels/cuda/ptx.cuh has, on the CPU; found before it.
 #pragma once
 
+#define INNERQ_BULK_COPIES 0  // as of sm_80
+
 #include "kernels/float16.h"
 #include "tests/cuda_emulation/emulation.h"
 

@@ -1,0 +1,800 @@
+// Attention on tensor cores, prefill and decode, over caches in CodeOrder::kMmaFragment; see
+// attention_plan.h for how the work is cut.
+//
+// D head dimension, N group size, T page_tokens. A strip of 32 tokens is D/32 squares of 32 x 32
+// elements of K, and as many of V. A square is the B operand of mma.m16n8k16, four tiles of eight
+// columns and two steps of sixteen rows, in the order that FragmentIndex gives it: lane 4g + i has
+// what it needs in whole words, and its sums are those of row g and of the eight outer places from
+// 8i on. So a lane's scores of K are the weights that it needs as an operand for V, and neither
+// crosses lanes.
+//
+// Codes enter unscaled, as exact integers: masked out of their word they are subnormal halves,
+// code * 2^(at - 24), and the places of a row that meet codes at bit `at` are taken times 2^-at
+// (TileCodeBit). A symmetric group's zero is implied: it is what the sum starts from. The group's
+// scale multiplies the finished sum over a square (InnerQ, arXiv 2602.23200):
+//   score = sum_g  s_g * (q_g . k_g) + z_g * sum(q_g)
+//   out_c = sum_g  s_g * (p_g . v_g) + z_g * sum(p_g)
+//
+// Rows. Queries and weights are rounded to F16 once a power of two has brought their largest into
+// [2^14, 2^15): to 2^-12 of themselves, where codes of 8 bits are rounded to 2^-9 of their group's
+// range. In a cache of 16 bits that would show. There a warp has 8 rows, M = 16 of a product holds
+// each twice, row g + 8 what rounding took from row g, rounded likewise, and the sums of both add
+// up to those of 22 bits. Else a warp has 16 rows, or 8 in decode.
+//
+// Teams. A segment's strips are cut in parts of kPartStrips; a row's softmax is accumulated strip
+// by strip within a part, and the states of parts are merged in order. Where a tile has at most 8
+// rows (decode), a block has kMmaTeams warps, each of which attends its part of the segment by
+// itself, with stages of its own. Else the block's warps, each with rows of its own, share the
+// strips, and go through the parts one after the other. Both do the same operations on a row.
+#pragma once
+
+#include "kernels/cuda/attention_tile.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/strip_index.h"
+
+namespace innerq::cuda {
+
+constexpr int kSide = 32;      // of a square
+constexpr int kHalfBits = 16;  // of a side that is not quantized
+constexpr int kStages = 2;     // of a team's ring of sealed strips: one is attended, one on its way
+constexpr int kBlocksPerSm = 4;  // registers are for so many
+constexpr float kWeightUnit = 0x1p14f;
+constexpr float kCodeUnit = 0x1p-24f;  // of subnormal halves
+
+constexpr int kStrips = static_cast<int>(kSegmentStrips);
+constexpr int kPartStrips = kStrips / kMmaTeams;
+
+static_assert(kStripTokens == kSide && kStrips % kMmaTeams == 0);
+
+// What a lane brings to a square: the A operands of both steps.
+using Operand = uint32_t[2][4];
+
+// log2(size / 32) of a size in {32, 64, 128}.
+__device__ inline int Log2Of32s(int64_t size) { return size == 128 ? 2 : size == 64 ? 1 : 0; }
+
+// The power of two that a row's elements are taken times where they meet the codes of register
+// `pair`, whatever the tile.
+template <int kBits>
+__device__ constexpr float PairUnit(int pair) {
+  return kBits == kHalfBits ? 1.0f : 1.0f / static_cast<float>(1 << TileCodeBit(kBits, pair));
+}
+
+// One square: out_r[j] += scale[j] * (start_r + row r . codes of outer place 8i + j), in kCodeUnit.
+// `scales`: those of the lane's eight places. `start`: of rows g, g, g + 8, g + 8.
+template <int kBits, int kRows>
+__device__ void MultiplyCodes(const uint32_t* codes, const uint16_t* scales,
+                              const float (&start)[4], const Operand& rows,
+                              float* const (&out)[kRows]) {
+  uint32_t words[kBits];
+  LoadLaneWords<kBits>(codes, static_cast<int>(threadIdx.x % kWarpSize), words);
+  const auto factors = *reinterpret_cast<const Words<4>*>(scales);
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    uint32_t b[4];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) b[pair] = TileCodes<kBits>(words, tile, pair);
+    float sums[4];
+    Multiply(rows[0], b[0], b[1], start, sums);
+    MultiplyAdd(rows[1], b[2], b[3], sums);
+    const float2 scale = HalvesToFloats(factors.word[tile]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float* to = out[r] + 2 * tile;
+      to[0] = fmaf(scale.x, sums[2 * r], to[0]);
+      to[1] = fmaf(scale.y, sums[2 * r + 1], to[1]);
+    }
+  }
+}
+
+// out[j] += zero[j] * sum, for the lane's eight places.
+__device__ inline void AddZeros(const uint16_t* zeros, float sum, float* out) {
+  const auto words = *reinterpret_cast<const Words<4>*>(zeros);
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    const float2 zero = HalvesToFloats(words.word[tile]);
+    out[2 * tile] = fmaf(zero.x, sum, out[2 * tile]);
+    out[2 * tile + 1] = fmaf(zero.y, sum, out[2 * tile + 1]);
+  }
+}
+
+// One square of F16, straight from global memory: out_r[j] += unit * (row r . elements of outer
+// place 8i + j). `from`: the lane's eight elements of tile 0; those of the next tile lie `stride`
+// further. Only the first `num_elements` of each eight count, whatever the bytes of the others.
+// kSplit: rows g + 8 are the lower halves of rows g.
+template <bool kSplit, int kRows>
+__device__ void MultiplyHalves(const uint16_t* from, int stride, int num_elements,
+                               const Operand& rows, float unit, float* const (&out)[kRows]) {
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(from + tile * stride));
+    uint32_t b[4] = {eight.x, eight.y, eight.z, eight.w};
+    if (num_elements < 8) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const int left = num_elements - 2 * pair;
+        b[pair] &= left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0u;
+      }
+    }
+    float sums[4] = {};
+    MultiplyAdd(rows[0], b[0], b[1], sums);
+    MultiplyAdd(rows[1], b[2], b[3], sums);
+    if constexpr (kSplit) {
+      sums[0] += sums[2];
+      sums[1] += sums[3];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float* to = out[r] + 2 * tile;
+      to[0] = fmaf(unit, sums[2 * r], to[0]);
+      to[1] = fmaf(unit, sums[2 * r + 1], to[1]);
+    }
+  }
+}
+
+// What one thread needs to attend strips of its block's tile. Lane 4g + i of a warp has its rows g
+// and, where there are 16, g + 8; of the sums over V it has channels 8i to 8i + 7 of every 32 while
+// it attends. What teams give is then spread over their warps: warp w has the w-th part of those
+// channels.
+template <int kDim, int kKeyBits, int kValueBits, bool kTeamed>
+class MmaAttention {
+  static_assert((kKeyBits == kHalfBits) == (kValueBits == kHalfBits));
+  static constexpr bool kSplit = kKeyBits == kHalfBits;  // nothing is sealed in codes
+  static constexpr int kTeams = kTeamed ? kMmaTeams : 1;
+  static constexpr int kLaneChannels = kDim / 4;
+  static constexpr int kSquares = kDim / kSide;  // of a strip, keys or values
+
+ public:
+  static constexpr int kRows = kTeamed || kSplit ? 1 : 2;  // of a lane
+  static constexpr int kChannels = kLaneChannels / kTeams;
+  static constexpr int kWarpRows = 8 * kRows;
+  INNERQ_HOST_DEVICE static constexpr MmaShape Shape() { return {kDim, kRows, kTeams}; }
+
+  __device__ MmaAttention(const AttentionKernelLaunch& args, const AttentionItem& item,
+                          const PlannedTile& from, const BlockTile& tile, std::byte* shared)
+      : args_(args),
+        layout_(args.layout),
+        from_(from),
+        tile_(tile),
+        at_(PlanMmaShared(args.layout, Shape(), kStages, static_cast<int32_t>(blockDim.x))),
+        shared_(shared),
+        thread_(static_cast<int>(threadIdx.x)),
+        warp_(static_cast<int>(threadIdx.x / kWarpSize)),
+        lane_(static_cast<int>(threadIdx.x % kWarpSize)),
+        first_row_(kTeamed ? 0 : warp_ * kWarpRows),
+        last_strip_(static_cast<int>(tile.last_strip)),
+        first_sealed_(FirstStrip(tile.sealed.begin)),
+        end_sealed_(FirstStrip(tile.sealed.end)),
+        first_strip_(item.segment < 0 ? 0 : item.segment * kStrips),
+        end_strip_(item.segment < 0 ? last_strip_ + 1
+                                    : min(first_strip_ + kStrips, last_strip_ + 1)),
+        first_(lane_ % 4 * 8),
+        sealed_heads_(HeadOf(0, true)),
+        stages_(shared + (kTeamed ? warp_ * at_.team_bytes : 0)),
+        zero_(static_cast<uint32_t>(args.layout.page_tokens) & 1u),
+        forms_(shared + at_.queries + (kTeamed ? 0 : 2 * warp_ * Shape().form_bytes())) {
+    BeginCopies();
+    for (int form = 0; form < 2; ++form) {
+      if (kTeamed && warp_ != form) continue;
+      if (form == 1) {
+        PrepareQueries<kKeyBits>(true);
+      } else {
+        PrepareQueries<kHalfBits>(false);
+      }
+    }
+    __syncthreads();
+  }
+
+  // Accumulates the tile's part of a segment. Segments come in order.
+  __device__ void AttendSegment(int segment, State<kRows, kChannels>& state) {
+    if constexpr (kTeamed) {
+      AttendAsTeams(segment, state);
+    } else {
+      AttendTogether(segment, state);
+    }
+  }
+
+  // The thread's part of the total over segments: few floats, or in shared memory.
+  __device__ float& Total(int r, int c) {
+    if constexpr (kTeamed) {
+      return total_[c];
+    } else {
+      return Floats(at_.total)[(r * kChannels + c) * blockDim.x + thread_];
+    }
+  }
+  __device__ int row(int r) const { return first_row_ + lane_ / 4 + 8 * r; }
+  __device__ int channel(int c) const {
+    const int of_lane = (kTeamed ? warp_ * kChannels : 0) + c;
+    return of_lane / 8 * kSide + first_ + of_lane % 8;
+  }
+
+ private:
+  using LaneState = State<kRows, kLaneChannels>;
+  using Scores = float[kRows][8];
+
+  __device__ float* Floats(int offset) const { return reinterpret_cast<float*>(shared_ + offset); }
+  __device__ int FirstStrip(int64_t page) const {
+    return static_cast<int>(page << Log2Of32s(args_.layout.page_tokens));
+  }
+  __device__ bool IsSealed(int strip) const {
+    return strip >= first_sealed_ && strip < end_sealed_;
+  }
+  // First token of a strip in its page.
+  __device__ int FirstToken(int strip) const {
+    return strip * kSide & (static_cast<int>(layout_.page_tokens) - 1);
+  }
+  // The n-th strip that the team comes to.
+  __device__ int StripAt(unsigned n) const {
+    constexpr unsigned kOfTeam = kStrips / kTeams;  // of a segment
+    const int in_segment = static_cast<int>(n % kOfTeam) + (kTeamed ? warp_ * kPartStrips : 0);
+    return first_strip_ + static_cast<int>(n / kOfTeam) * kStrips + in_segment;
+  }
+  // Waits for the team, or for all where they are one.
+  __device__ void SyncTeam() const {
+    if constexpr (kTeamed) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // --- pages and their way to shared memory ---
+
+  // The head's part of a page.
+  __device__ const std::byte* HeadOf(int page, bool sealed) const {
+    PagedKvView kv = args_.kv;
+    kv.layout = &layout_;
+    if (sealed) return kv.SealedHead(page, tile_.kv_head);
+    return reinterpret_cast<const std::byte*>(kv.OpenKeys(page, tile_.kv_head));
+  }
+  // Page of the team's strip n, sealed or open, as the tile's tokens see it.
+  __device__ int FindPage(unsigned n) const {
+    const int strip = StripAt(n);
+    if (strip >= end_strip_) return -1;
+    const int page = strip >> Log2Of32s(layout_.page_tokens);
+    const PageRef ref = args_.pages[tile_.slice->first_page + page];
+    return IsSealed(strip) ? ref.sealed_id : ref.open_id;
+  }
+  // The same of a strip whose copy has begun, and that is attended no more than a ring later.
+  __device__ int PageOf(unsigned n) const {
+    const int pages = n / kWarpSize == (copied_ - 1) / kWarpSize ? pages_ : earlier_pages_;
+    return __shfl_sync(kAllLanes, pages, static_cast<int>(n % kWarpSize));
+  }
+
+  __device__ void BeginCopies() {
+#if INNERQ_BULK_COPIES
+    if (kTeamed ? lane_ == 0 : thread_ == 0) {
+      for (int i = 0; i < kStages; ++i) InitBarrier(BarrierOf(i));
+    }
+    SyncTeam();
+#endif
+    for (int i = 0; i < kStages; ++i) BeginCopy(i);
+  }
+
+  // Begins to copy the team's next strip to a stage; nothing where it is open.
+  __device__ void BeginCopy(int stage) {
+    const int lane = static_cast<int>(copied_ % kWarpSize);
+    if (lane == 0) {
+      earlier_pages_ = pages_;
+      pages_ = FindPage(copied_ + static_cast<unsigned>(lane_));
+    }
+    const int strip = StripAt(copied_);
+    ++copied_;
+    if constexpr (kSplit) return;
+    const bool wanted = strip < end_strip_ && IsSealed(strip);
+    std::byte* to = stages_ + stage * at_.stage_bytes;
+#if INNERQ_BULK_COPIES
+    // The lane that knows the page copies.
+    if (lane_ == lane && (kTeamed || warp_ == 0)) {
+      uint64_t* barrier = BarrierOf(stage);
+      ArriveAndExpect(barrier, wanted ? static_cast<uint32_t>(at_.stage_bytes) : 0u);
+      if (wanted) {
+        CopyStrip(sealed_heads_ + pages_ * layout_.sealed_page_bytes(), FirstToken(strip), to,
+                  [barrier](const std::byte* from, int bytes, std::byte* part) {
+                    CopyBulk(part, from, static_cast<uint32_t>(bytes), barrier);
+                  });
+      }
+    }
+#else
+    const int page = __shfl_sync(kAllLanes, pages_, lane);
+    if (wanted) {
+      const int begin = kTeamed ? lane_ : thread_;
+      const int step = kTeamed ? kWarpSize : static_cast<int>(blockDim.x);
+      CopyStrip(sealed_heads_ + page * layout_.sealed_page_bytes(), FirstToken(strip), to,
+                [begin, step](const std::byte* from, int bytes, std::byte* part) {
+                  for (int i = begin * 16; i < bytes; i += step * 16) CopyAsync(part + i, from + i);
+                });
+    }
+    CommitCopies();
+#endif
+  }
+  __device__ uint64_t* BarrierOf(int stage) const {
+    return reinterpret_cast<uint64_t*>(stages_ + kStages * at_.stage_bytes) + stage;
+  }
+  // Waits for the strip that is attended next.
+  __device__ void WaitForCopy() const {
+    if constexpr (kSplit) return;
+#if INNERQ_BULK_COPIES
+    WaitForPhase(BarrierOf(static_cast<int>(attended_ % kStages)), attended_ / kStages % 2);
+#else
+    WaitForCopies<kStages - 1>();
+    SyncTeam();  // what others copied is there
+#endif
+  }
+
+  // Copies a strip's codes, scales and zeros by `copy`(from, bytes, to). A page of one strip lies
+  // in memory as its stage does.
+  template <typename Copy>
+  __device__ void CopyStrip(const std::byte* head, int t0, std::byte* stage, Copy copy) const {
+    if (layout_.page_tokens == kSide) return copy(head, at_.stage_bytes, stage);
+    const QuantSpec &key = layout_.key, &value = layout_.value;
+    copy(head + layout_.key_codes + t0 * kDim * kKeyBits / 8, kKeyCodeBytes, stage);
+    // Parameters of keys: from [D/N][T] to [D/N][32].
+    const int num_groups = kSquares >> Log2Of32s(key.group_size);
+    const int group_bytes = static_cast<int>(layout_.page_tokens) * 2;
+    for (int g = 0; g < num_groups; ++g) {
+      const int at = g * group_bytes + t0 * 2, to = g * kSide * 2;
+      copy(head + layout_.key_scales + at, kSide * 2, stage + at_.key_scales + to);
+      if (!key.has_zero()) continue;
+      copy(head + layout_.key_zeros + at, kSide * 2, stage + at_.key_zeros + to);
+    }
+    const int group_at = (t0 / kSide >> Log2Of32s(value.group_size)) * kDim * 2;
+    copy(head + layout_.value_codes + t0 * kDim * kValueBits / 8, kValueCodeBytes,
+         stage + at_.value_codes);
+    copy(head + layout_.value_scales + group_at, kDim * 2, stage + at_.value_scales);
+    if (!value.has_zero()) return;
+    copy(head + layout_.value_zeros + group_at, kDim * 2, stage + at_.value_zeros);
+  }
+  static constexpr int kKeyCodeBytes = kSide * kDim * kKeyBits / 8;
+  static constexpr int kValueCodeBytes = kSide * kDim * kValueBits / 8;
+
+  // --- segments ---
+
+  // Takes the team's next strip into the state, if there is one.
+  __device__ void AttendNext(LaneState& state) {
+    const auto stage = static_cast<int>(attended_ % kStages);
+    const int strip = StripAt(attended_);
+    if (strip < end_strip_) {
+      WaitForCopy();
+      if (first_row_ < from_.num_rows) {
+        if (IsSealed(strip)) {
+          AttendSealed(strip, stages_ + stage * at_.stage_bytes, state);
+        } else {
+          const std::byte* keys = HeadOf(PageOf(attended_), false);
+          AttendHalves<false>(strip, keys, keys + layout_.open_values, state);
+        }
+      }
+      SyncTeam();  // all are done with the stage
+    }
+    BeginCopy(stage);
+    ++attended_;
+  }
+
+  // Every team attends its part; then all merge the parts in order, each warp some of the channels.
+  __device__ void AttendAsTeams(int segment, State<kRows, kChannels>& state) {
+    constexpr int kPartFloats = (kLaneChannels + 2) * kWarpSize;
+    LaneState part;
+    part.Clear();
+    for (int i = 0; i < kPartStrips; ++i) AttendNext(part);
+    float* parts = Floats(at_.parts) + lane_;
+    __syncthreads();  // all are done with the segment before
+    float* own = parts + warp_ * kPartFloats;
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) own[c * kWarpSize] = part.values[0][c];
+    own[kLaneChannels * kWarpSize] = part.largest[0];
+    own[(kLaneChannels + 1) * kWarpSize] = part.sum[0];
+    __syncthreads();
+    const int num_strips = last_strip_ + 1 - segment * kStrips;
+    state.Clear();
+    for (int p = 0; p < kTeams && p * kPartStrips < num_strips; ++p) {
+      const float* from = parts + p * kPartFloats;
+      const float largest = from[kLaneChannels * kWarpSize];
+      const float sum = from[(kLaneChannels + 1) * kWarpSize];
+      from += warp_ * kChannels * kWarpSize;
+      const MergeWeights weights =
+          p == 0 ? MergeWeights{largest, 0, 1} : WeightsOf(state.largest[0], largest);
+      state.largest[0] = weights.largest;
+      state.sum[0] = p == 0 ? sum : Merge(weights, state.sum[0], sum);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const float value = from[c * kWarpSize];
+        state.values[0][c] = p == 0 ? value : Merge(weights, state.values[0][c], value);
+      }
+    }
+  }
+
+  // All attend part after part; what they had before is kept in shared memory.
+  __device__ void AttendTogether(int segment, LaneState& state) {
+    float* before = Floats(at_.parts) + thread_;
+    const int stride = static_cast<int>(blockDim.x);
+    float largest[kRows] = {}, sum[kRows] = {};
+    const int num_strips = min(kStrips, last_strip_ + 1 - segment * kStrips);
+    for (int begin = 0; begin < num_strips; begin += kPartStrips) {
+      state.Clear();
+      for (int i = begin; i < min(begin + kPartStrips, num_strips); ++i) AttendNext(state);
+      const bool last = begin + kPartStrips >= num_strips;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (begin > 0) {
+          const MergeWeights weights = WeightsOf(largest[r], state.largest[r]);
+          state.largest[r] = weights.largest;
+          state.sum[r] = Merge(weights, sum[r], state.sum[r]);
+#pragma unroll
+          for (int c = 0; c < kLaneChannels; ++c) {
+            state.values[r][c] =
+                Merge(weights, before[(r * kLaneChannels + c) * stride], state.values[r][c]);
+          }
+        }
+        if (last) continue;
+        largest[r] = state.largest[r];
+        sum[r] = state.sum[r];
+#pragma unroll
+        for (int c = 0; c < kLaneChannels; ++c) {
+          before[(r * kLaneChannels + c) * stride] = state.values[r][c];
+        }
+      }
+    }
+  }
+
+  // --- queries ---
+
+  // x, as the compiler does not know. Products take four registers in a row, for which it would
+  // otherwise copy the same value before each of them.
+  __device__ uint32_t InAnotherRegister(uint32_t x) const { return x | zero_; }
+
+  // Two neighbouring elements of row r, in the registers of an operand for rows g and g + 8. Where
+  // there are no rows g + 8, and nothing is taken, they are there twice: zeros would be moved into
+  // place for every product.
+  __device__ void PackRow(float a, float b, int r, uint32_t* to) const {
+    to[r] = PackHalves(a, b);
+    if constexpr (kSplit) {
+      const float2 taken = HalvesToFloats(to[0]);
+      to[1] = PackHalves(a - taken.x, b - taken.y);
+    } else if constexpr (kRows == 1) {
+      to[1] = InAnotherRegister(to[0]);
+    }
+  }
+
+  // How the warp's rows meet keys is kept in shared memory: operands [D/32][2 steps][32 lanes] of
+  // 16 bytes, what symmetric sums start from [D/32][8][4], sums over squares in kCodeUnit
+  // [D/32][16], and what turns a product into a score in units of log2 [16].
+  __device__ const std::byte* Form(bool sealed) const {
+    return forms_ + (sealed ? Shape().form_bytes() : 0);
+  }
+  __device__ static void LoadOperand(const std::byte* form, int square, int lane, Operand& rows) {
+    const auto* from = reinterpret_cast<const Words<4>*>(form) + square * 2 * kWarpSize + lane;
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const Words<4> quad = from[step * kWarpSize];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows[step][i] = quad.word[i];
+    }
+  }
+
+  // Writes the form in which the warp's rows meet open or sealed keys.
+  template <int kBits>
+  __device__ void PrepareQueries(bool sealed) const {
+    const bool times_norm = sealed && layout_.normalize_keys && first_sealed_ < end_sealed_;
+    const float* norm = args_.kv.key_norms;
+    norm += times_norm ? (tile_.slice->norm_id * layout_.kv_heads + tile_.kv_head) * kDim : 0;
+    std::byte* form = const_cast<std::byte*>(Form(sealed));
+    auto* operands = reinterpret_cast<uint32_t*>(form);
+    auto* starts = reinterpret_cast<float*>(form + Shape().starts());
+    auto* sums = reinterpret_cast<float*>(form + Shape().sums());
+    auto* units = reinterpret_cast<float*>(form + Shape().units());
+    constexpr float kImpliedZero =
+        kBits == kHalfBits ? 0.0f : -static_cast<float>(1 << (kBits - 1));
+    const bool has_zero = layout_.key.has_zero();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const bool present = row(r) < from_.num_rows;
+      const float* q = args_.q + RowOffset(args_, from_, tile_.kv_head, present ? row(r) : 0);
+      float x[kSquares][8];
+      float largest = 0;
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c) {
+        const int d = c / 8 * kSide + first_ + c % 8;
+        float element = present ? q[d] : 0.0f;
+        if (times_norm) element *= norm[d];
+        x[c / 8][c % 8] = element;
+        largest = fmaxf(largest, fabsf(element));
+      }
+      // The power of two, and its inverse, that bring the largest into [2^14, 2^15).
+      const uint32_t exponent = FloatBits(RowMax(largest)) >> 23;
+      const uint32_t bounded = exponent < 15u ? 15u : exponent;
+      const float up = FloatFromBits((268u - bounded) << 23);
+      const float unit = args_.scale * kLog2E * FloatFromBits((bounded - 14u) << 23);
+      units[r * 8 + lane_ / 4] = kBits == kHalfBits ? unit : unit * (1.0f / kCodeUnit);
+#pragma unroll
+      for (int s = 0; s < kSquares; ++s) {
+        float sum = 0;
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          const float a = x[s][2 * pair] * up, b = x[s][2 * pair + 1] * up;
+          sum += a;
+          sum += b;
+          const float pair_unit = PairUnit<kBits>(pair);
+          uint32_t* to = operands + ((s * 2 + pair / 2) * kWarpSize + lane_) * 4 + pair % 2 * 2;
+          PackRow(a * pair_unit, b * pair_unit, r, to);
+        }
+        sum = RowSum(sum) * kCodeUnit;
+        const float start = has_zero ? 0.0f : kImpliedZero * sum;
+        float* quad = starts + (s * 8 + lane_ / 4) * 4;
+        quad[2 * r] = start;
+        quad[2 * r + 1] = start;
+        if constexpr (kRows == 1) quad[2] = quad[3] = start;  // of rows that are none
+        sums[s * 16 + r * 8 + lane_ / 4] = sum;
+      }
+    }
+  }
+
+  // --- strips ---
+
+  __device__ void AttendSealed(int strip, const std::byte* stage, LaneState& state) const {
+    if constexpr (kSplit) {
+      const std::byte* head = HeadOf(PageOf(attended_), true) + FirstToken(strip) * 0;
+      AttendHalves<true>(strip, head + layout_.key_codes, head + layout_.value_codes, state);
+    } else {
+      Scores score = {};
+      ScoreCodes(stage, score);
+      Finish(strip, Form(true), score);
+      AddCodes(stage, score, state);
+    }
+  }
+  // A strip of 16 bits. `keys`, `values`: those of its page.
+  template <bool kSealed>
+  __device__ void AttendHalves(int strip, const std::byte* keys, const std::byte* values,
+                               LaneState& state) const {
+    const int t0 = FirstToken(strip);
+    const std::byte* form = Form(kSealed);
+    const int g = lane_ / 4, outer = g / 2 * 8 + g % 2;  // outer place of the lane's part of tile 0
+    Scores score = {};
+    // Keys [T][D].
+    const auto* key = reinterpret_cast<const uint16_t*>(keys) + (t0 + outer) * kDim + first_;
+#pragma unroll
+    for (int s = 0; s < kSquares; ++s) {
+      Operand rows;
+      LoadOperand(form, s, lane_, rows);
+      float* out[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) out[r] = score[r];
+      MultiplyHalves<kSplit>(key + s * kSide, 2 * kDim, 8, rows, 1.0f, out);
+    }
+    Finish(strip, form, score);
+    Operand weights;
+    float sums[kRows];
+    Weigh<kHalfBits>(score, state, weights, sums);
+    // Values [T/8][D][8 tokens], of which those up to the tile's last count.
+    const int num_tokens =
+        strip == last_strip_ ? StripOffset(args_, from_, kMaxTileRows) + 1 : kSide;
+    const auto* value =
+        reinterpret_cast<const uint16_t*>(values) + (t0 + first_) * kDim + outer * 8;
+#pragma unroll
+    for (int s = 0; s < kSquares; ++s) {
+      float* out[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) out[r] = state.values[r] + s * 8;
+      MultiplyHalves<kSplit>(value + s * kSide * 8, 2 * 8, num_tokens - first_, weights, kCodeUnit,
+                             out);
+    }
+  }
+
+  __device__ void ScoreCodes(const std::byte* stage, Scores& score) const {
+    const std::byte* form = Form(true);
+    const int group_log2 = Log2Of32s(layout_.key.group_size);  // in squares
+    const auto* codes = reinterpret_cast<const uint32_t*>(stage);
+    const auto* scales = reinterpret_cast<const uint16_t*>(stage + at_.key_scales) + first_;
+    const auto* starts = reinterpret_cast<const Words<4>*>(form + Shape().starts()) + lane_ / 4;
+    float* out[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) out[r] = score[r];
+#pragma unroll
+    for (int s = 0; s < kSquares; ++s) {
+      Operand rows;
+      LoadOperand(form, s, lane_, rows);
+      const Words<4> quad = starts[s * 8];
+      float start[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) start[i] = FloatFromBits(quad.word[i]);
+      MultiplyCodes<kKeyBits>(codes + s * kSide * kKeyBits, scales + (s >> group_log2) * kSide,
+                              start, rows, out);
+    }
+    if (!layout_.key.has_zero()) return;
+    const auto* zeros = reinterpret_cast<const uint16_t*>(stage + at_.key_zeros) + first_;
+    const auto* sums = reinterpret_cast<const float*>(form + Shape().sums()) + lane_ / 4;
+#pragma unroll
+    for (int s = 0; s < kSquares; ++s) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        AddZeros(zeros + (s >> group_log2) * kSide, sums[s * 16 + r * 8], score[r]);
+      }
+    }
+  }
+
+  // Scores in units of log2, those of tokens that a row does not see at -infinity.
+  __device__ void Finish(int strip, const std::byte* form, Scores& score) const {
+    const auto* units = reinterpret_cast<const float*>(form + Shape().units()) + lane_ / 4;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) score[r][j] *= units[r * 8];
+      if (strip != last_strip_) continue;
+      const int offset = StripOffset(args_, from_, row(r));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) score[r][j] = first_ + j > offset ? -INFINITY : score[r][j];
+    }
+  }
+
+  // Turns scores into weights that meet values of `kBits`, in units of kWeightUnit, and rescales
+  // the state, whose sums and values are in kWeightUnit * kCodeUnit. `sums`: of the rows over the
+  // strip.
+  template <int kBits>
+  __device__ void Weigh(const Scores& score, LaneState& state, Operand& weights,
+                        float (&sums)[kRows]) const {
+    static_assert(kWeightUnit == 0x1p14f);
+    bool larger = false;
+    float largest[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      largest[r] = score[r][0];
+#pragma unroll
+      for (int j = 1; j < 8; ++j) largest[r] = fmaxf(largest[r], score[r][j]);
+      largest[r] = fmaxf(state.largest[r], RowMax(largest[r]));
+      larger |= largest[r] > state.largest[r];
+      float weight[8], sum = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int at = kBits == kHalfBits ? 0 : TileCodeBit(kBits, j / 2);
+        weight[j] = FastExp2(score[r][j] - (largest[r] - static_cast<float>(14 - at)));
+        sum = fmaf(weight[j], static_cast<float>(1 << at), sum);
+      }
+      sums[r] = RowSum(sum) * kCodeUnit;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        PackRow(weight[2 * pair], weight[2 * pair + 1], r, weights[pair / 2] + pair % 2 * 2);
+      }
+    }
+    // Times 1 changes nothing; a new largest is rare after the first strips.
+    if (__any_sync(kAllLanes, larger)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float keep = FastExp2(state.largest[r] - largest[r]);
+        state.largest[r] = largest[r];
+        state.sum[r] *= keep;
+#pragma unroll
+        for (int c = 0; c < kLaneChannels; ++c) state.values[r][c] *= keep;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) state.sum[r] += sums[r];
+  }
+
+  __device__ void AddCodes(const std::byte* stage, const Scores& score, LaneState& state) const {
+    Operand weights;
+    float sums[kRows];
+    Weigh<kValueBits>(score, state, weights, sums);
+    const bool has_zero = layout_.value.has_zero();
+    const float implied_zero = has_zero ? 0.0f : -static_cast<float>(1 << (kValueBits - 1));
+    float start[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = FloatBits(implied_zero * sums[kRows == 2 ? i / 2 : 0]);
+      start[i] = FloatFromBits(InAnotherRegister(bits));
+    }
+    const auto* codes = reinterpret_cast<const uint32_t*>(stage + at_.value_codes);
+    const auto* scales = reinterpret_cast<const uint16_t*>(stage + at_.value_scales) + first_;
+#pragma unroll
+    for (int s = 0; s < kSquares; ++s) {
+      float* out[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) out[r] = state.values[r] + s * 8;
+      MultiplyCodes<kValueBits>(codes + s * kSide * kValueBits, scales + s * kSide, start, weights,
+                                out);
+    }
+    if (!has_zero) return;
+    const auto* zeros = reinterpret_cast<const uint16_t*>(stage + at_.value_zeros) + first_;
+#pragma unroll
+    for (int s = 0; s < kSquares; ++s) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        AddZeros(zeros + s * kSide, sums[r], state.values[r] + s * 8);
+      }
+    }
+  }
+
+  const AttentionKernelLaunch& args_;
+  const KvLayerLayout& layout_;
+  const PlannedTile& from_;
+  const BlockTile& tile_;
+  const MmaShared at_;
+  std::byte* const shared_;
+  const int thread_, warp_, lane_;
+  const int first_row_;                  // of the warp, in the tile
+  const int last_strip_;                 // that the tokens see
+  const int first_sealed_, end_sealed_;  // strips that the tokens see sealed
+  const int first_strip_, end_strip_;    // of the item
+  const int first_;  // of the lane's eight inner places, and of the outer ones of its sums
+  const std::byte* const sealed_heads_;  // the head's part of sealed page 0
+  std::byte* const stages_;              // the team's ring
+  const uint32_t zero_;                  // pages are of even sizes
+  std::byte* const forms_;               // of the warp's rows
+  float total_[kTeamed ? kChannels : 1];
+  unsigned copied_ = 0, attended_ = 0;   // of the team's strips
+  int pages_ = -1, earlier_pages_ = -1;  // of the 32 strips that are copied, one in each lane
+};
+
+// Grid: [items, G]. Block: attends one segment of a tile for one key/value head, or all of it; a
+// warp for every part of a segment, or for every 8 or 16 rows of the tile. Shared: PlanMmaShared:
+// rings of sealed strips, states of parts, the total of segments, queries.
+template <int kDim, int kKeyBits, int kValueBits, bool kTeamed>
+__global__ void __launch_bounds__(kTeamed ? kMmaTeams* kWarpSize : 4 * kWarpSize,
+                                  kTeamed ? kBlocksPerSm : 2)
+    MmaAttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {
+  extern __shared__ uint4 shared[];
+  const AttentionItem item = args.items[blockIdx.x];
+  const PlannedTile from = args.tiles[item.tile];
+  const BlockTile tile = TileOf(args, from);
+  MmaAttention<kDim, kKeyBits, kValueBits, kTeamed> attention(args, item, from, tile,
+                                                              reinterpret_cast<std::byte*>(shared));
+  AttendItem(args, item, from, tile.kv_head, attention);
+}
+
+template <int kDim, int kKeyBits, int kValueBits, bool kTeamed>
+cudaError_t LaunchMma(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  using Attention = MmaAttention<kDim, kKeyBits, kValueBits, kTeamed>;
+  const dim3 grid(static_cast<unsigned>(launch.num_items),
+                  static_cast<unsigned>(launch.layout.kv_heads));
+  const auto threads =
+      static_cast<unsigned>(kTeamed ? kMmaTeams * kWarpSize
+                                    : CeilDiv(launch.tile_rows, Attention::kWarpRows) * kWarpSize);
+  const MmaShared shared =
+      PlanMmaShared(launch.layout, Attention::Shape(), kStages, static_cast<int32_t>(threads));
+  constexpr auto kKernel = MmaAttentionKernel<kDim, kKeyBits, kValueBits, kTeamed>;
+  // Without asking, a block gets 48 KiB.
+  const cudaError_t allowed =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared.bytes);
+  if (allowed != cudaSuccess) return allowed;
+  kKernel<<<grid, threads, static_cast<size_t>(shared.bytes), stream>>>(launch);
+  return cudaGetLastError();
+}
+
+template <int kDim, int kKeyBits, int kValueBits>
+cudaError_t LaunchMmaForRows(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  return launch.tile_rows <= kMmaWarpRows
+             ? LaunchMma<kDim, kKeyBits, kValueBits, true>(launch, stream)
+             : LaunchMma<kDim, kKeyBits, kValueBits, false>(launch, stream);
+}
+
+template <int kDim, int kKeyBits>
+cudaError_t LaunchMmaForValues(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  switch (launch.layout.value.bits) {
+    case 2:
+      return LaunchMmaForRows<kDim, kKeyBits, 2>(launch, stream);
+    case 3:
+      return LaunchMmaForRows<kDim, kKeyBits, 3>(launch, stream);
+    case 4:
+      return LaunchMmaForRows<kDim, kKeyBits, 4>(launch, stream);
+    case 8:
+      return LaunchMmaForRows<kDim, kKeyBits, 8>(launch, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// For heads of kDim channels.
+template <int kDim>
+cudaError_t LaunchMmaForDim(const AttentionKernelLaunch& launch, cudaStream_t stream) {
+  switch (launch.layout.key.bits) {
+    case 2:
+      return LaunchMmaForValues<kDim, 2>(launch, stream);
+    case 3:
+      return LaunchMmaForValues<kDim, 3>(launch, stream);
+    case 4:
+      return LaunchMmaForValues<kDim, 4>(launch, stream);
+    case 8:
+      return LaunchMmaForValues<kDim, 8>(launch, stream);
+    case kHalfBits:
+      return LaunchMmaForRows<kDim, kHalfBits, kHalfBits>(launch, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace innerq::cuda
