@@ -206,6 +206,7 @@ __global__ void __launch_bounds__(kWarpSize)
     AttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {
   extern __shared__ float4 shared[];
   const AttentionItem item = args.items[blockIdx.x];
+  if (item.tile < 0) return;
   const PlannedTile from = args.tiles[item.tile];
   const BlockTile tile = TileOf(args, from);
   TileAttention<R, C> attention(args, from, tile, reinterpret_cast<float*>(shared));

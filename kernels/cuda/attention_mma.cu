@@ -440,6 +440,7 @@ __global__ void __launch_bounds__(MmaWarps(kMaxTileRows) * kWarpSize)
     MmaAttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {
   extern __shared__ uint4 shared[];
   const AttentionItem item = args.items[blockIdx.x];
+  if (item.tile < 0) return;
   const PlannedTile from = args.tiles[item.tile];
   const BlockTile tile = TileOf(args, from);
   MmaAttention<kDim> attention(args, from, tile, reinterpret_cast<std::byte*>(shared));

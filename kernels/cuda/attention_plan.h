@@ -16,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -51,7 +52,7 @@ struct PlannedTile {
 
 // What one block does, for each key/value head: one segment of a tile, or all of it.
 struct AttentionItem {
-  int32_t tile = 0;
+  int32_t tile = 0;      // -1: nothing
   int32_t segment = -1;  // -1: all, and the merge
 };
 
@@ -104,6 +105,13 @@ constexpr int TileRowsFor(int64_t rows, const AttentionShape& shape) {
 // Warps of a block on tensor cores.
 constexpr int MmaWarps(int tile_rows) { return (tile_rows + kMmaWarpRows - 1) / kMmaWarpRows; }
 
+// Up to an eighth more items, so that their number stays for a while as the context grows, and with
+// it the launch.
+constexpr int64_t PaddedItems(int64_t num_items) {
+  const auto below = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(num_items)));
+  return RoundUp(num_items, std::max<int64_t>(1, below / 8));
+}
+
 // Cuts a step into two launches: sequences with one token (decode), and the others. Reuses its
 // memory from call to call; Reserve makes it enough for a step.
 class AttentionPlan {
@@ -111,7 +119,8 @@ class AttentionPlan {
   void Reserve(int64_t max_rows, int64_t max_group, int64_t max_items) {
     for (AttentionLaunch* launch : {&decode_, &prefill_}) {
       launch->tiles.reserve(static_cast<size_t>(max_rows * max_group));
-      launch->items.reserve(static_cast<size_t>(std::max(max_items, max_rows * max_group)));
+      launch->items.reserve(
+          static_cast<size_t>(PaddedItems(std::max(max_items, max_rows * max_group))));
     }
   }
 
@@ -184,6 +193,8 @@ class AttentionPlan {
         launch.items.push_back({i, segment});
       }
     }
+    const auto count = static_cast<int64_t>(launch.items.size());
+    launch.items.resize(static_cast<size_t>(PaddedItems(count)), {.tile = -1});
   }
 
   AttentionLaunch decode_, prefill_;

@@ -20,7 +20,7 @@ def launch(match):
     kernel, configuration, argument = match.groups()
     grid, block, shared, stream = arguments(configuration)
     return (f"::innerq::emulation::EmulateKernel({{{grid}, {block}, {shared}, {stream}}}, "
-            f"[&] {{ {kernel}({argument}); }})")
+            f"[=] {{ {kernel}({argument}); }})")
 
 
 source = open(sys.argv[1], encoding="utf-8").read()

@@ -94,6 +94,7 @@ TEST(AttentionPlan, ItemsCoverEverySegmentOnceAndStatesDoNotOverlap) {
       std::set<std::pair<int32_t, int32_t>> items;
       std::set<int64_t> states;
       for (const AttentionItem& item : launch->items) {
+        if (item.tile < 0) continue;
         EXPECT_TRUE(items.insert({item.tile, item.segment}).second);
         EXPECT_EQ(item.segment >= 0, launch->split());
         const PlannedTile& tile = launch->tiles[static_cast<size_t>(item.tile)];
@@ -111,9 +112,24 @@ TEST(AttentionPlan, ItemsCoverEverySegmentOnceAndStatesDoNotOverlap) {
         expected += launch->split() ? static_cast<size_t>(tile.num_segments) : 1;
       }
       EXPECT_EQ(items.size(), expected);
+      EXPECT_EQ(launch->items.size(),
+                static_cast<size_t>(PaddedItems(static_cast<int64_t>(expected))));
     }
   }
   EXPECT_GT(num_split, 0);
+}
+
+TEST(AttentionPlan, PaddingIsAtMostAnEighthAndLasts) {
+  EXPECT_EQ(PaddedItems(0), 0);
+  std::set<int64_t> sizes;
+  for (int64_t n = 1; n <= 32768; ++n) {
+    const int64_t padded = PaddedItems(n);
+    EXPECT_GE(padded, n);
+    EXPECT_LE(8 * (padded - n), n);
+    EXPECT_EQ(PaddedItems(padded), padded);
+    sizes.insert(padded);
+  }
+  EXPECT_LE(sizes.size(), 8u * 15) << "sizes of launches";
 }
 
 TEST(AttentionPlan, IsNotSplitBeyondItsMemory) {
