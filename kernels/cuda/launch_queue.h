@@ -48,9 +48,8 @@ struct LauncherTraits<Status (*)(const T&, cudaStream_t)> {
 // What differs between two steps that decode the same number of sequences lies in staged arrays, at
 // addresses that stay, and numbers of blocks that grow with the context are rounded up, so their
 // batches are the same. Steps of other numbers of sequences have graphs of their own: no row is
-// padded, results and memory are those of plain launches. A graph knows only addresses, so it stays
-// right when memory is freed and another owner gets it; that many-sized steps do not fill the
-// device with graphs is the cache's bound.
+// padded, results and memory are those of plain launches. How many graphs there are is bounded. A
+// graph knows only addresses, so it stays right when memory is freed and another owner gets it.
 //
 // Making a graph takes memory of the device, by the driver. Where there is none left, or a capture
 // fails in some other way, launches go on one by one. Errors stick: after one, what is enqueued is
@@ -60,8 +59,8 @@ class LaunchQueue {
   static Result<std::unique_ptr<LaunchQueue>> Create();
   ~LaunchQueue();
 
-  // Waits, forgets graphs, and readies `staging_bytes` for the arrays of one step, or of less where
-  // operations are enqueued without end: when they are full, the queue waits for the stream.
+  // Waits, forgets graphs, and readies `staging_bytes` for arrays, at least those of any operation.
+  // Where a step fills them, Stage waits for the stream and begins again.
   Result<void> Reserve(int64_t staging_bytes);
 
   // Copies arrays, all that an operation has, to where its launches will find them; addresses of

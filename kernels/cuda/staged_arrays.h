@@ -89,7 +89,8 @@ class StagedArrays {
   }
 
   // What was written since the last call, ascending; ranges with little between them are joined.
-  // Valid until the next call of any method.
+  // What lies between is as on the device, or is written while it is copied: then it is copied
+  // again before anyone reads it. Valid until the next call of any method.
   std::span<const Range> TakeChanged() {
     std::sort(changed_.begin(), changed_.end(),
               [](const Range& a, const Range& b) { return a.begin < b.begin; });
@@ -124,7 +125,7 @@ class StagedArrays {
  private:
   static constexpr int64_t kLeastCapacity = 4096;
   // To copy so much takes less time than to start another copy.
-  static constexpr int64_t kJoinedGap = int64_t{16} << 10;
+  static constexpr int64_t kJoinedGap = int64_t{64} << 10;
   static constexpr size_t kUsualPlaces = 8;  // of a slot in a step; more take memory
 
   struct Place {
