@@ -19,12 +19,12 @@ class TileAttention {
  public:
   static constexpr int kRows = R, kChannels = C;
 
-  __device__ TileAttention(const AttentionKernelLaunch& args, const PlannedTile& from,
-                           const BlockTile& tile, float* shared)
+  __device__ TileAttention(const AttentionKernelLaunch& args, const PlannedTile& tile,
+                           float* shared)
       : args_(args),
         layout_(args.layout),
-        from_(from),
         tile_(tile),
+        kv_head_(blockIdx.y),
         kv_(args.kv),
         dim_(static_cast<int>(args.layout.head_dim)),
         padded_(static_cast<int>(args.layout.padded_dim())),
@@ -37,14 +37,14 @@ class TileAttention {
     total_ = shared + at.total;
     strip_ = reinterpret_cast<uint32_t*>(shared + at.strip);
 #pragma unroll
-    for (int r = 0; r < R; ++r) offset_[r] = StripOffset(args, from, r);
+    for (int r = 0; r < R; ++r) offset_[r] = StripOffset(args, tile, r);
   }
 
   // Accumulates the tile's part of a segment.
   __device__ void AttendSegment(int64_t segment, State<R, C>& state) {
     state.Clear();
     const int64_t begin = segment * kSegmentStrips;
-    const int64_t end = min(begin + kSegmentStrips, tile_.last_strip + 1);
+    const int64_t end = min(begin + kSegmentStrips, static_cast<int64_t>(tile_.last_strip) + 1);
     for (int64_t strip = begin; strip < end; ++strip) AttendStrip(strip, state);
   }
 
@@ -60,25 +60,25 @@ class TileAttention {
     const int64_t first_token = strip * kStripTokens;
     const int64_t page = first_token / layout_.page_tokens;
     const int t0 = static_cast<int>(first_token % layout_.page_tokens);
-    const PageRef ref = args_.pages[tile_.slice->first_page + page];
-    const bool sealed = page >= tile_.sealed.begin && page < tile_.sealed.end;
+    const PageRef ref = args_.pages[tile_.first_page + page];
+    const bool sealed = strip >= tile_.sealed_begin && strip < tile_.sealed_end;
     float score[R] = {};
     __syncwarp();  // all lanes are done with the strip before
     if (sealed) {
       PrepareQueries(layout_.normalize_keys ? Queries::kTimesNorm : Queries::kPlain);
-      ScoreSealed(kv_.SealedHead(ref.sealed_id, tile_.kv_head), t0, score);
+      ScoreSealed(kv_.SealedHead(ref.sealed_id, kv_head_), t0, score);
     } else {
       PrepareQueries(Queries::kPlain);
-      const uint16_t* keys = kv_.OpenKeys(ref.open_id, tile_.kv_head);
+      const uint16_t* keys = kv_.OpenKeys(ref.open_id, kv_head_);
       ScoreHalfStrip(reinterpret_cast<const std::byte*>(keys + layout_.OpenKeyIndex(t0, 0)), score);
     }
     const bool is_last = strip == tile_.last_strip;
     Weigh(is_last, score, state);
     __syncwarp();  // weights are written, keys are read
     if (sealed) {
-      AddSealed(kv_.SealedHead(ref.sealed_id, tile_.kv_head), t0, state);
+      AddSealed(kv_.SealedHead(ref.sealed_id, kv_head_), t0, state);
     } else {
-      const uint16_t* values = kv_.OpenValues(ref.open_id, tile_.kv_head);
+      const uint16_t* values = kv_.OpenValues(ref.open_id, kv_head_);
       AddHalfStrip(reinterpret_cast<const std::byte*>(values + layout_.OpenValueIndex(t0, 0)),
                    is_last ? offset_[R - 1] + 1 : kWarpSize, state);
     }
@@ -90,11 +90,11 @@ class TileAttention {
     if (wanted == queries_) return;
     queries_ = wanted;
     const float* norm =
-        wanted == Queries::kTimesNorm ? kv_.KeyNorm(tile_.slice->norm_id, tile_.kv_head) : nullptr;
+        wanted == Queries::kTimesNorm ? kv_.KeyNorm(tile_.norm_id, kv_head_) : nullptr;
     const float unit = args_.scale * kLog2E;
     for (int r = 0; r < R; ++r) {
-      const bool present = r < from_.num_rows;
-      const float* q = args_.q + (present ? RowOffset(args_, from_, tile_.kv_head, r) : 0);
+      const bool present = r < tile_.num_rows;
+      const float* q = args_.q + (present ? RowOffset(args_, tile_, kv_head_, r) : 0);
       for (int d = lane_; d < dim_; d += kWarpSize) {
         float x = present ? q[d] * unit : 0.0f;
         if (norm != nullptr) x *= norm[d];
@@ -188,8 +188,8 @@ class TileAttention {
 
   const AttentionKernelLaunch& args_;
   const KvLayerLayout& layout_;
-  const PlannedTile& from_;
-  const BlockTile& tile_;
+  const PlannedTile& tile_;
+  const int64_t kv_head_;
   PagedKvView kv_;
   const int dim_, padded_, lane_;
   int offset_[R];  // of each row's token in its strip
@@ -206,30 +206,30 @@ __global__ void __launch_bounds__(kWarpSize)
     AttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {
   extern __shared__ float4 shared[];
   const AttentionItem item = args.items[blockIdx.x];
-  const PlannedTile from = args.tiles[item.tile];
-  const BlockTile tile = TileOf(args, from);
-  TileAttention<R, C> attention(args, from, tile, reinterpret_cast<float*>(shared));
-  AttendItem(args, item, from, tile.kv_head, attention);
+  if (item.tile < 0) return;
+  const PlannedTile tile = args.tiles[item.tile];
+  TileAttention<R, C> attention(args, tile, reinterpret_cast<float*>(shared));
+  AttendItem(args, item, tile, attention);
 }
 
 constexpr int kMergeThreads = 128;
-constexpr int kMergeAhead = 8;  // states that are read at once
+constexpr int kMergeAhead = 16;  // states that are read at once
 
 // Grid: [tiles, G, rows of a tile]. Block: 128 threads merge the segments of one row in order, a
 // channel each at a time. No shared memory.
 __global__ void MergeKernel(const __grid_constant__ AttentionKernelLaunch args) {
-  const PlannedTile from = args.tiles[blockIdx.x];
+  const PlannedTile tile = args.tiles[blockIdx.x];
   const int row = static_cast<int>(blockIdx.z);
-  if (row >= from.num_rows) return;
+  if (row >= tile.num_rows) return;
   const int64_t dim = args.layout.head_dim;
-  float* out = args.out + RowOffset(args, from, blockIdx.y, row);
+  float* out = args.out + RowOffset(args, tile, blockIdx.y, row);
   const float* states =
-      args.states + StateIndex(from, args.tile_rows, blockIdx.y, 0, row) * StateFloats(dim);
+      args.states + StateIndex(tile, args.tile_rows, blockIdx.y, 0, row) * StateFloats(dim);
   const int64_t stride = args.tile_rows * StateFloats(dim);  // from segment to segment
   for (int64_t c = threadIdx.x; c < dim; c += kMergeThreads) {
     float largest = -INFINITY, sum = 0, value = 0;
-    for (int begin = 0; begin < from.num_segments; begin += kMergeAhead) {
-      const int count = min(kMergeAhead, from.num_segments - begin);
+    for (int begin = 0; begin < tile.num_segments; begin += kMergeAhead) {
+      const int count = min(kMergeAhead, tile.num_segments - begin);
       float largests[kMergeAhead], sums[kMergeAhead], values[kMergeAhead];
 #pragma unroll
       for (int i = 0; i < kMergeAhead; ++i) {

@@ -37,7 +37,6 @@ namespace innerq::cuda {
 constexpr int kSide = 32;      // of a square
 constexpr int kHalfBits = 16;  // of a side that is not quantized
 constexpr int kStages = 2;     // of a team's ring of sealed strips: one is attended, one on its way
-constexpr int kBlocksPerSm = 4;  // registers are for so many
 constexpr float kWeightUnit = 0x1p14f;
 constexpr float kCodeUnit = 0x1p-24f;  // of subnormal halves
 
@@ -147,26 +146,25 @@ class MmaAttention {
   static constexpr int kRows = kTeamed || kSplit ? 1 : 2;  // of a lane
   static constexpr int kChannels = kLaneChannels / kTeams;
   static constexpr int kWarpRows = 8 * kRows;
+  static constexpr int kMostThreads =
+      kTeamed ? kTeams * kWarpSize : kMaxTileRows / kWarpRows * kWarpSize;
+  static constexpr int kLeastBlocks = kTeamed ? 4 : kSplit ? 3 : 5;  // registers are for so many
   INNERQ_HOST_DEVICE static constexpr MmaShape Shape() { return {kDim, kRows, kTeams}; }
 
   __device__ MmaAttention(const AttentionKernelLaunch& args, const AttentionItem& item,
-                          const PlannedTile& from, const BlockTile& tile, std::byte* shared)
+                          const PlannedTile& tile, std::byte* shared)
       : args_(args),
         layout_(args.layout),
-        from_(from),
         tile_(tile),
+        kv_head_(static_cast<int>(blockIdx.y)),
         at_(PlanMmaShared(args.layout, Shape(), kStages, static_cast<int32_t>(blockDim.x))),
         shared_(shared),
         thread_(static_cast<int>(threadIdx.x)),
         warp_(static_cast<int>(threadIdx.x / kWarpSize)),
         lane_(static_cast<int>(threadIdx.x % kWarpSize)),
         first_row_(kTeamed ? 0 : warp_ * kWarpRows),
-        last_strip_(static_cast<int>(tile.last_strip)),
-        first_sealed_(FirstStrip(tile.sealed.begin)),
-        end_sealed_(FirstStrip(tile.sealed.end)),
-        first_strip_(item.segment < 0 ? 0 : item.segment * kStrips),
-        end_strip_(item.segment < 0 ? last_strip_ + 1
-                                    : min(first_strip_ + kStrips, last_strip_ + 1)),
+        first_strip_(item.begin * kStrips),
+        end_strip_(min(item.end * kStrips, tile.last_strip + 1)),
         first_(lane_ % 4 * 8),
         sealed_heads_(HeadOf(0, true)),
         stages_(shared + (kTeamed ? warp_ * at_.team_bytes : 0)),
@@ -212,11 +210,8 @@ class MmaAttention {
   using Scores = float[kRows][8];
 
   __device__ float* Floats(int offset) const { return reinterpret_cast<float*>(shared_ + offset); }
-  __device__ int FirstStrip(int64_t page) const {
-    return static_cast<int>(page << Log2Of32s(args_.layout.page_tokens));
-  }
   __device__ bool IsSealed(int strip) const {
-    return strip >= first_sealed_ && strip < end_sealed_;
+    return strip >= tile_.sealed_begin && strip < tile_.sealed_end;
   }
   // First token of a strip in its page.
   __device__ int FirstToken(int strip) const {
@@ -243,20 +238,20 @@ class MmaAttention {
   __device__ const std::byte* HeadOf(int page, bool sealed) const {
     PagedKvView kv = args_.kv;
     kv.layout = &layout_;
-    if (sealed) return kv.SealedHead(page, tile_.kv_head);
-    return reinterpret_cast<const std::byte*>(kv.OpenKeys(page, tile_.kv_head));
+    if (sealed) return kv.SealedHead(page, kv_head_);
+    return reinterpret_cast<const std::byte*>(kv.OpenKeys(page, kv_head_));
   }
   // Page of the team's strip n, sealed or open, as the tile's tokens see it.
   __device__ int FindPage(unsigned n) const {
     const int strip = StripAt(n);
     if (strip >= end_strip_) return -1;
     const int page = strip >> Log2Of32s(layout_.page_tokens);
-    const PageRef ref = args_.pages[tile_.slice->first_page + page];
+    const PageRef ref = args_.pages[tile_.first_page + page];
     return IsSealed(strip) ? ref.sealed_id : ref.open_id;
   }
-  // The same of a strip whose copy has begun, and that is attended no more than a ring later.
+  // The same of the strip that is attended, n, where those up to n + kStages - 1 are being copied.
   __device__ int PageOf(unsigned n) const {
-    const int pages = n / kWarpSize == (copied_ - 1) / kWarpSize ? pages_ : earlier_pages_;
+    const int pages = n / kWarpSize == (n + kStages - 1) / kWarpSize ? pages_ : earlier_pages_;
     return __shfl_sync(kAllLanes, pages, static_cast<int>(n % kWarpSize));
   }
 
@@ -267,18 +262,17 @@ class MmaAttention {
     }
     SyncTeam();
 #endif
-    for (int i = 0; i < kStages; ++i) BeginCopy(i);
+    for (unsigned n = 0; n < kStages; ++n) BeginCopy(n);
   }
 
-  // Begins to copy the team's next strip to a stage; nothing where it is open.
-  __device__ void BeginCopy(int stage) {
-    const int lane = static_cast<int>(copied_ % kWarpSize);
+  // Begins to copy the team's strip n to its stage; nothing where it is open.
+  __device__ void BeginCopy(unsigned n) {
+    const auto lane = static_cast<int>(n % kWarpSize), stage = static_cast<int>(n % kStages);
     if (lane == 0) {
       earlier_pages_ = pages_;
-      pages_ = FindPage(copied_ + static_cast<unsigned>(lane_));
+      pages_ = FindPage(n + static_cast<unsigned>(lane_));
     }
-    const int strip = StripAt(copied_);
-    ++copied_;
+    const int strip = StripAt(n);
     if constexpr (kSplit) return;
     const bool wanted = strip < end_strip_ && IsSealed(strip);
     std::byte* to = stages_ + stage * at_.stage_bytes;
@@ -355,7 +349,7 @@ class MmaAttention {
     const int strip = StripAt(attended_);
     if (strip < end_strip_) {
       WaitForCopy();
-      if (first_row_ < from_.num_rows) {
+      if (first_row_ < tile_.num_rows) {
         if (IsSealed(strip)) {
           AttendSealed(strip, stages_ + stage * at_.stage_bytes, state);
         } else {
@@ -365,7 +359,7 @@ class MmaAttention {
       }
       SyncTeam();  // all are done with the stage
     }
-    BeginCopy(stage);
+    BeginCopy(attended_ + kStages);
     ++attended_;
   }
 
@@ -383,7 +377,7 @@ class MmaAttention {
     own[kLaneChannels * kWarpSize] = part.largest[0];
     own[(kLaneChannels + 1) * kWarpSize] = part.sum[0];
     __syncthreads();
-    const int num_strips = last_strip_ + 1 - segment * kStrips;
+    const int num_strips = tile_.last_strip + 1 - segment * kStrips;
     state.Clear();
     for (int p = 0; p < kTeams && p * kPartStrips < num_strips; ++p) {
       const float* from = parts + p * kPartFloats;
@@ -407,7 +401,7 @@ class MmaAttention {
     float* before = Floats(at_.parts) + thread_;
     const int stride = static_cast<int>(blockDim.x);
     float largest[kRows] = {}, sum[kRows] = {};
-    const int num_strips = min(kStrips, last_strip_ + 1 - segment * kStrips);
+    const int num_strips = min(kStrips, tile_.last_strip + 1 - segment * kStrips);
     for (int begin = 0; begin < num_strips; begin += kPartStrips) {
       state.Clear();
       for (int i = begin; i < min(begin + kPartStrips, num_strips); ++i) AttendNext(state);
@@ -444,14 +438,16 @@ class MmaAttention {
   // Two neighbouring elements of row r, in the registers of an operand for rows g and g + 8. Where
   // there are no rows g + 8, and nothing is taken, they are there twice: zeros would be moved into
   // place for every product.
-  __device__ void PackRow(float a, float b, int r, uint32_t* to) const {
+  // Returns the sum of what is multiplied: where a zero meets it, rounding must not show.
+  __device__ float PackRow(float a, float b, int r, uint32_t* to) const {
     to[r] = PackHalves(a, b);
+    const float2 taken = HalvesToFloats(to[r]);
     if constexpr (kSplit) {
-      const float2 taken = HalvesToFloats(to[0]);
       to[1] = PackHalves(a - taken.x, b - taken.y);
-    } else if constexpr (kRows == 1) {
-      to[1] = InAnotherRegister(to[0]);
+      return a + b;
     }
+    if constexpr (kRows == 1) to[1] = InAnotherRegister(to[0]);
+    return taken.x + taken.y;
   }
 
   // How the warp's rows meet keys is kept in shared memory: operands [D/32][2 steps][32 lanes] of
@@ -473,9 +469,10 @@ class MmaAttention {
   // Writes the form in which the warp's rows meet open or sealed keys.
   template <int kBits>
   __device__ void PrepareQueries(bool sealed) const {
-    const bool times_norm = sealed && layout_.normalize_keys && first_sealed_ < end_sealed_;
+    const bool times_norm =
+        sealed && layout_.normalize_keys && tile_.sealed_begin < tile_.sealed_end;
     const float* norm = args_.kv.key_norms;
-    norm += times_norm ? (tile_.slice->norm_id * layout_.kv_heads + tile_.kv_head) * kDim : 0;
+    norm += times_norm ? (tile_.norm_id * layout_.kv_heads + kv_head_) * kDim : 0;
     std::byte* form = const_cast<std::byte*>(Form(sealed));
     auto* operands = reinterpret_cast<uint32_t*>(form);
     auto* starts = reinterpret_cast<float*>(form + Shape().starts());
@@ -486,8 +483,8 @@ class MmaAttention {
     const bool has_zero = layout_.key.has_zero();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const bool present = row(r) < from_.num_rows;
-      const float* q = args_.q + RowOffset(args_, from_, tile_.kv_head, present ? row(r) : 0);
+      const bool present = row(r) < tile_.num_rows;
+      const float* q = args_.q + RowOffset(args_, tile_, kv_head_, present ? row(r) : 0);
       float x[kSquares][8];
       float largest = 0;
 #pragma unroll
@@ -509,12 +506,11 @@ class MmaAttention {
         float sum = 0;
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
-          const float a = x[s][2 * pair] * up, b = x[s][2 * pair + 1] * up;
-          sum += a;
-          sum += b;
           const float pair_unit = PairUnit<kBits>(pair);
+          const float a = x[s][2 * pair] * (up * pair_unit);
+          const float b = x[s][2 * pair + 1] * (up * pair_unit);
           uint32_t* to = operands + ((s * 2 + pair / 2) * kWarpSize + lane_) * 4 + pair % 2 * 2;
-          PackRow(a * pair_unit, b * pair_unit, r, to);
+          sum = fmaf(PackRow(a, b, r, to), 1.0f / pair_unit, sum);
         }
         sum = RowSum(sum) * kCodeUnit;
         const float start = has_zero ? 0.0f : kImpliedZero * sum;
@@ -565,7 +561,7 @@ class MmaAttention {
     Weigh<kHalfBits>(score, state, weights, sums);
     // Values [T/8][D][8 tokens], of which those up to the tile's last count.
     const int num_tokens =
-        strip == last_strip_ ? StripOffset(args_, from_, kMaxTileRows) + 1 : kSide;
+        strip == tile_.last_strip ? StripOffset(args_, tile_, kMaxTileRows) + 1 : kSide;
     const auto* value =
         reinterpret_cast<const uint16_t*>(values) + (t0 + first_) * kDim + outer * 8;
 #pragma unroll
@@ -617,8 +613,8 @@ class MmaAttention {
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) score[r][j] *= units[r * 8];
-      if (strip != last_strip_) continue;
-      const int offset = StripOffset(args_, from_, row(r));
+      if (strip != tile_.last_strip) continue;
+      const int offset = StripOffset(args_, tile_, row(r));
 #pragma unroll
       for (int j = 0; j < 8; ++j) score[r][j] = first_ + j > offset ? -INFINITY : score[r][j];
     }
@@ -645,13 +641,14 @@ class MmaAttention {
       for (int j = 0; j < 8; ++j) {
         const int at = kBits == kHalfBits ? 0 : TileCodeBit(kBits, j / 2);
         weight[j] = FastExp2(score[r][j] - (largest[r] - static_cast<float>(14 - at)));
-        sum = fmaf(weight[j], static_cast<float>(1 << at), sum);
       }
-      sums[r] = RowSum(sum) * kCodeUnit;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        PackRow(weight[2 * pair], weight[2 * pair + 1], r, weights[pair / 2] + pair % 2 * 2);
+        const float two =
+            PackRow(weight[2 * pair], weight[2 * pair + 1], r, weights[pair / 2] + pair % 2 * 2);
+        sum = fmaf(two, 1.0f / PairUnit<kBits>(pair), sum);
       }
+      sums[r] = RowSum(sum) * kCodeUnit;
     }
     // Times 1 changes nothing; a new largest is rare after the first strips.
     if (__any_sync(kAllLanes, larger)) {
@@ -703,22 +700,20 @@ class MmaAttention {
 
   const AttentionKernelLaunch& args_;
   const KvLayerLayout& layout_;
-  const PlannedTile& from_;
-  const BlockTile& tile_;
+  const PlannedTile& tile_;
+  const int kv_head_;
   const MmaShared at_;
   std::byte* const shared_;
   const int thread_, warp_, lane_;
-  const int first_row_;                  // of the warp, in the tile
-  const int last_strip_;                 // that the tokens see
-  const int first_sealed_, end_sealed_;  // strips that the tokens see sealed
-  const int first_strip_, end_strip_;    // of the item
+  const int first_row_;                // of the warp, in the tile
+  const int first_strip_, end_strip_;  // of the item
   const int first_;  // of the lane's eight inner places, and of the outer ones of its sums
   const std::byte* const sealed_heads_;  // the head's part of sealed page 0
   std::byte* const stages_;              // the team's ring
   const uint32_t zero_;                  // pages are of even sizes
   std::byte* const forms_;               // of the warp's rows
   float total_[kTeamed ? kChannels : 1];
-  unsigned copied_ = 0, attended_ = 0;   // of the team's strips
+  unsigned attended_ = 0;                // of the team's strips
   int pages_ = -1, earlier_pages_ = -1;  // of the 32 strips that are copied, one in each lane
 };
 
@@ -726,16 +721,16 @@ class MmaAttention {
 // warp for every part of a segment, or for every 8 or 16 rows of the tile. Shared: PlanMmaShared:
 // rings of sealed strips, states of parts, the total of segments, queries.
 template <int kDim, int kKeyBits, int kValueBits, bool kTeamed>
-__global__ void __launch_bounds__(kTeamed ? kMmaTeams* kWarpSize : 4 * kWarpSize,
-                                  kTeamed ? kBlocksPerSm : 2)
+__global__ void __launch_bounds__(MmaAttention<kDim, kKeyBits, kValueBits, kTeamed>::kMostThreads,
+                                  MmaAttention<kDim, kKeyBits, kValueBits, kTeamed>::kLeastBlocks)
     MmaAttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {
   extern __shared__ uint4 shared[];
   const AttentionItem item = args.items[blockIdx.x];
-  const PlannedTile from = args.tiles[item.tile];
-  const BlockTile tile = TileOf(args, from);
-  MmaAttention<kDim, kKeyBits, kValueBits, kTeamed> attention(args, item, from, tile,
+  if (item.tile < 0) return;
+  const PlannedTile tile = args.tiles[item.tile];
+  MmaAttention<kDim, kKeyBits, kValueBits, kTeamed> attention(args, item, tile,
                                                               reinterpret_cast<std::byte*>(shared));
-  AttendItem(args, item, from, tile.kv_head, attention);
+  AttendItem(args, item, tile, attention);
 }
 
 template <int kDim, int kKeyBits, int kValueBits, bool kTeamed>

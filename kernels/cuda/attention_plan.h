@@ -7,8 +7,9 @@
 // A block takes a tile of rows, one key/value head, and walks strips of 32 tokens. Strips are
 // joined in segments of kSegmentTokens, counted from the start of the sequence: within a segment a
 // row's softmax is accumulated strip by strip, and the states of segments are merged in order. A
-// tile is attended by one block from its first segment to its last, or by one block per segment
-// with the merge in a second kernel; both do the same operations on the same numbers. So what a row
+// tile is attended by one block from its first segment to its last, or by several, which keep the
+// states of all segments for a second kernel to merge; both do the same operations on the same
+// numbers. So what a row
 // gives depends on its position alone: not on its neighbours, its tile, or how the tile was split.
 //
 // Blocks are warps where every lane holds all rows (attention.cu), and have a warp for every 8 rows
@@ -16,6 +17,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -27,33 +29,36 @@ namespace innerq {
 constexpr int64_t kStripTokens = 32;     // one per lane of a warp
 constexpr int64_t kSegmentTokens = 512;  // a multiple of every page size
 constexpr int64_t kSegmentStrips = kSegmentTokens / kStripTokens;
-constexpr int kMmaWarpRows = 8;  // of one warp on tensor cores
+constexpr int64_t kMostItemSegments = 8;  // of split tiles
+constexpr int kMmaWarpRows = 8;           // of one warp on tensor cores
 constexpr int kMaxTileRows = 4 * kMmaWarpRows;
 constexpr int kMmaTeams = 4;  // of a block that has rows for one warp; see attention_mma.cuh
 
-// A slice of the step, without its page table, which starts at `first_page` of the step's table.
-struct DeviceSlice {
-  int64_t first_position = 0;
-  int64_t exact_before = 0;
-  int64_t first_page = 0;
-  int32_t row_begin = 0;
-  int32_t norm_id = -1;
-};
-
 // Rows [first_row, first_row + num_rows) of a slice: all of their tokens lie in one strip and on
-// one side of the slice's exact_before, so they see the same pages in the same form.
+// one side of the slice's exact_before, so they see the same pages in the same form. Strips are
+// counted from the start of the sequence.
 struct PlannedTile {
   int32_t slice = 0;
   int32_t first_row = 0;
   int32_t num_rows = 0;
   int32_t num_segments = 0;
   int64_t first_state = -1;  // see StateIndex; -1: not split
+  int64_t first_page = 0;    // of the sequence's page table in the step's
+  int32_t last_strip = 0;    // in which the tokens lie
+  int32_t sealed_begin = 0;  // strips that the tokens see sealed
+  int32_t sealed_end = 0;
+  int32_t norm_id = -1;
+  int32_t first_token = 0;   // of the step
+  int32_t first_offset = 0;  // the same token's, in the strip
+  int32_t first_head = 0;    // of the group: of first_row
+  int32_t reserved = 0;
 };
 
-// What one block does, for each key/value head: one segment of a tile, or all of it.
+// What one block does, for each key/value head: segments [begin, end) of a tile.
 struct AttentionItem {
-  int32_t tile = 0;
-  int32_t segment = -1;  // -1: all, and the merge
+  int32_t tile = 0;  // -1: nothing
+  int32_t begin = 0;
+  int32_t end = 0;
 };
 
 // Where the state of row r of a tile of up to `tile_rows` rows is kept, counted in states.
@@ -79,9 +84,9 @@ struct AttentionShape {
   int64_t kv_heads = 1;  // G
   int64_t head_dim = 0;
   bool tensor_cores = false;
-  int64_t max_states = 0;  // that the scratch memory holds
-  int64_t max_items = 0;   // likewise, of one launch
-  int64_t busy_warps = 0;  // as many warps keep the device busy: fewer are split
+  int64_t max_states = 0;   // that the scratch memory holds
+  int64_t max_items = 0;    // likewise, of one launch
+  int64_t busy_blocks = 0;  // as many blocks keep the device busy: fewer are split
 };
 
 // Channels of V that a lane sums: a power of two in [2, 8], 32 lanes cover the head.
@@ -102,12 +107,11 @@ constexpr int TileRowsFor(int64_t rows, const AttentionShape& shape) {
   return tile_rows;
 }
 
-// Warps that hold the rows of a tile on tensor cores.
-constexpr int MmaWarps(int tile_rows) { return (tile_rows + kMmaWarpRows - 1) / kMmaWarpRows; }
-
-constexpr int BlockWarps(int tile_rows, const AttentionShape& shape) {
-  if (!shape.tensor_cores) return 1;
-  return tile_rows <= kMmaWarpRows ? kMmaTeams : MmaWarps(tile_rows);
+// Up to an eighth more items, so that their number stays for a while as the context grows, and with
+// it the launch.
+constexpr int64_t PaddedItems(int64_t num_items) {
+  const auto below = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(num_items)));
+  return RoundUp(num_items, std::max<int64_t>(1, below / 8));
 }
 
 // Cuts a step into two launches: sequences with one token (decode), and the others. Reuses its
@@ -117,16 +121,22 @@ class AttentionPlan {
   void Reserve(int64_t max_rows, int64_t max_group, int64_t max_items) {
     for (AttentionLaunch* launch : {&decode_, &prefill_}) {
       launch->tiles.reserve(static_cast<size_t>(max_rows * max_group));
-      launch->items.reserve(static_cast<size_t>(std::max(max_items, max_rows * max_group)));
+      launch->items.reserve(
+          static_cast<size_t>(PaddedItems(std::max(max_items, max_rows * max_group))));
     }
   }
 
-  void Make(std::span<const SequenceSlice> slices, const AttentionShape& shape) {
+  // The page tables of the slices follow one another, each up to the slice's last token.
+  void Make(std::span<const SequenceSlice> slices, const PageWindows& windows,
+            const AttentionShape& shape) {
     Begin(decode_, TileRowsFor(shape.group, shape));
     Begin(prefill_, MostTileRows(shape));
-    for (size_t i = 0; i < slices.size(); ++i) {
-      CutTiles(slices[i], static_cast<int32_t>(i), shape.group,
-               slices[i].num_rows == 1 ? decode_ : prefill_);
+    PlannedTile tile;
+    for (const SequenceSlice& slice : slices) {
+      tile.norm_id = slice.norm_id;
+      CutTiles(slice, windows, shape.group, tile, slice.num_rows == 1 ? decode_ : prefill_);
+      ++tile.slice;
+      tile.first_page += windows.PageOf(slice.first_position + slice.num_rows - 1) + 1;
     }
     Split(decode_, shape);
     Split(prefill_, shape);
@@ -143,52 +153,65 @@ class AttentionPlan {
     launch.num_states = 0;
   }
 
-  static void CutTiles(const SequenceSlice& slice, int32_t index, int64_t group,
-                       AttentionLaunch& launch) {
+  // Appends the slice's tiles; `tile` has what they have in common.
+  static void CutTiles(const SequenceSlice& slice, const PageWindows& windows, int64_t group,
+                       PlannedTile tile, AttentionLaunch& launch) {
     const int64_t end = slice.first_position + slice.num_rows;
+    const int64_t page_strips = windows.page_tokens / kStripTokens;
     for (int64_t at = slice.first_position; at < end;) {
       // [at, next): tokens that see the same pages in the same form.
       int64_t next = std::min(end, (at / kStripTokens + 1) * kStripTokens);
       if (at < slice.exact_before) next = std::min(next, slice.exact_before);
+      const PageRange sealed = windows.SealedPages(at, slice.exact_before);
+      tile.last_strip = static_cast<int32_t>(at / kStripTokens);
+      tile.sealed_begin = static_cast<int32_t>(sealed.begin * page_strips);
+      tile.sealed_end = static_cast<int32_t>(sealed.end * page_strips);
+      tile.num_segments = static_cast<int32_t>(CeilDiv(next, kSegmentTokens));
       const int64_t last_row = (next - slice.first_position) * group;
       for (int64_t row = (at - slice.first_position) * group; row < last_row;
            row += launch.tile_rows) {
-        PlannedTile tile;
-        tile.slice = index;
+        const int64_t token = row / group;
         tile.first_row = static_cast<int32_t>(row);
         tile.num_rows = static_cast<int32_t>(std::min<int64_t>(launch.tile_rows, last_row - row));
-        tile.num_segments = static_cast<int32_t>(CeilDiv(next, kSegmentTokens));
+        tile.first_token = static_cast<int32_t>(slice.row_begin + token);
+        tile.first_offset = static_cast<int32_t>((slice.first_position + token) % kStripTokens);
+        tile.first_head = static_cast<int32_t>(row % group);
         launch.tiles.push_back(tile);
       }
       at = next;
     }
   }
 
-  // One item per tile and segment where tiles alone would leave the device idle and the states of
-  // all segments fit; else one per tile.
+  // Several items per tile where tiles alone would leave the device idle and the states of all
+  // segments fit; else one. No more than keep it busy: a block begins with what its segments share.
   static void Split(AttentionLaunch& launch, const AttentionShape& shape) {
     const auto num_tiles = static_cast<int64_t>(launch.tiles.size());
-    int64_t num_items = 0, longest = 0;
+    int64_t num_segments = 0, longest = 0;
     for (const PlannedTile& tile : launch.tiles) {
-      num_items += tile.num_segments;
+      num_segments += tile.num_segments;
       longest = std::max<int64_t>(longest, tile.num_segments);
     }
-    const int64_t num_states = num_items * shape.kv_heads * launch.tile_rows;
-    const int64_t num_warps = num_tiles * shape.kv_heads * BlockWarps(launch.tile_rows, shape);
-    const bool split = num_warps < shape.busy_warps && longest > 1 &&
-                       num_items <= shape.max_items && num_states <= shape.max_states;
+    const int64_t num_states = num_segments * shape.kv_heads * launch.tile_rows;
+    const bool split = num_tiles * shape.kv_heads < shape.busy_blocks && longest > 1 &&
+                       num_segments <= shape.max_items && num_states <= shape.max_states;
+    const int64_t per_item = split
+                                 ? std::clamp<int64_t>(num_segments * shape.kv_heads /
+                                                           std::max<int64_t>(shape.busy_blocks, 1),
+                                                       1, kMostItemSegments)
+                                 : longest;
     for (int32_t i = 0; i < static_cast<int32_t>(num_tiles); ++i) {
       PlannedTile& tile = launch.tiles[static_cast<size_t>(i)];
-      if (!split) {
-        launch.items.push_back({i, -1});
-        continue;
+      if (split) {
+        tile.first_state = launch.num_states;
+        launch.num_states += tile.num_segments * shape.kv_heads * launch.tile_rows;
       }
-      tile.first_state = launch.num_states;
-      launch.num_states += tile.num_segments * shape.kv_heads * launch.tile_rows;
-      for (int32_t segment = 0; segment < tile.num_segments; ++segment) {
-        launch.items.push_back({i, segment});
+      for (int32_t begin = 0; begin < tile.num_segments; begin += static_cast<int32_t>(per_item)) {
+        const int32_t end = begin + static_cast<int32_t>(per_item);
+        launch.items.push_back({i, begin, std::min(end, tile.num_segments)});
       }
     }
+    const auto count = static_cast<int64_t>(launch.items.size());
+    launch.items.resize(static_cast<size_t>(PaddedItems(count)), {.tile = -1});
   }
 
   AttentionLaunch decode_, prefill_;

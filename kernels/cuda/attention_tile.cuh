@@ -13,37 +13,17 @@ constexpr float kLog2E = 1.44269504f;
 cudaError_t LaunchMmaAttention64(const AttentionKernelLaunch& launch, cudaStream_t stream);
 cudaError_t LaunchMmaAttention128(const AttentionKernelLaunch& launch, cudaStream_t stream);
 
-// What one block works on. All of its tokens lie in strip `last_strip`.
-struct BlockTile {
-  const DeviceSlice* slice;
-  int64_t kv_head;
-  int64_t last_strip;
-  PageRange sealed;  // what the tokens see sealed
-};
-
-__device__ inline int64_t PositionOf(const AttentionKernelLaunch& args, const PlannedTile& from,
-                                     int row) {
-  return args.slices[from.slice].first_position + (from.first_row + row) / args.group;
-}
-
-__device__ inline BlockTile TileOf(const AttentionKernelLaunch& args, const PlannedTile& from) {
-  const DeviceSlice* slice = args.slices + from.slice;
-  const int64_t first = PositionOf(args, from, 0);
-  return {slice, blockIdx.y, first / kStripTokens,
-          args.windows.SealedPages(first, slice->exact_before)};
-}
-
 // Where a row's token lies in its strip. Rows that a tile has not got have the last one's.
-__device__ inline int StripOffset(const AttentionKernelLaunch& args, const PlannedTile& from,
+__device__ inline int StripOffset(const AttentionKernelLaunch& args, const PlannedTile& tile,
                                   int row) {
-  return static_cast<int>(PositionOf(args, from, min(row, from.num_rows - 1)) % kStripTokens);
+  return tile.first_offset + (tile.first_head + min(row, tile.num_rows - 1)) / args.group;
 }
 
 // Where a row of a tile begins in q and out, in elements.
-__device__ inline int64_t RowOffset(const AttentionKernelLaunch& args, const PlannedTile& from,
+__device__ inline int64_t RowOffset(const AttentionKernelLaunch& args, const PlannedTile& tile,
                                     int64_t kv_head, int row) {
-  const int f = from.first_row + row;
-  const int64_t token = args.slices[from.slice].row_begin + f / args.group;
+  const int f = tile.first_head + row;
+  const int64_t token = tile.first_token + f / args.group;
   return (token * args.num_heads + kv_head * args.group + f % args.group) * args.layout.head_dim;
 }
 
@@ -78,23 +58,36 @@ __device__ inline float Merge(const MergeWeights& weights, float before, float a
   return fmaf(before, weights.before, after * weights.after);
 }
 
-// Attends to an item: keeps the state of its segment, or merges all segments in order and writes
-// the rows out. `attention` has, for a lane: kRows and kChannels; row(r), channel(c), counted in
-// the tile and in the head; AttendSegment; and Total(r, c), which only that lane uses.
+// Attends to an item: keeps the states of its segments, or merges them in order and writes the rows
+// out. `attention` has, for a lane: kRows and kChannels; row(r), channel(c), counted in the tile
+// and in the head; AttendSegment; and Total(r, c), which only that lane uses.
 template <typename Attention>
 __device__ void AttendItem(const AttentionKernelLaunch& args, const AttentionItem& item,
-                           const PlannedTile& from, int64_t kv_head, Attention& attention) {
+                           const PlannedTile& tile, Attention& attention) {
   constexpr int R = Attention::kRows, C = Attention::kChannels;
   const int64_t dim = args.layout.head_dim;
-  const bool split = item.segment >= 0, has_channels = attention.channel(0) < dim;
-  const int begin = split ? item.segment : 0, end = split ? begin + 1 : from.num_segments;
+  const int kv_head = static_cast<int>(blockIdx.y);
+  const bool has_channels = attention.channel(0) < dim;
   State<R, C> state;
   float largest[R] = {}, sum[R] = {};  // of the segments so far
-  for (int segment = begin; segment < end; ++segment) {
+  for (int segment = item.begin; segment < item.end; ++segment) {
     attention.AttendSegment(segment, state);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      if (segment == begin) {
+      const int row = attention.row(r);
+      if (args.split) {
+        if (row >= tile.num_rows || !has_channels) continue;
+        float* to = args.states +
+                    StateIndex(tile, args.tile_rows, kv_head, segment, row) * StateFloats(dim);
+#pragma unroll
+        for (int c = 0; c < C; ++c) to[attention.channel(c)] = state.values[r][c];
+        if (attention.channel(0) == 0) {
+          to[dim] = state.largest[r];
+          to[dim + 1] = state.sum[r];
+        }
+        continue;
+      }
+      if (segment == item.begin) {
         largest[r] = state.largest[r];
         sum[r] = state.sum[r];
 #pragma unroll
@@ -110,22 +103,14 @@ __device__ void AttendItem(const AttentionKernelLaunch& args, const AttentionIte
       }
     }
   }
+  if (args.split) return;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int row = attention.row(r);
-    if (row >= from.num_rows || !has_channels) continue;
-    float* to = split ? args.states + StateIndex(from, args.tile_rows, kv_head, item.segment, row) *
-                                          StateFloats(dim)
-                      : args.out + RowOffset(args, from, kv_head, row);
+    if (row >= tile.num_rows || !has_channels) continue;
+    float* to = args.out + RowOffset(args, tile, kv_head, row);
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const float total = attention.Total(r, c);
-      to[attention.channel(c)] = split ? total : total / sum[r];
-    }
-    if (split && attention.channel(0) == 0) {
-      to[dim] = largest[r];
-      to[dim + 1] = sum[r];
-    }
+    for (int c = 0; c < C; ++c) to[attention.channel(c)] = attention.Total(r, c) / sum[r];
   }
 }
 

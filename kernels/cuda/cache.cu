@@ -155,6 +155,7 @@ __global__ void SealKernel(const __grid_constant__ SealLaunch args) {
   const KvLayerLayout& layout = args.layout;
   const PagedKvView kv = ViewOf(args);
   const SealItem item = args.items[blockIdx.x];
+  if (item.open_id < 0) return;
   const int64_t head = blockIdx.y;
   std::byte* page = kv.SealedHead(item.sealed_id, head);
   SealSide side;

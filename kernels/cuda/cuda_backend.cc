@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -16,7 +17,7 @@
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/staging.h"
+#include "kernels/cuda/launch_queue.h"
 #include "kernels/float16.h"
 
 namespace innerq {
@@ -28,9 +29,9 @@ constexpr int64_t kMaxHeadDim = 256;
 // States of split attention: 8 rows of 128 channels, 8 heads, 4 million tokens in segments.
 constexpr int64_t kStateBytes = int64_t{256} << 20;
 constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
-constexpr int64_t kWarpsPerSm = 48;      // that keep a multiprocessor busy, in turns
+constexpr int64_t kBlocksPerSm = 12;     // of attention that keep a multiprocessor busy, in turns
 constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
-constexpr int64_t kSpareBytes = 65536;   // of staging, for small arguments
+constexpr int64_t kSpareBytes = 262144;  // of staging, for small arguments
 
 int64_t ElementBytes(WeightFormat format) { return format == WeightFormat::kF32 ? 4 : 2; }
 
@@ -48,21 +49,27 @@ void WriteElement(WeightFormat format, float x, std::byte* to) {
   }
 }
 
-// One GPU, one stream. Weights are [N, K] row-major in their format, both extents padded with zeros
-// to kMatMulUnit. Errors stick until Synchronize; after one, operations are skipped, for their
-// inputs may be garbage.
+// A product of cuBLASLt on its way to the stream.
+struct CublasLaunch {
+  CublasMatMul* cublas = nullptr;
+  MatMulLaunch product;
+  int64_t x_stride = 0;
+};
+Result<void> LaunchCublas(const CublasLaunch& launch, cudaStream_t stream) {
+  return launch.cublas->Run(launch.product, launch.x_stride, stream);
+}
+
+// One GPU, one stream, behind a queue that makes graphs of steps that recur. Weights are [N, K]
+// row-major in their format, both extents padded with zeros to kMatMulUnit. Errors stick until
+// Synchronize; after one, operations are skipped.
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(CudaDevice device, Stream stream, std::unique_ptr<CublasMatMul> cublas)
+  CudaBackend(CudaDevice device, std::unique_ptr<CublasMatMul> cublas,
+              std::unique_ptr<LaunchQueue> queue)
       : device_(std::move(device)),
         name_("cuda/" + device_.architecture),
-        stream_(std::move(stream)),
-        cublas_(std::move(cublas)) {}
-
-  ~CudaBackend() override {
-    // Nothing may run on memory that is about to be freed; what it failed with no longer matters.
-    static_cast<void>(cudaStreamSynchronize(stream_.get()));
-  }
+        cublas_(std::move(cublas)),
+        queue_(std::move(queue)) {}
 
   std::string_view name() const override { return name_; }
   CodeOrder code_order() const override { return CodeOrder::kMmaFragment; }
@@ -86,16 +93,18 @@ class CudaBackend final : public Backend {
                             .num_quads = kBytes / static_cast<int64_t>(sizeof(uint4)),
                             .all_zero = reinterpret_cast<uint32_t*>(all_zero.data()),
                             .num_blocks = device_.num_multiprocessors * kReadBlocksPerSm};
-    RETURN_IF_CUDA_ERROR(LaunchFill(launch, stream_.get()), "filling memory");
-    RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream_.get()), "reading memory");
+    queue_->Flush();
+    const cudaStream_t stream = queue_->stream();
+    RETURN_IF_CUDA_ERROR(LaunchFill(launch, stream), "filling memory");
+    RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream), "reading memory");
     double fastest = std::numeric_limits<double>::infinity();
     for (int round = 0; round < kRounds; ++round) {
-      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()), "reading memory");
+      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream), "reading memory");
       const Clock::time_point begin = Clock::now();
       for (int pass = 0; pass < kPasses; ++pass) {
-        RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream_.get()), "reading memory");
+        RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream), "reading memory");
       }
-      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()), "reading memory");
+      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream), "reading memory");
       fastest = std::min(fastest, std::chrono::duration<double>(Clock::now() - begin).count());
     }
     return std::optional(static_cast<double>(kPasses * kBytes) / fastest);
@@ -119,7 +128,8 @@ class CudaBackend final : public Backend {
       return InvalidArgument("head_dim must be at most " + std::to_string(kMaxHeadDim) + ", not " +
                              std::to_string(limits.max_head_dim));
     }
-    RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()), "waiting for the device");
+    queue_->Flush();
+    RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(queue_->stream()), "waiting for the device");
     const int64_t rounded_bytes = RoundUp(limits.max_rows, kMatMulUnit) *
                                   RoundUp(limits.max_features, kMatMulUnit) *
                                   ElementBytes(WeightFormat::kBF16);
@@ -136,39 +146,40 @@ class CudaBackend final : public Backend {
     }
     plan_.Reserve(limits.max_rows, limits.max_group, kMaxItems);
     pages_.reserve(static_cast<size_t>(limits.max_pages));
-    slices_.reserve(static_cast<size_t>(limits.max_rows));
     targets_.reserve(static_cast<size_t>(limits.max_rows));
     const int64_t tiles = limits.max_rows * limits.max_group;
-    const int64_t per_row = sizeof(DeviceSlice) + sizeof(AppendTarget) + sizeof(SealItem) + 64;
-    // Both launches of one attention, every page table, and as much again for the rest of a step.
+    seals_.reserve(std::bit_ceil(static_cast<size_t>(limits.max_pages)));
+    const int64_t per_row = sizeof(AppendTarget) + sizeof(SealItem) + 64;
+    // Both launches of one attention, every page table, and what belongs to rows. Twice that, since
+    // capacities are powers of two, and as much again for what grew out of its place.
     const int64_t once =
         2 * tiles * static_cast<int64_t>(sizeof(PlannedTile)) +
-        2 * std::max(kMaxItems, tiles) * static_cast<int64_t>(sizeof(AttentionItem)) +
-        limits.max_pages * static_cast<int64_t>(sizeof(PageRef) + sizeof(SealItem)) +
+        2 * PaddedItems(std::max(kMaxItems, tiles)) * static_cast<int64_t>(sizeof(AttentionItem)) +
+        limits.max_pages * static_cast<int64_t>(sizeof(PageRef) + 2 * sizeof(SealItem)) +
         limits.max_rows * per_row;
-    return staging_.Reserve(2 * once + kSpareBytes);
+    return queue_->Reserve(4 * once + kSpareBytes);
   }
 
   Result<void> Synchronize() override {
     const size_t num_flags = std::exchange(num_flags_, 0);
     if (num_flags > 0) {
-      Check(cudaMemcpyAsync(non_finite_seen_.data(), non_finite_.data(),
-                            num_flags * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_.get()),
-            "reading the device's error flags");
-      Check(cudaMemsetAsync(non_finite_.data(), 0, num_flags * sizeof(int32_t), stream_.get()),
-            "clearing the device's error flags");
+      const cudaStream_t stream = queue_->stream();
+      const size_t bytes = num_flags * sizeof(int32_t);
+      queue_->Flush();
+      queue_->Check(cudaMemcpyAsync(non_finite_seen_.data(), non_finite_.data(), bytes,
+                                    cudaMemcpyDeviceToHost, stream),
+                    "reading the device's error flags");
+      queue_->Check(cudaMemsetAsync(non_finite_.data(), 0, bytes, stream),
+                    "clearing the device's error flags");
     }
-    Check(cudaStreamSynchronize(stream_.get()), "running operations");
-    staging_.Reset();
     failed_seals_.clear();
+    RETURN_IF_ERROR(queue_->Wait());
     const auto* flags = reinterpret_cast<const int32_t*>(non_finite_seen_.data());
-    for (size_t i = 0; i < num_flags && error_.ok(); ++i) {
+    for (size_t i = 0; i < num_flags; ++i) {
       if (flags[i] != 0) failed_seals_.push_back(static_cast<int64_t>(i));
     }
-    if (!failed_seals_.empty()) {
-      return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
-    }
-    return std::exchange(error_, Result<void>());
+    if (failed_seals_.empty()) return {};
+    return Error{ErrorCode::kInternal, "non-finite key or value in the cache"};
   }
 
   std::vector<int64_t> failed_seals() const override { return failed_seals_; }
@@ -191,26 +202,6 @@ class CudaBackend final : public Backend {
     ASSIGN_OR_RETURN(weight->bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
                                            DType::kF32, Shape{weight->rows}}));
     return {};
-  }
-
-  // Keeps the first error until Synchronize; says whether all is well.
-  bool Check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess && error_.ok()) error_ = ErrorOf(status, what);
-    return error_.ok();
-  }
-
-  template <typename T>
-  bool Upload(StagingSlot slot, std::span<const T> items, const T** on_device) {
-    return Check(staging_.Upload(slot, items, stream_.get(), on_device), "copying arguments");
-  }
-  bool BeginUpload(int64_t bytes, int64_t num_arrays) {
-    return error_.ok() && Check(staging_.Begin(bytes, num_arrays, stream_.get()),
-                                "waiting for room for arguments");
-  }
-  template <typename T>
-  bool UploadOne(StagingSlot slot, std::span<const T> items, const T** on_device) {
-    return BeginUpload(static_cast<int64_t>(items.size_bytes()), 1) &&
-           Upload(slot, items, on_device);
   }
 
   // Copies a part's rows [n, K] to the device, `row_bytes` apart, converted to `format`.
@@ -245,20 +236,19 @@ class CudaBackend final : public Backend {
                        .rows = args.out.shape[0],
                        .width = args.out.shape[1],
                        .out = args.out.As<float>()};
-    if (!UploadOne(StagingSlot::kTokenIds, args.token_ids, &launch.token_ids)) return;
-    Check(LaunchEmbed(launch, stream_.get()), "Embed");
+    if (!queue_->Stage(StagedArray{StagingSlot::kTokenIds, args.token_ids, &launch.token_ids})) {
+      return;
+    }
+    queue_->Enqueue<LaunchEmbed>("Embed", launch);
   }
 
   void DoRmsNorm(const RmsNormArgs& args) override {
-    if (!error_.ok()) return;
-    Check(LaunchRmsNorm({args.x.As<float>(), args.weight.As<float>(), args.epsilon, args.x.shape[0],
-                         args.x.shape[1], args.out.As<float>()},
-                        stream_.get()),
-          "RmsNorm");
+    queue_->Enqueue<LaunchRmsNorm>(
+        "RmsNorm", {args.x.As<float>(), args.weight.As<float>(), args.epsilon, args.x.shape[0],
+                    args.x.shape[1], args.out.As<float>()});
   }
 
   void DoMatMul(const MatMulArgs& args) override {
-    if (!error_.ok()) return;
     const Weight& weight = *args.weight;
     MatMulLaunch launch{.format = weight.format,
                         .x = args.x.data,
@@ -275,17 +265,14 @@ class CudaBackend final : public Backend {
       CHECK(RoundUp(launch.m, kMatMulUnit) * x_stride * 2 <= rounded_.bytes(),
             "MatMul: larger than reserved");
       auto* rounded = reinterpret_cast<uint16_t*>(rounded_.data());
-      if (!Check(
-              LaunchRoundToBf16({args.x.As<float>(), launch.m, launch.k, rounded}, stream_.get()),
-              "MatMul")) {
-        return;
-      }
+      queue_->Enqueue<LaunchRoundToBf16>("MatMul",
+                                         {args.x.As<float>(), launch.m, launch.k, rounded});
       launch.x = rounded_.data();
     }
     if (cublas_ == nullptr || !CublasMatMul::Handles(weight.format)) {
-      Check(LaunchMatMul(launch, stream_.get()), "MatMul");
-    } else if (Result<void> result = cublas_->Run(launch, x_stride, stream_.get()); !result.ok()) {
-      error_ = std::move(result);
+      queue_->Enqueue<LaunchMatMul>("MatMul", launch);
+    } else {
+      queue_->Enqueue<LaunchCublas>("MatMul", {cublas_.get(), launch, x_stride});
     }
   }
 
@@ -295,15 +282,12 @@ class CudaBackend final : public Backend {
                            .cos = args.cos.As<float>(),
                            .sin = args.sin.As<float>()};
     if (launch.half == 0) return;
-    if (!BeginUpload(
-            static_cast<int64_t>(args.positions.size_bytes() + args.inverse_frequency.size_bytes()),
-            2) ||
-        !Upload(StagingSlot::kPositions, args.positions, &launch.positions) ||
-        !Upload(StagingSlot::kInverseFrequency, args.inverse_frequency,
-                &launch.inverse_frequency)) {
+    if (!queue_->Stage(StagedArray{StagingSlot::kPositions, args.positions, &launch.positions},
+                       StagedArray{StagingSlot::kInverseFrequency, args.inverse_frequency,
+                                   &launch.inverse_frequency})) {
       return;
     }
-    Check(LaunchRopeTable(launch, stream_.get()), "RopeTable");
+    queue_->Enqueue<LaunchRopeTable>("RopeTable", launch);
   }
 
   void DoRopeAppend(const RopeAppendArgs& args) override {
@@ -327,8 +311,8 @@ class CudaBackend final : public Backend {
                             .num_heads = args.q.shape[1] / layout.head_dim,
                             .q = args.q.As<float>()};
     const std::span<const AppendTarget> targets(targets_);
-    if (!UploadOne(StagingSlot::kAppendTargets, targets, &launch.targets)) return;
-    Check(LaunchRopeAppend(launch, stream_.get()), "RopeAppend");
+    if (!queue_->Stage(StagedArray{StagingSlot::kAppendTargets, targets, &launch.targets})) return;
+    queue_->Enqueue<LaunchRopeAppend>("RopeAppend", launch);
   }
 
   void DoComputeKeyNorm(const KeyNormArgs& args) override {
@@ -345,24 +329,27 @@ class CudaBackend final : public Backend {
                          .num_items = static_cast<int64_t>(args.items.size()),
                          .num_pages = static_cast<int64_t>(num_pages)};
     const std::span<const int32_t> ids(norm_ids_), pages(norm_pages_);
-    if (!BeginUpload(static_cast<int64_t>(ids.size_bytes() + pages.size_bytes()), 2) ||
-        !Upload(StagingSlot::kNormIds, ids, &launch.norm_ids) ||
-        !Upload(StagingSlot::kNormPages, pages, &launch.open_ids)) {
+    if (!queue_->Stage(StagedArray{StagingSlot::kNormIds, ids, &launch.norm_ids},
+                       StagedArray{StagingSlot::kNormPages, pages, &launch.open_ids})) {
       return;
     }
-    Check(LaunchKeyNorm(launch, stream_.get()), "ComputeKeyNorm");
+    queue_->Enqueue<LaunchKeyNorm>("ComputeKeyNorm", launch);
   }
 
+  // Steps that seal one page more or less are often the same launch: numbers are powers of two.
   void DoSeal(const SealArgs& args) override {
+    seals_.assign(args.items.begin(), args.items.end());
+    seals_.resize(std::bit_ceil(args.items.size()));
     SealLaunch launch{.layout = *args.kv.layout,
                       .kv = args.kv,
-                      .num_items = static_cast<int64_t>(args.items.size()),
+                      .num_items = static_cast<int64_t>(seals_.size()),
                       .non_finite = reinterpret_cast<int32_t*>(non_finite_.data())};
     CHECK(args.items.size() * sizeof(int32_t) <= static_cast<size_t>(non_finite_.bytes()),
           "Seal: more pages than reserved");
     num_flags_ = std::max(num_flags_, args.items.size());
-    if (!UploadOne(StagingSlot::kSealItems, args.items, &launch.items)) return;
-    Check(LaunchSeal(launch, stream_.get()), "Seal");
+    const std::span<const SealItem> items(seals_);
+    if (!queue_->Stage(StagedArray{StagingSlot::kSealItems, items, &launch.items})) return;
+    queue_->Enqueue<LaunchSeal>("Seal", launch);
   }
 
   void DoAttention(const AttentionArgs& args) override {
@@ -370,26 +357,20 @@ class CudaBackend final : public Backend {
     CHECK(layout.order != CodeOrder::kPanel16, "Attention: a cache in another backend's order");
     CHECK(states_.bytes() > 0, "Attention before Reserve");
     pages_.clear();
-    slices_.clear();
     for (const SequenceSlice& slice : args.slices) {
-      slices_.push_back({.first_position = slice.first_position,
-                         .exact_before = slice.exact_before,
-                         .first_page = static_cast<int64_t>(pages_.size()),
-                         .row_begin = static_cast<int32_t>(slice.row_begin),
-                         .norm_id = slice.norm_id});
       const int64_t last = slice.first_position + slice.num_rows - 1;
       pages_.insert(pages_.end(), slice.pages.begin(),
                     slice.pages.begin() + args.layout->PageOf(last) + 1);
     }
-    plan_.Make(args.slices, {.group = args.num_heads / layout.kv_heads,
-                             .kv_heads = layout.kv_heads,
-                             .head_dim = layout.head_dim,
-                             .tensor_cores = layout.order == CodeOrder::kMmaFragment,
-                             .max_states = kStateBytes / (StateFloats(layout.head_dim) * 4),
-                             .max_items = kMaxItems,
-                             .busy_warps = device_.num_multiprocessors * kWarpsPerSm});
+    plan_.Make(args.slices, args.layout->windows(),
+               {.group = args.num_heads / layout.kv_heads,
+                .kv_heads = layout.kv_heads,
+                .head_dim = layout.head_dim,
+                .tensor_cores = layout.order == CodeOrder::kMmaFragment,
+                .max_states = kStateBytes / (StateFloats(layout.head_dim) * 4),
+                .max_items = kMaxItems,
+                .busy_blocks = device_.num_multiprocessors * kBlocksPerSm});
     AttentionKernelLaunch launch{.layout = layout,
-                                 .windows = args.layout->windows(),
                                  .kv = args.kv,
                                  .q = args.q.As<float>(),
                                  .out = args.out.As<float>(),
@@ -397,46 +378,39 @@ class CudaBackend final : public Backend {
                                  .num_heads = args.num_heads,
                                  .group = static_cast<int>(args.num_heads / layout.kv_heads),
                                  .scale = args.scale};
-    const std::span<const DeviceSlice> slices(slices_);
+    AttentionKernelLaunch decode = WithPlan(plan_.decode(), launch),
+                          prefill = WithPlan(plan_.prefill(), launch);
     const std::span<const PageRef> pages(pages_);
     const std::span<const PlannedTile> decode_tiles(plan_.decode().tiles),
         prefill_tiles(plan_.prefill().tiles);
     const std::span<const AttentionItem> decode_items(plan_.decode().items),
         prefill_items(plan_.prefill().items);
-    const size_t bytes = slices.size_bytes() + pages.size_bytes() + decode_tiles.size_bytes() +
-                         prefill_tiles.size_bytes() + decode_items.size_bytes() +
-                         prefill_items.size_bytes();
-    if (!BeginUpload(static_cast<int64_t>(bytes), 6) ||
-        !Upload(StagingSlot::kSlices, slices, &launch.slices) ||
-        !Upload(StagingSlot::kPages, pages, &launch.pages)) {
+    if (!queue_->Stage(StagedArray{StagingSlot::kPages, pages, &launch.pages},
+                       StagedArray{StagingSlot::kDecodeTiles, decode_tiles, &decode.tiles},
+                       StagedArray{StagingSlot::kDecodeItems, decode_items, &decode.items},
+                       StagedArray{StagingSlot::kPrefillTiles, prefill_tiles, &prefill.tiles},
+                       StagedArray{StagingSlot::kPrefillItems, prefill_items, &prefill.items})) {
       return;
     }
-    Launch(plan_.decode(), {StagingSlot::kDecodeTiles, StagingSlot::kDecodeItems}, launch);
-    Launch(plan_.prefill(), {StagingSlot::kPrefillTiles, StagingSlot::kPrefillItems}, launch);
+    for (AttentionKernelLaunch* part : {&decode, &prefill}) {
+      if (part->num_tiles == 0) continue;
+      part->pages = launch.pages;
+      queue_->Enqueue<LaunchAttention>("Attention", *part);
+    }
   }
 
-  struct LaunchSlots {
-    StagingSlot tiles, items;
-  };
-  void Launch(const AttentionLaunch& plan, LaunchSlots slots, AttentionKernelLaunch launch) {
-    if (plan.tiles.empty()) return;
+  // The launch of one part of a plan, without its arrays.
+  static AttentionKernelLaunch WithPlan(const AttentionLaunch& plan, AttentionKernelLaunch launch) {
     launch.tile_rows = plan.tile_rows;
     launch.split = plan.split();
     launch.num_tiles = static_cast<int64_t>(plan.tiles.size());
     launch.num_items = static_cast<int64_t>(plan.items.size());
-    if (!Upload(slots.tiles, std::span<const PlannedTile>(plan.tiles), &launch.tiles) ||
-        !Upload(slots.items, std::span<const AttentionItem>(plan.items), &launch.items)) {
-      return;
-    }
-    Check(LaunchAttention(launch, stream_.get()), "Attention");
+    return launch;
   }
 
   void DoSwiGlu(const SwiGluArgs& args) override {
-    if (!error_.ok()) return;
-    Check(LaunchSwiGlu({args.gate_up.As<float>(), args.out.shape[0], args.out.shape[1],
-                        args.out.As<float>()},
-                       stream_.get()),
-          "SwiGlu");
+    queue_->Enqueue<LaunchSwiGlu>("SwiGlu", {args.gate_up.As<float>(), args.out.shape[0],
+                                             args.out.shape[1], args.out.As<float>()});
   }
 
   void DoGatherRows(const GatherRowsArgs& args) override {
@@ -444,34 +418,32 @@ class CudaBackend final : public Backend {
                             .num_rows = args.out.shape[0],
                             .width = args.out.shape[1],
                             .out = args.out.As<float>()};
-    if (!UploadOne(StagingSlot::kGatherRows, args.rows, &launch.rows)) return;
-    Check(LaunchGatherRows(launch, stream_.get()), "GatherRows");
+    if (!queue_->Stage(StagedArray{StagingSlot::kGatherRows, args.rows, &launch.rows})) return;
+    queue_->Enqueue<LaunchGatherRows>("GatherRows", launch);
   }
 
   void DoReadToHost(const std::byte* from, int64_t bytes, std::byte* to) override {
-    if (!error_.ok()) return;
-    Check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost,
-                          stream_.get()),
-          "ReadToHost");
+    queue_->Flush();
+    queue_->Check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost,
+                                  queue_->stream()),
+                  "ReadToHost");
   }
 
   const CudaDevice device_;
   const std::string name_;
-  const Stream stream_;
   const std::unique_ptr<CublasMatMul> cublas_;  // null: all products are our own
-  Staging staging_;
-  Buffer rounded_;                       // activations of one product in BF16
-  Buffer states_;                        // of split attention
-  Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity
-  size_t num_flags_ = 0;                 // of them, that calls of Seal may have set
+  Buffer rounded_;                              // activations of one product in BF16
+  Buffer states_;                               // of split attention
+  Buffer non_finite_, non_finite_seen_;         // int32 per item: Seal met a NaN or an infinity
+  size_t num_flags_ = 0;                        // of them, that calls of Seal may have set
   std::vector<int64_t> failed_seals_;
   AttentionPlan plan_;
   // Arguments on their way to staging; kept for their memory.
-  std::vector<DeviceSlice> slices_;
   std::vector<PageRef> pages_;
   std::vector<AppendTarget> targets_;
+  std::vector<SealItem> seals_;
   std::vector<int32_t> norm_ids_, norm_pages_;
-  Result<void> error_;
+  const std::unique_ptr<LaunchQueue> queue_;  // last: waits before the memory above is freed
 };
 
 }  // namespace
@@ -483,13 +455,13 @@ Result<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options
                            "backend.threads");
   }
   ASSIGN_OR_RETURN(CudaDevice device, OpenDevice());
-  ASSIGN_OR_RETURN(Stream stream, CreateStream());
+  ASSIGN_OR_RETURN(std::unique_ptr<LaunchQueue> queue, LaunchQueue::Create());
   std::unique_ptr<CublasMatMul> cublas;
   if (!options.deterministic) {
     ASSIGN_OR_RETURN(cublas, CublasMatMul::Create());
   }
   return std::unique_ptr<Backend>(
-      std::make_unique<CudaBackend>(std::move(device), std::move(stream), std::move(cublas)));
+      std::make_unique<CudaBackend>(std::move(device), std::move(cublas), std::move(queue)));
 }
 
 }  // namespace innerq

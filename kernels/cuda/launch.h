@@ -91,7 +91,7 @@ cudaError_t LaunchKeyNorm(const KeyNormLaunch& launch, cudaStream_t stream);
 struct SealLaunch {
   KvLayerLayout layout;
   PagedKvView kv;
-  const SealItem* items = nullptr;  // [num_items]
+  const SealItem* items = nullptr;  // [num_items]; nothing is done for an open_id of -1
   int64_t num_items = 0;
   int32_t* non_finite = nullptr;  // [num_items], set to 1 where a key or value is not finite
 };
@@ -101,12 +101,10 @@ cudaError_t LaunchSeal(const SealLaunch& launch, cudaStream_t stream);
 
 struct AttentionKernelLaunch {
   KvLayerLayout layout;
-  PageWindows windows;
   PagedKvView kv;
-  const float* q = nullptr;  // [T, H * D]
-  float* out = nullptr;      // [T, H * D]
-  float* states = nullptr;   // [num_states][StateFloats(D)]
-  const DeviceSlice* slices = nullptr;
+  const float* q = nullptr;        // [T, H * D]
+  float* out = nullptr;            // [T, H * D]
+  float* states = nullptr;         // [num_states][StateFloats(D)]
   const PageRef* pages = nullptr;  // of all slices
   const PlannedTile* tiles = nullptr;
   const AttentionItem* items = nullptr;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels/result.h"
@@ -117,11 +118,8 @@ void RunBlock(size_t count) {
   }
 }
 
-}  // namespace
-
-void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()>& kernel) {
+void RunKernel(const LaunchConfiguration& launch, const std::function<void()>& kernel) {
   const auto [grid, block, shared_bytes, stream] = launch;
-  CHECK(block.y == 1 && block.z == 1 && block.x <= kMaxThreads, "blocks have one dimension");
   running.kernel = &kernel;
   block_extent = block;
   // Sized to the byte, so that tools see what writes beyond it.
@@ -137,6 +135,14 @@ void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()
       }
     }
   }
+}
+
+}  // namespace
+
+void EmulateKernel(const LaunchConfiguration& launch, std::function<void()> kernel) {
+  CHECK(launch.block.y == 1 && launch.block.z == 1 && launch.block.x <= kMaxThreads,
+        "blocks have one dimension");
+  the_stream.Add([launch, kernel = std::move(kernel)] { RunKernel(launch, kernel); });
 }
 
 void SyncBlock() { Wait(running.all); }

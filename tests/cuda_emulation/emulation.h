@@ -29,12 +29,12 @@ extern std::byte* dynamic_shared;  // of the block
 struct LaunchConfiguration {
   dim3 grid, block;
   size_t shared_bytes = 0;
-  cudaStream_t stream = nullptr;  // there is one, and it never lags
+  cudaStream_t stream = nullptr;  // there is one
 };
 
-// Runs `kernel` for every thread of every block. Shared memory starts as NaN. Threads that wait for
-// each other forever stop the program.
-void EmulateKernel(const LaunchConfiguration& launch, const std::function<void()>& kernel);
+// Runs `kernel` for every thread of every block when the stream comes to it. Shared memory starts
+// as NaN. Threads that wait for each other forever stop the program.
+void EmulateKernel(const LaunchConfiguration& launch, std::function<void()> kernel);
 void SyncBlock();
 void SyncWarp();
 // The value of the lane whose id differs by `mask`, and of lane `lane`.

@@ -17,7 +17,7 @@ struct PlanCase {
   int64_t group, head_dim, kv_heads;
   bool tensor_cores;
   std::vector<SequenceSlice> slices;
-  int64_t busy_warps = 2000;
+  int64_t busy_blocks = 2000;
 };
 
 std::vector<SequenceSlice> MixedStep() {
@@ -33,7 +33,7 @@ std::vector<PlanCase> PlanCases() {
   std::vector<PlanCase> cases;
   for (const int64_t group : {1, 3, 4, 8, 12}) {
     for (const int64_t dim : {64, 128, 256}) {
-      for (const int64_t busy : {0, 2000}) {
+      for (const int64_t busy : {0, 16, 2000}) {
         for (const bool tensor_cores : {false, true}) {
           cases.push_back({group, dim, 2, tensor_cores, MixedStep(), busy});
         }
@@ -43,6 +43,9 @@ std::vector<PlanCase> PlanCases() {
   return cases;
 }
 
+constexpr PageWindows kWindows = {
+    .page_tokens = 64, .sink_pages = 1, .recent_pages = 2, .quantized = true};
+
 AttentionShape ShapeOf(const PlanCase& c) {
   return {.group = c.group,
           .kv_heads = c.kv_heads,
@@ -50,13 +53,13 @@ AttentionShape ShapeOf(const PlanCase& c) {
           .tensor_cores = c.tensor_cores,
           .max_states = 100000,
           .max_items = 1000,
-          .busy_warps = c.busy_warps};
+          .busy_blocks = c.busy_blocks};
 }
 
 TEST(AttentionPlan, EveryRowIsInOneTileThatSeesItsPages) {
   for (const PlanCase& c : PlanCases()) {
     AttentionPlan plan;
-    plan.Make(c.slices, ShapeOf(c));
+    plan.Make(c.slices, kWindows, ShapeOf(c));
     std::set<std::pair<int32_t, int64_t>> rows;  // of a slice
     for (const AttentionLaunch* launch : {&plan.decode(), &plan.prefill()}) {
       EXPECT_LE(launch->tile_rows, MostTileRows(ShapeOf(c)));
@@ -74,6 +77,20 @@ TEST(AttentionPlan, EveryRowIsInOneTileThatSeesItsPages) {
           EXPECT_EQ(position < slice.exact_before, first < slice.exact_before);
         }
         EXPECT_EQ(tile.num_segments, first / kSegmentTokens + 1);
+        EXPECT_EQ(tile.last_strip, first / kStripTokens);
+        EXPECT_EQ(tile.first_offset, first % kStripTokens);
+        EXPECT_EQ(tile.first_token, slice.row_begin + tile.first_row / c.group);
+        EXPECT_EQ(tile.first_head, tile.first_row % c.group);
+        EXPECT_EQ(tile.norm_id, slice.norm_id);
+        const PageRange sealed = kWindows.SealedPages(first, slice.exact_before);
+        EXPECT_EQ(tile.sealed_begin, sealed.begin * 2);
+        EXPECT_EQ(tile.sealed_end, sealed.end * 2);
+        int64_t first_page = 0;
+        for (int32_t i = 0; i < tile.slice; ++i) {
+          const SequenceSlice& before = c.slices[static_cast<size_t>(i)];
+          first_page += kWindows.PageOf(before.first_position + before.num_rows - 1) + 1;
+        }
+        EXPECT_EQ(tile.first_page, first_page);
       }
     }
     size_t expected = 0;
@@ -85,47 +102,69 @@ TEST(AttentionPlan, EveryRowIsInOneTileThatSeesItsPages) {
 }
 
 TEST(AttentionPlan, ItemsCoverEverySegmentOnceAndStatesDoNotOverlap) {
-  int num_split = 0;
+  int num_split = 0, num_longer = 0;
   for (const PlanCase& c : PlanCases()) {
     AttentionPlan plan;
-    plan.Make(c.slices, ShapeOf(c));
+    plan.Make(c.slices, kWindows, ShapeOf(c));
     for (const AttentionLaunch* launch : {&plan.decode(), &plan.prefill()}) {
       num_split += launch->split() ? 1 : 0;
-      std::set<std::pair<int32_t, int32_t>> items;
+      std::set<std::pair<int32_t, int32_t>> segments;  // of a tile
       std::set<int64_t> states;
+      int64_t num_items = 0;
       for (const AttentionItem& item : launch->items) {
-        EXPECT_TRUE(items.insert({item.tile, item.segment}).second);
-        EXPECT_EQ(item.segment >= 0, launch->split());
+        if (item.tile < 0) continue;
+        ++num_items;
         const PlannedTile& tile = launch->tiles[static_cast<size_t>(item.tile)];
-        EXPECT_LT(item.segment, tile.num_segments);
-        for (int64_t head = 0; head < c.kv_heads && launch->split(); ++head) {
-          for (int r = 0; r < launch->tile_rows; ++r) {
-            const int64_t at = StateIndex(tile, launch->tile_rows, head, item.segment, r);
-            EXPECT_TRUE(at >= 0 && at < launch->num_states);
-            EXPECT_TRUE(states.insert(at).second);
+        EXPECT_LT(item.begin, item.end);
+        EXPECT_LE(item.end, tile.num_segments);
+        num_longer += launch->split() && item.end - item.begin > 1 ? 1 : 0;
+        EXPECT_TRUE(launch->split() || item.end - item.begin == tile.num_segments);
+        for (int32_t segment = item.begin; segment < item.end; ++segment) {
+          EXPECT_TRUE(segments.insert({item.tile, segment}).second);
+          for (int64_t head = 0; head < c.kv_heads && launch->split(); ++head) {
+            for (int r = 0; r < launch->tile_rows; ++r) {
+              const int64_t at = StateIndex(tile, launch->tile_rows, head, segment, r);
+              EXPECT_TRUE(at >= 0 && at < launch->num_states);
+              EXPECT_TRUE(states.insert(at).second);
+            }
           }
         }
       }
       size_t expected = 0;
       for (const PlannedTile& tile : launch->tiles) {
-        expected += launch->split() ? static_cast<size_t>(tile.num_segments) : 1;
+        expected += static_cast<size_t>(tile.num_segments);
       }
-      EXPECT_EQ(items.size(), expected);
+      EXPECT_EQ(segments.size(), expected);
+      EXPECT_EQ(launch->items.size(), static_cast<size_t>(PaddedItems(num_items)));
     }
   }
+  EXPECT_GT(num_longer, 0);
   EXPECT_GT(num_split, 0);
+}
+
+TEST(AttentionPlan, PaddingIsAtMostAnEighthAndLasts) {
+  EXPECT_EQ(PaddedItems(0), 0);
+  std::set<int64_t> sizes;
+  for (int64_t n = 1; n <= 32768; ++n) {
+    const int64_t padded = PaddedItems(n);
+    EXPECT_GE(padded, n);
+    EXPECT_LE(8 * (padded - n), n);
+    EXPECT_EQ(PaddedItems(padded), padded);
+    sizes.insert(padded);
+  }
+  EXPECT_LE(sizes.size(), 8u * 15) << "sizes of launches";
 }
 
 TEST(AttentionPlan, IsNotSplitBeyondItsMemory) {
   const std::vector<SequenceSlice> slices = {{0, 1, 5000, {}, -1, 0}};
   AttentionShape shape = ShapeOf({4, 128, 2, false, slices});
   AttentionPlan plan;
-  plan.Make(slices, shape);
+  plan.Make(slices, kWindows, shape);
   ASSERT_TRUE(plan.decode().split());
   const int64_t num_states = plan.decode().num_states;
   EXPECT_EQ(num_states, 10 * 2 * 4) << "10 segments, 2 heads, 4 rows";
   shape.max_states = num_states - 1;
-  plan.Make(slices, shape);
+  plan.Make(slices, kWindows, shape);
   EXPECT_FALSE(plan.decode().split());
   EXPECT_EQ(plan.decode().tiles[0].first_state, -1);
 }

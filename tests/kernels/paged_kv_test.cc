@@ -210,7 +210,8 @@ TEST(PagedKv, FragmentsAreForTheShapesThatTheyServe) {
   };
   for (const Row& row : {Row{kSym3, kSym3, 128, true},
                          {kSym3, {2, kHybrid, kIn, 32}, 64, true},
-                         {{8, kSym, kIn, 64}, half, 64, true},
+                         {{8, kSym, kIn, 64}, kSym3, 64, true},
+                         {{8, kSym, kIn, 64}, half, 64, false},
                          {half, half, 128, true},
                          {kSym3, kSym3, 96, false},
                          {kSym3, kSym3, 256, false},
