@@ -18,6 +18,7 @@ template <int R, int C>
 class TileAttention {
  public:
   static constexpr int kRows = R, kChannels = C;
+  static constexpr bool kMerges = true;
 
   __device__ TileAttention(const AttentionKernelLaunch& args, const PlannedTile& tile,
                            float* shared)

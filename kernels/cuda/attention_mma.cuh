@@ -145,10 +145,11 @@ class MmaAttention {
  public:
   static constexpr int kRows = kTeamed || kSplit ? 1 : 2;  // of a lane
   static constexpr int kChannels = kLaneChannels / kTeams;
+  static constexpr bool kMerges = !kTeamed;
   static constexpr int kWarpRows = 8 * kRows;
   static constexpr int kMostThreads =
       kTeamed ? kTeams * kWarpSize : kMaxTileRows / kWarpRows * kWarpSize;
-  static constexpr int kLeastBlocks = kTeamed ? 4 : kSplit ? 3 : 5;  // registers are for so many
+  static constexpr int kLeastBlocks = kTeamed ? 4 : kSplit ? 3 : 4;  // registers are for so many
   INNERQ_HOST_DEVICE static constexpr MmaShape Shape() { return {kDim, kRows, kTeams}; }
 
   __device__ MmaAttention(const AttentionKernelLaunch& args, const AttentionItem& item,
@@ -163,10 +164,11 @@ class MmaAttention {
         warp_(static_cast<int>(threadIdx.x / kWarpSize)),
         lane_(static_cast<int>(threadIdx.x % kWarpSize)),
         first_row_(kTeamed ? 0 : warp_ * kWarpRows),
-        first_strip_(item.begin * kStrips),
+        team_strip_(item.begin * kStrips + (kTeamed ? warp_ * kPartStrips : 0)),
         end_strip_(min(item.end * kStrips, tile.last_strip + 1)),
         first_(lane_ % 4 * 8),
         sealed_heads_(HeadOf(0, true)),
+        page_bytes_(static_cast<uint32_t>(args.layout.sealed_page_bytes())),
         stages_(shared + (kTeamed ? warp_ * at_.team_bytes : 0)),
         zero_(static_cast<uint32_t>(args.layout.page_tokens) & 1u),
         forms_(shared + at_.queries + (kTeamed ? 0 : 2 * warp_ * Shape().form_bytes())) {
@@ -191,13 +193,9 @@ class MmaAttention {
     }
   }
 
-  // The thread's part of the total over segments: few floats, or in shared memory.
+  // The thread's part of the total over segments, in shared memory.
   __device__ float& Total(int r, int c) {
-    if constexpr (kTeamed) {
-      return total_[c];
-    } else {
-      return Floats(at_.total)[(r * kChannels + c) * blockDim.x + thread_];
-    }
+    return Floats(at_.total)[(r * kChannels + c) * blockDim.x + thread_];
   }
   __device__ int row(int r) const { return first_row_ + lane_ / 4 + 8 * r; }
   __device__ int channel(int c) const {
@@ -220,8 +218,7 @@ class MmaAttention {
   // The n-th strip that the team comes to.
   __device__ int StripAt(unsigned n) const {
     constexpr unsigned kOfTeam = kStrips / kTeams;  // of a segment
-    const int in_segment = static_cast<int>(n % kOfTeam) + (kTeamed ? warp_ * kPartStrips : 0);
-    return first_strip_ + static_cast<int>(n / kOfTeam) * kStrips + in_segment;
+    return team_strip_ + static_cast<int>(n / kOfTeam) * kStrips + static_cast<int>(n % kOfTeam);
   }
   // Waits for the team, or for all where they are one.
   __device__ void SyncTeam() const {
@@ -282,7 +279,8 @@ class MmaAttention {
       uint64_t* barrier = BarrierOf(stage);
       ArriveAndExpect(barrier, wanted ? static_cast<uint32_t>(at_.stage_bytes) : 0u);
       if (wanted) {
-        CopyStrip(sealed_heads_ + pages_ * layout_.sealed_page_bytes(), FirstToken(strip), to,
+        CopyStrip(sealed_heads_ + static_cast<uint32_t>(pages_) * uint64_t{page_bytes_},
+                  FirstToken(strip), to,
                   [barrier](const std::byte* from, int bytes, std::byte* part) {
                     CopyBulk(part, from, static_cast<uint32_t>(bytes), barrier);
                   });
@@ -293,7 +291,8 @@ class MmaAttention {
     if (wanted) {
       const int begin = kTeamed ? lane_ : thread_;
       const int step = kTeamed ? kWarpSize : static_cast<int>(blockDim.x);
-      CopyStrip(sealed_heads_ + page * layout_.sealed_page_bytes(), FirstToken(strip), to,
+      CopyStrip(sealed_heads_ + static_cast<uint32_t>(page) * uint64_t{page_bytes_},
+                FirstToken(strip), to,
                 [begin, step](const std::byte* from, int bytes, std::byte* part) {
                   for (int i = begin * 16; i < bytes; i += step * 16) CopyAsync(part + i, from + i);
                 });
@@ -319,7 +318,7 @@ class MmaAttention {
   // in memory as its stage does.
   template <typename Copy>
   __device__ void CopyStrip(const std::byte* head, int t0, std::byte* stage, Copy copy) const {
-    if (layout_.page_tokens == kSide) return copy(head, at_.stage_bytes, stage);
+    if (static_cast<int>(layout_.page_tokens) == kSide) return copy(head, at_.stage_bytes, stage);
     const QuantSpec &key = layout_.key, &value = layout_.value;
     copy(head + layout_.key_codes + t0 * kDim * kKeyBits / 8, kKeyCodeBytes, stage);
     // Parameters of keys: from [D/N][T] to [D/N][32].
@@ -705,14 +704,15 @@ class MmaAttention {
   const MmaShared at_;
   std::byte* const shared_;
   const int thread_, warp_, lane_;
-  const int first_row_;                // of the warp, in the tile
-  const int first_strip_, end_strip_;  // of the item
-  const int first_;  // of the lane's eight inner places, and of the outer ones of its sums
+  const int first_row_;   // of the warp, in the tile
+  const int team_strip_;  // the first that the team comes to
+  const int end_strip_;   // of the item
+  const int first_;       // of the lane's eight inner places, and of the outer ones of its sums
   const std::byte* const sealed_heads_;  // the head's part of sealed page 0
+  const uint32_t page_bytes_;            // of a sealed page
   std::byte* const stages_;              // the team's ring
   const uint32_t zero_;                  // pages are of even sizes
   std::byte* const forms_;               // of the warp's rows
-  float total_[kTeamed ? kChannels : 1];
   unsigned attended_ = 0;                // of the team's strips
   int pages_ = -1, earlier_pages_ = -1;  // of the 32 strips that are copied, one in each lane
 };
@@ -754,7 +754,7 @@ cudaError_t LaunchMma(const AttentionKernelLaunch& launch, cudaStream_t stream) 
 
 template <int kDim, int kKeyBits, int kValueBits>
 cudaError_t LaunchMmaForRows(const AttentionKernelLaunch& launch, cudaStream_t stream) {
-  return launch.tile_rows <= kMmaWarpRows
+  return launch.tile_rows <= kMmaWarpRows && !launch.in_one_go
              ? LaunchMma<kDim, kKeyBits, kValueBits, true>(launch, stream)
              : LaunchMma<kDim, kKeyBits, kValueBits, false>(launch, stream);
 }

@@ -75,6 +75,7 @@ struct AttentionLaunch {
   std::vector<PlannedTile> tiles;
   std::vector<AttentionItem> items;
   int64_t num_states = 0;
+  bool in_one_go = false;  // an item is all segments of its tile, and some tile has several
   bool split() const { return num_states > 0; }
 };
 
@@ -151,6 +152,7 @@ class AttentionPlan {
     launch.tiles.clear();
     launch.items.clear();
     launch.num_states = 0;
+    launch.in_one_go = false;
   }
 
   // Appends the slice's tiles; `tile` has what they have in common.
@@ -199,6 +201,7 @@ class AttentionPlan {
                                                            std::max<int64_t>(shape.busy_blocks, 1),
                                                        1, kMostItemSegments)
                                  : longest;
+    launch.in_one_go = !split && longest > 1;
     for (int32_t i = 0; i < static_cast<int32_t>(num_tiles); ++i) {
       PlannedTile& tile = launch.tiles[static_cast<size_t>(i)];
       if (split) {

@@ -58,59 +58,66 @@ __device__ inline float Merge(const MergeWeights& weights, float before, float a
   return fmaf(before, weights.before, after * weights.after);
 }
 
+// Writes the state of a segment to where it is kept, or, if there are no others, the rows to `out`.
+template <typename Attention, int R, int C>
+__device__ void WriteSegment(const AttentionKernelLaunch& args, const PlannedTile& tile,
+                             int segment, const Attention& attention, const State<R, C>& state) {
+  const int64_t dim = args.layout.head_dim;
+  const auto kv_head = static_cast<int64_t>(blockIdx.y);
+  if (attention.channel(0) >= dim) return;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int row = attention.row(r);
+    if (row >= tile.num_rows) continue;
+    float* to = args.split ? args.states + StateIndex(tile, args.tile_rows, kv_head, segment, row) *
+                                               StateFloats(dim)
+                           : args.out + RowOffset(args, tile, kv_head, row);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      to[attention.channel(c)] =
+          args.split ? state.values[r][c] : state.values[r][c] / state.sum[r];
+    }
+    if (args.split && attention.channel(0) == 0) {
+      to[dim] = state.largest[r];
+      to[dim + 1] = state.sum[r];
+    }
+  }
+}
+
 // Attends to an item: keeps the states of its segments, or merges them in order and writes the rows
 // out. `attention` has, for a lane: kRows and kChannels; row(r), channel(c), counted in the tile
-// and in the head; AttendSegment; and Total(r, c), which only that lane uses.
+// and in the head; AttendSegment; kMerges: it may be given several segments that are not split, and
+// has Total(r, c), which only that lane uses.
 template <typename Attention>
 __device__ void AttendItem(const AttentionKernelLaunch& args, const AttentionItem& item,
                            const PlannedTile& tile, Attention& attention) {
   constexpr int R = Attention::kRows, C = Attention::kChannels;
-  const int64_t dim = args.layout.head_dim;
-  const int kv_head = static_cast<int>(blockIdx.y);
-  const bool has_channels = attention.channel(0) < dim;
   State<R, C> state;
-  float largest[R] = {}, sum[R] = {};  // of the segments so far
+  float largest[R] = {}, sum[R] = {};  // of the segments before
   for (int segment = item.begin; segment < item.end; ++segment) {
     attention.AttendSegment(segment, state);
+    if constexpr (Attention::kMerges) {
+      if (!args.split) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int row = attention.row(r);
-      if (args.split) {
-        if (row >= tile.num_rows || !has_channels) continue;
-        float* to = args.states +
-                    StateIndex(tile, args.tile_rows, kv_head, segment, row) * StateFloats(dim);
+        for (int r = 0; r < R; ++r) {
+          if (segment > item.begin) {
+            const MergeWeights weights = WeightsOf(largest[r], state.largest[r]);
+            state.largest[r] = weights.largest;
+            state.sum[r] = Merge(weights, sum[r], state.sum[r]);
 #pragma unroll
-        for (int c = 0; c < C; ++c) to[attention.channel(c)] = state.values[r][c];
-        if (attention.channel(0) == 0) {
-          to[dim] = state.largest[r];
-          to[dim + 1] = state.sum[r];
+            for (int c = 0; c < C; ++c) {
+              state.values[r][c] = Merge(weights, attention.Total(r, c), state.values[r][c]);
+            }
+          }
+          largest[r] = state.largest[r];
+          sum[r] = state.sum[r];
+#pragma unroll
+          for (int c = 0; c < C; ++c) attention.Total(r, c) = state.values[r][c];
         }
-        continue;
-      }
-      if (segment == item.begin) {
-        largest[r] = state.largest[r];
-        sum[r] = state.sum[r];
-#pragma unroll
-        for (int c = 0; c < C; ++c) attention.Total(r, c) = state.values[r][c];
-        continue;
-      }
-      const MergeWeights weights = WeightsOf(largest[r], state.largest[r]);
-      largest[r] = weights.largest;
-      sum[r] = Merge(weights, sum[r], state.sum[r]);
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        attention.Total(r, c) = Merge(weights, attention.Total(r, c), state.values[r][c]);
+        if (segment + 1 < item.end) continue;
       }
     }
-  }
-  if (args.split) return;
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int row = attention.row(r);
-    if (row >= tile.num_rows || !has_channels) continue;
-    float* to = args.out + RowOffset(args, tile, kv_head, row);
-#pragma unroll
-    for (int c = 0; c < C; ++c) to[attention.channel(c)] = attention.Total(r, c) / sum[r];
+    WriteSegment(args, tile, segment, attention, state);
   }
 }
 

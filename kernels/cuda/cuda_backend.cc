@@ -403,6 +403,7 @@ class CudaBackend final : public Backend {
   static AttentionKernelLaunch WithPlan(const AttentionLaunch& plan, AttentionKernelLaunch launch) {
     launch.tile_rows = plan.tile_rows;
     launch.split = plan.split();
+    launch.in_one_go = plan.in_one_go;
     launch.num_tiles = static_cast<int64_t>(plan.tiles.size());
     launch.num_items = static_cast<int64_t>(plan.items.size());
     return launch;

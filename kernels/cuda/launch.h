@@ -112,7 +112,8 @@ struct AttentionKernelLaunch {
   int64_t num_heads = 0;
   int group = 1;  // H / G
   int tile_rows = 0;
-  bool split = false;
+  bool split = false;      // see AttentionLaunch
+  bool in_one_go = false;  // likewise
   float scale = 0;
 };
 cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t stream);
