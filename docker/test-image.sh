@@ -2,11 +2,23 @@
 # Builds the image of docker/Dockerfile without a Docker engine and runs it as an engine would: as
 # its user, as process 1, with its health check, until SIGTERM. For root, with a network:
 #   apt-get install debootstrap buildah && docker/test-image.sh
-# The base is made by debootstrap, for no registry may be at hand. Takes minutes and 5 GB below
-# build/image; running it again reuses the base and the layers.
+#   docker/test-image.sh cuda     the same of docker/Dockerfile.cuda, where nvcc is on PATH
+# The base is made by debootstrap, for no registry may be at hand; for the same reason the CUDA
+# toolkit is this machine's, not that of NVIDIA's packages, and where there is no GPU the server is
+# to say so, then runs on the CPU. Takes minutes and 5 GB below build/image, with CUDA ten minutes and
+# 9 GB; running it again reuses the base and the layers. ARCHITECTURES=90 names GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+what=${1:-cpu}
+[[ $what =~ ^(cpu|cuda)$ ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
+tag=innerq file=docker/Dockerfile options=()
+if [[ $what == cuda ]]; then
+  toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+  tag=innerq-cuda file=docker/Dockerfile.cuda
+  options=(--build-arg TOOLKIT=localhost/base --build-arg "ARCHITECTURES=${ARCHITECTURES:-90}"
+    --volume "$toolkit:/usr/local/cuda-13.0:ro")
+fi
 mirror=${MIRROR:-http://deb.debian.org/debian}
 work=$PWD/build/image
 mkdir -p "$work"
@@ -25,10 +37,10 @@ fi
 
 step "image"
 buildah build --isolation chroot --layers --format docker --build-arg BASE=localhost/base \
-  --file docker/Dockerfile --tag innerq .
+  "${options[@]}" --file "$file" --tag "$tag" .
 
 step "what an engine is told"
-buildah inspect --type image innerq >"$work/image.json"
+buildah inspect --type image "$tag" >"$work/image.json"
 # Prints a value of the image's configuration: a text, or a list's items as lines.
 describe() {
   python3 - "$work/image.json" "$@" <<'END'
@@ -54,7 +66,7 @@ if (exec 3<>/dev/tcp/127.0.0.1/8080) 2>/dev/null; then
   echo "something listens on port 8080 already" >&2
   exit 1
 fi
-container=$(buildah from --pull-never innerq)
+container=$(buildah from --pull-never "$tag")
 root=$(buildah mount "$container")
 server=
 finish() {
@@ -69,8 +81,17 @@ clean=(env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)
 as_user=(setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs
   --inh-caps=-all --bounding-set=-all)
 # Process 1 of its own namespace; the port is the machine's, as a container's with --network host.
-"${clean[@]}" unshare --pid --fork --kill-child --root "$root" --mount-proc -- \
-  "${as_user[@]}" "${command[@]}" >"$work/server.log" 2>&1 &
+serve() {
+  exec "${clean[@]}" unshare --pid --fork --kill-child --root "$root" --mount-proc -- \
+    "${as_user[@]}" "${command[@]}" "$@" >"$work/server.log" 2>&1
+}
+device=()
+if [[ $what == cuda ]]; then
+  if (serve); then echo "it served on a GPU that is not mounted" >&2; exit 1; fi
+  grep 'device cuda' "$work/server.log"
+  device=(--set=backend.device=cpu)
+fi
+serve "${device[@]}" &
 server=$!
 check_health() { "${clean[@]}" chroot "$root" "${as_user[@]}" "${health[@]:1}"; }
 for _ in $(seq 100); do

@@ -119,13 +119,15 @@ class Batch {
     ASSIGN_OR_RETURN(std::span<const float> logits, runner_.Step(forward));
     scheduler_.Commit(batch);
     const auto width = static_cast<size_t>(runner_.vocab_size());
+    int64_t row = 0;  // that comes next
     for (const ScheduledChunk& chunk : batch.chunks) {
       if (!chunk.samples) continue;
       const Sequence& sequence = *chunk.sequence;
       ASSIGN_OR_RETURN(const TokenEvent sampled, Sample({.logits = logits.first(width),
                                                          .params = &sequence.request.sampling,
                                                          .seen = &sequence.seen,
-                                                         .index = sequence.num_generated()},
+                                                         .index = sequence.num_generated(),
+                                                         .top = runner_.top_logits(row++)},
                                                         scratch_));
       logits = logits.subspan(width);
       next_tokens_[static_cast<size_t>(sequence.number - 1)] = sampled.token_id;

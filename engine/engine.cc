@@ -97,7 +97,7 @@ class ThreadedEngine final : public Engine {
   Result<void> Step();
   void EndFailed(const Error& error, ScheduledBatch* batch);
   void TakeScores(const ScheduledChunk& chunk, std::span<const float> logits);
-  bool TakeToken(Sequence& sequence, std::span<const float> logits);
+  bool TakeToken(Sequence& sequence, std::span<const float> logits, std::span<const TopLogit> top);
   void DeliverFinished();
   void Stop(const Error& error);
   void PublishGauges(const Lock&);
@@ -265,16 +265,16 @@ Result<void> ThreadedEngine::Step() {
   scheduler_.Commit(batch);
   for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(*chunk.sequence);
   int64_t generated = 0;
-  std::span<const float> rest = *logits;
+  int64_t row = 0;  // that comes next
   const auto next_rows = [&](int64_t count) {
-    const auto size = static_cast<size_t>(count * vocab_size_);
-    const std::span<const float> rows = rest.first(size);
-    rest = rest.subspan(size);
-    return rows;
+    const auto first = static_cast<size_t>(std::exchange(row, row + count) * vocab_size_);
+    return logits->subspan(first, static_cast<size_t>(count * vocab_size_));
   };
   for (const ScheduledChunk& chunk : batch.chunks) {
     TakeScores(chunk, next_rows(chunk.num_scores));
-    if (chunk.samples && TakeToken(*chunk.sequence, next_rows(1))) ++generated;
+    if (!chunk.samples) continue;
+    const std::span<const TopLogit> top = model_->top_logits(row);
+    if (TakeToken(*chunk.sequence, next_rows(1), top)) ++generated;
   }
   const Lock lock(mutex_);
   ++stats_.steps;
@@ -324,16 +324,19 @@ void ThreadedEngine::TakeScores(const ScheduledChunk& chunk, std::span<const flo
   }
 }
 
-// Samples the next token of a sequence from its logits [V] and passes it on. False: it failed.
-bool ThreadedEngine::TakeToken(Sequence& sequence, std::span<const float> logits) {
+// Samples the next token of a sequence from its logits [V], or from the largest of them where these
+// are given, and passes it on. False: it failed.
+bool ThreadedEngine::TakeToken(Sequence& sequence, std::span<const float> logits,
+                               std::span<const TopLogit> top) {
   if (sequence.finish.has_value()) return false;
   const Request& request = sequence.request;
-  SampleArgs args{.logits = logits,
-                  .params = &request.sampling,
-                  .seen = &sequence.seen,
-                  .index = sequence.num_generated()};
-  if (sequence.num_generated() < request.min_tokens) args.masked = request.stop_token_ids;
-  Result<TokenEvent> sampled = Sample(args, scratch_);
+  Result<TokenEvent> sampled = Sample({.logits = logits,
+                                       .params = &request.sampling,
+                                       .seen = &sequence.seen,
+                                       .masked = sequence.masked(),
+                                       .index = sequence.num_generated(),
+                                       .top = top},
+                                      scratch_);
   if (!sampled.ok()) {
     sequence.End(FinishReason::kError, sampled.error());
     return false;

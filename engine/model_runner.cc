@@ -141,6 +141,9 @@ class LlamaRunner final : public ModelRunner {
     return std::min(weights_->max_logit_rows, options_.max_batch_tokens);
   }
   std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
+  std::span<const TopLogit> top_logits(int64_t row) const override {
+    return weights_->model->top_logits(row);
+  }
   std::vector<int64_t> failed_seals() const override { return weights_->backend->failed_seals(); }
   const ModelReport& report() const override { return report_; }
   const EngineOptions& engine_options() const override { return options_; }

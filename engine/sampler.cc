@@ -33,6 +33,11 @@ double Uniform(uint64_t seed, int64_t index) {
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
+Error NotFinite(const TopLogit& bad) {
+  return {ErrorCode::kInternal, "the model's logit of token " + std::to_string(bad.id) + " is " +
+                                    std::to_string(bad.logit) + ", expected a finite number"};
+}
+
 Result<void> CheckFinite(std::span<const float> logits) {
   constexpr uint32_t kExponent = 0x7f800000;  // all set: infinity or NaN
   uint32_t num_bad = 0;
@@ -40,9 +45,7 @@ Result<void> CheckFinite(std::span<const float> logits) {
   if (num_bad == 0) return {};
   const auto bad = std::find_if_not(logits.begin(), logits.end(),
                                     [](float logit) { return std::isfinite(logit); });
-  return Error{ErrorCode::kInternal, "the model's logit of token " +
-                                         std::to_string(bad - logits.begin()) + " is " +
-                                         std::to_string(*bad) + ", expected a finite number"};
+  return NotFinite({*bad, static_cast<int32_t>(bad - logits.begin())});
 }
 
 // Bias, penalties and masks, in place.
@@ -150,20 +153,44 @@ int32_t Draw(std::span<const Candidate> candidates, double uniform) {
   return chosen;
 }
 
-int32_t Choose(const SamplingParams& params, std::span<const float> logits, int64_t index,
-               std::vector<Candidate>& candidates) {
-  const auto best = std::max_element(logits.begin(), logits.end());  // the first among equals
-  if (*best == kMasked) return -1;
-  if (params.temperature == 0 || params.top_p == 0)
-    return static_cast<int32_t>(best - logits.begin());
-  List(logits, candidates);
-  if (params.top_k > 0) KeepTopK(params.top_k, candidates);
-  Weigh(*best, params.temperature, candidates);
+bool IsGreedy(const SamplingParams& params) { return params.temperature == 0 || params.top_p == 0; }
+
+// Draws from what top_k left, `max` being the largest logit.
+int32_t ChooseAmong(std::vector<Candidate>& candidates, float max, const SampleArgs& args) {
+  const SamplingParams& params = *args.params;
+  Weigh(max, params.temperature, candidates);
   if (params.top_p < 1) KeepTopP(params.top_p, candidates);
   if (params.min_p > 0) {
     std::erase_if(candidates, [&](const Candidate& c) { return c.weight < params.min_p; });
   }
-  return Draw(candidates, Uniform(params.seed, index));
+  return Draw(candidates, Uniform(params.seed, args.index));
+}
+
+// From the adjusted logits. -1: all tokens are masked.
+int32_t Choose(const SampleArgs& args, std::span<const float> logits,
+               std::vector<Candidate>& candidates) {
+  const auto best = std::max_element(logits.begin(), logits.end());  // the first among equals
+  if (*best == kMasked) return -1;
+  if (IsGreedy(*args.params)) return static_cast<int32_t>(best - logits.begin());
+  List(logits, candidates);
+  if (args.params->top_k > 0) KeepTopK(args.params->top_k, candidates);
+  return ChooseAmong(candidates, *best, args);
+}
+
+// From args.top: Choose's token.
+Result<TokenEvent> SampleTop(const SampleArgs& args, std::vector<Candidate>& candidates) {
+  const SamplingParams& params = *args.params;
+  const auto count = static_cast<size_t>(NumTopLogits(params, args.masked));
+  CHECK(count > 0 && count <= args.top.size(), "more logits are needed than there are");
+  const TopLogit& best = args.top.front();
+  if (!std::isfinite(best.logit)) return NotFinite(best);
+  TokenEvent event;
+  event.token_id = best.id;
+  if (IsGreedy(params)) return event;
+  candidates.clear();
+  for (const auto& [logit, id] : args.top.first(count)) candidates.push_back({logit, id, 0});
+  event.token_id = ChooseAmong(candidates, best.logit, args);
+  return event;
 }
 
 // Log-softmax of the raw logits: the chosen token's and the best ones.
@@ -194,12 +221,20 @@ bool UsesPenalties(const SamplingParams& params) {
          params.frequency_penalty != 0;
 }
 
+int32_t NumTopLogits(const SamplingParams& params, std::span<const int32_t> masked) {
+  const bool adjusted = !params.logit_bias.empty() || UsesPenalties(params) || !masked.empty();
+  if (adjusted || params.num_logprobs >= 0) return 0;
+  if (IsGreedy(params)) return 1;
+  return params.top_k <= kMaxTopLogits ? params.top_k : 0;
+}
+
 Result<TokenEvent> Sample(const SampleArgs& args, SamplerScratch& scratch) {
+  if (!args.top.empty()) return SampleTop(args, scratch.candidates);
   RETURN_IF_ERROR(CheckFinite(args.logits));
   scratch.logits.assign(args.logits.begin(), args.logits.end());
   Adjust(args, scratch.logits);
   TokenEvent event;
-  event.token_id = Choose(*args.params, scratch.logits, args.index, scratch.candidates);
+  event.token_id = Choose(args, scratch.logits, scratch.candidates);
   if (event.token_id < 0) {
     return Error{ErrorCode::kInternal, "every token is masked, none is left to choose"};
   }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine/request.h"
+#include "kernels/backend.h"
 #include "kernels/result.h"
 
 namespace innerq {
@@ -35,7 +36,13 @@ struct SampleArgs {
   const SeenTokens* seen = nullptr;
   std::span<const int32_t> masked = {};  // tokens that must not be chosen
   int64_t index = 0;  // of the generated token, from 0: selects the random number
+  // In place of `logits`, if not empty: the largest, at least NumTopLogits() of them.
+  std::span<const TopLogit> top = {};
 };
+
+// How many of the largest logits a choice depends on, as SelectTop orders them, at most
+// kMaxTopLogits; 0: on more, or on all. Where there are no more than that it takes all.
+int32_t NumTopLogits(const SamplingParams& params, std::span<const int32_t> masked);
 
 // Memory that calls reuse.
 struct SamplerScratch {

@@ -289,8 +289,12 @@ ForwardBatch BuildForwardBatch(const ScheduledBatch& batch, const KvLayout& layo
     const int64_t first_score_row = forward.num_rows() - end + chunk.first_score;
     for (int64_t i = 0; i < chunk.num_scores; ++i) {
       forward.logit_rows.push_back(first_score_row + i);
+      forward.num_top.push_back(0);
     }
-    if (chunk.samples) forward.logit_rows.push_back(forward.num_rows() - 1);
+    if (chunk.samples) {
+      forward.logit_rows.push_back(forward.num_rows() - 1);
+      forward.num_top.push_back(NumTopLogits(sequence.request.sampling, sequence.masked()));
+    }
     if (chunk.computes_norm) {
       KeyNormItem& item = forward.key_norms.emplace_back();
       item.norm_id = sequence.norm.id();

@@ -17,6 +17,11 @@ int64_t Sequence::num_to_compute() const {
   return request.max_tokens > 0 ? num_tokens() : num_to_score();
 }
 
+std::span<const int32_t> Sequence::masked() const {
+  if (num_generated() >= request.min_tokens) return {};
+  return request.stop_token_ids;
+}
+
 void Sequence::Append(int32_t token) {
   tokens.push_back(token);
   if (UsesPenalties(request.sampling)) seen.AddToAnswer(token);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "engine/block_allocator.h"
@@ -53,6 +54,8 @@ struct Sequence {
   int64_t num_uncomputed() const { return num_to_compute() - num_computed; }
   // Positions [0, num_to_score) score the prompt token after them.
   int64_t num_to_score() const { return request.prompt_logprobs >= 0 ? prompt_length() - 1 : 0; }
+  // Tokens that the next one must not be.
+  std::span<const int32_t> masked() const;
 
   // Takes one more token of the answer.
   void Append(int32_t token);

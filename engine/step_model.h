@@ -23,10 +23,14 @@ class StepModel {
   virtual int64_t max_logit_rows() const = 0;
   // Groups of all pages sealed so far, per layer; empty for models that do not count them.
   virtual std::vector<LayerGroups> sealed_groups() const { return {}; }
-  // Runs the step and waits for it. Returns logits [R][V] F32, valid until the next call.
+  // Runs the step and waits for it. Returns logits [R][V] F32, valid until the next call; a row
+  // that top_logits() has is not in them.
   // Errors: internal for a failed step; unavailable if the device is lost for good. A step may be
   // run again, as a whole or without some of its sequences.
   virtual Result<std::span<const float>> Step(const ForwardBatch& batch) = 0;
+  // The batch.num_top[row] largest of the last step's logits `row`, the largest first, valid as
+  // long as they; empty if Step returned all. See SelectTopArgs.
+  virtual std::span<const TopLogit> top_logits(int64_t /*row*/) const { return {}; }
   // Which of the batch's `seals` made the last step fail, ascending: what their pages hold is not
   // finite. Empty if it failed for a reason that is no sequence's own, or not.
   virtual std::vector<int64_t> failed_seals() const { return {}; }

@@ -1,6 +1,9 @@
 #include "kernels/backend.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend.h"
@@ -56,6 +59,13 @@ void CheckPages(const AttentionArgs& args, const SequenceSlice& slice) {
   CHECK(sealed.size() == 0 || !kv.layout->normalize_keys ||
             (slice.norm_id >= 0 && kv.key_norms != nullptr),
         "Attention: no key norm");
+}
+
+// The order of SelectTop.
+bool RanksAbove(const TopLogit& a, const TopLogit& b) {
+  const bool finite = std::isfinite(a.logit);
+  if (finite != std::isfinite(b.logit)) return !finite;
+  return finite && a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
 }  // namespace
@@ -178,6 +188,30 @@ void Backend::GatherRows(const GatherRowsArgs& args) {
     CHECK(row >= 0 && row < Rows(args.x), "GatherRows: row out of range");
   }
   if (!args.rows.empty()) DoGatherRows(args);
+}
+
+void Backend::SelectTop(const SelectTopArgs& args) {
+  CHECK(args.x.shape.rank() == 2, "SelectTop.x: expected a matrix");
+  CheckF32("SelectTop", "x", args.x, args.x.shape);
+  CHECK(args.k >= 1 && args.k <= std::min(Cols(args.x), kMaxTopLogits),
+        "SelectTop: k out of range");
+  CHECK(static_cast<int64_t>(args.out.size()) == Rows(args.x) * args.k,
+        "SelectTop.out: expected k elements per row");
+  if (Rows(args.x) > 0) DoSelectTop(args);
+}
+
+void Backend::DoSelectTop(const SelectTopArgs& args) {
+  CHECK(host_visible(), "a device backend must implement SelectTop");
+  const int64_t width = Cols(args.x);
+  std::vector<TopLogit> row(static_cast<size_t>(width));
+  auto out = args.out.begin();
+  for (int64_t i = 0; i < Rows(args.x); ++i) {
+    for (int64_t c = 0; c < width; ++c) {
+      row[static_cast<size_t>(c)] = {args.x.As<float>()[i * width + c], static_cast<int32_t>(c)};
+    }
+    std::partial_sort(row.begin(), row.begin() + args.k, row.end(), RanksAbove);
+    out = std::copy_n(row.begin(), args.k, out);
+  }
 }
 
 void Backend::ReadToHost(const std::byte* from, int64_t bytes, std::byte* to) {

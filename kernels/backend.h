@@ -152,13 +152,31 @@ struct GatherRowsArgs {
   TensorView out;                 // [R, C]
 };
 
+// A token and its logit.
+struct TopLogit {
+  float logit = 0;
+  int32_t id = 0;
+};
+constexpr int64_t kMaxTopLogits = 64;  // that SelectTop takes of a row
+
+// The k largest elements of each row, the largest first, of equals the lower column first; zeros of
+// both signs are equal. NaN and infinities of both signs rank above all finite numbers and equal
+// each other, so that the first of a row's elements that are not finite shows.
+struct SelectTopArgs {
+  ConstTensorView x;        // [R, V]
+  int64_t k = 1;            // [1, min(V, kMaxTopLogits)]
+  std::span<TopLogit> out;  // [R, k], this backend's memory
+};
+
 // The largest step a backend must be ready for; sizes its scratch memory.
 struct StepLimits {
   int64_t max_rows = 512;    // T
   int64_t max_features = 0;  // the largest K of any MatMul
   int64_t max_head_dim = 256;
-  int64_t max_group = 16;     // the largest H / G
-  int64_t max_pages = 65536;  // entries of all page tables together
+  int64_t max_group = 16;      // the largest H / G
+  int64_t max_pages = 65536;   // entries of all page tables together
+  int64_t max_logit_rows = 0;  // R of SelectTop
+  int64_t max_vocab = 0;       // V of SelectTop
 };
 
 // Allocates memory and runs operations in the order of the calls. One thread at a time may call it.
@@ -217,6 +235,7 @@ class Backend {
   void Attention(const AttentionArgs& args);
   void SwiGlu(const SwiGluArgs& args);
   void GatherRows(const GatherRowsArgs& args);
+  void SelectTop(const SelectTopArgs& args);
 
  private:
   // Makes the data and the bias of a weight whose format and extents are set.
@@ -233,6 +252,8 @@ class Backend {
   virtual void DoAttention(const AttentionArgs& args) = 0;
   virtual void DoSwiGlu(const SwiGluArgs& args) = 0;
   virtual void DoGatherRows(const GatherRowsArgs& args) = 0;
+  // Of memory that the host sees, unless a device does better.
+  virtual void DoSelectTop(const SelectTopArgs& args);
   virtual void DoReadToHost(const std::byte* from, int64_t bytes, std::byte* to);
 };
 

@@ -17,6 +17,9 @@ struct ForwardBatch {
   std::vector<KeyNormItem> key_norms;  // run after the rows are appended, before seals
   std::vector<SealItem> seals;         // run before attention
   std::vector<int64_t> logit_rows;     // [R] rows whose logits are wanted, ascending
+  // [R] how many of the row's largest logits are enough, up to kMaxTopLogits; 0: all are wanted.
+  // Empty: all of all rows.
+  std::vector<int32_t> num_top;
 
   int64_t num_rows() const { return static_cast<int64_t>(token_ids.size()); }
 };

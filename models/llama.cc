@@ -32,7 +32,10 @@ struct Activations {
   Buffer cos, sin;   // [T, D / 2]
   Buffer gathered;   // [R, C]
   Buffer logits;     // [R, V]
-  Buffer for_host;   // [R, V] where the host can read them; empty if it can read `logits`
+  // For a host that cannot read `logits`, else empty.
+  Buffer logits_for_host;  // [R, V]
+  Buffer top;              // [R, k <= kMaxTopLogits] TopLogit
+  Buffer top_for_host;
 };
 
 // One matrix of a stack: "<name>.weight" [rows, K] and, if `bias`, "<name>.bias" [rows].
@@ -149,7 +152,13 @@ class FusedLlama : public LlamaModel {
       RunAttention(layers_[i], batch, layout, layers[i], x);
       RunMlp(layers_[i], x);
     }
-    return RunHead(batch.logit_rows, x);
+    return RunHead(batch, x);
+  }
+
+  std::span<const TopLogit> top_logits(int64_t row) const override {
+    if (num_top_.empty()) return {};
+    const auto* top = reinterpret_cast<const TopLogit*>(act_.top_for_host.data());
+    return {top + row * top_stride_, static_cast<size_t>(num_top_[static_cast<size_t>(row)])};
   }
 
  private:
@@ -251,7 +260,9 @@ class FusedLlama : public LlamaModel {
          .max_features = std::max({hidden(), query_dim(), config_.intermediate_size}),
          .max_head_dim = config_.head_dim,
          .max_group = config_.num_heads / config_.num_kv_heads,
-         .max_pages = options_.max_pages});
+         .max_pages = options_.max_pages,
+         .max_logit_rows = options_.max_logit_rows,
+         .max_vocab = config_.vocab_size});
   }
 
   Result<void> AllocateActivations() {
@@ -272,9 +283,11 @@ class FusedLlama : public LlamaModel {
     RETURN_IF_ERROR(allocate(act_.sin, rows, config_.head_dim / 2));
     RETURN_IF_ERROR(allocate(act_.gathered, logit_rows, hidden()));
     RETURN_IF_ERROR(allocate(act_.logits, logit_rows, config_.vocab_size));
-    if (!backend_->host_visible()) {
-      ASSIGN_OR_RETURN(act_.for_host, backend_->AllocateForHost(act_.logits.bytes()));
-    }
+    if (backend_->host_visible()) return {};
+    const int64_t top_bytes = logit_rows * kMaxTopLogits * static_cast<int64_t>(sizeof(TopLogit));
+    ASSIGN_OR_RETURN(act_.logits_for_host, backend_->AllocateForHost(act_.logits.bytes()));
+    ASSIGN_OR_RETURN(act_.top, backend_->Allocate(top_bytes));
+    ASSIGN_OR_RETURN(act_.top_for_host, backend_->AllocateForHost(top_bytes));
     return {};
   }
 
@@ -323,19 +336,49 @@ class FusedLlama : public LlamaModel {
     backend_->MatMul({gated, &layer.down, true, x});
   }
 
-  ConstTensorView RunHead(std::span<const int64_t> logit_rows, const TensorView& x) {
-    const auto count = static_cast<int64_t>(logit_rows.size());
+  ConstTensorView RunHead(const ForwardBatch& batch, const TensorView& x) {
+    const auto count = static_cast<int64_t>(batch.logit_rows.size());
+    num_top_.clear();
     CHECK(count <= options_.max_logit_rows, "rows with logits: " + std::to_string(count));
     const TensorView logits = Rows(act_.logits, count, config_.vocab_size);
     if (count == 0) return logits;
     const TensorView gathered = Rows(act_.gathered, count, hidden());
-    backend_->GatherRows({x, logit_rows, gathered});
+    backend_->GatherRows({x, batch.logit_rows, gathered});
     Norm(gathered, final_norm_, gathered);
     backend_->MatMul({gathered, &lm_head_, false, logits});
     if (backend_->host_visible()) return logits;
-    const TensorView readable = Rows(act_.for_host, count, config_.vocab_size);
-    backend_->ReadToHost(logits.data, logits.bytes(), readable.data);
+    SelectTop(batch.num_top, logits);
+    const TensorView readable = Rows(act_.logits_for_host, count, config_.vocab_size);
+    ReadWhole(logits, readable);
     return readable;
+  }
+
+  // Reads the largest logits of rows of which they are enough, unless one wants as many as there
+  // are. Every row gives as many as any wants: to single rows out would cost more than it saves.
+  void SelectTop(std::span<const int32_t> num_top, const TensorView& logits) {
+    const auto most = std::max_element(num_top.begin(), num_top.end());
+    if (most == num_top.end() || *most == 0 || *most >= config_.vocab_size) return;
+    CHECK(static_cast<int64_t>(num_top.size()) == logits.shape[0], "a number for every row");
+    num_top_.assign(num_top.begin(), num_top.end());
+    top_stride_ = *most;
+    const auto size = static_cast<size_t>(logits.shape[0] * top_stride_);
+    const std::span<TopLogit> top(reinterpret_cast<TopLogit*>(act_.top.data()), size);
+    backend_->SelectTop({logits, top_stride_, top});
+    backend_->ReadToHost(act_.top.data(), static_cast<int64_t>(top.size_bytes()),
+                         act_.top_for_host.data());
+  }
+
+  // Reads the rows that are wanted as a whole, neighbours at once.
+  void ReadWhole(const TensorView& logits, const TensorView& readable) {
+    const int64_t count = logits.shape[0], row_bytes = logits.bytes() / count;
+    const auto whole = [this](int64_t row) {
+      return num_top_.empty() || num_top_[static_cast<size_t>(row)] == 0;
+    };
+    for (int64_t begin = 0, end = 0; begin < count; begin = end + 1) {
+      for (end = begin; end < count && whole(end);) ++end;
+      backend_->ReadToHost(logits.data + begin * row_bytes, (end - begin) * row_bytes,
+                           readable.data + begin * row_bytes);
+    }
   }
 
   const ModelConfig config_;
@@ -354,6 +397,9 @@ class FusedLlama : public LlamaModel {
   int64_t weight_bytes_ = 0;
   int64_t tensors_done_ = 0;
   Activations act_;
+  // Of the last step, where rows were not read as a whole; else empty.
+  std::vector<int32_t> num_top_;  // [R], 0 for those that were
+  int64_t top_stride_ = 0;        // from row to row
 };
 
 }  // namespace

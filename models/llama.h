@@ -57,10 +57,14 @@ class LlamaModel {
   virtual int64_t step_weight_bytes() const = 0;
 
   // Runs one step: appends, computes norms, seals and attends in every layer of `layers`
-  // ([num_layers] views), and returns logits [R, V] F32, in host memory, for batch.logit_rows. The
-  // view stays valid until the next call. Enqueued: call Backend::Synchronize before reading.
+  // ([num_layers] views), and returns logits [R, V] F32, in host memory, for batch.logit_rows. A
+  // row that top_logits() has is not in it. The view stays valid until the next call. Enqueued:
+  // call Backend::Synchronize before reading.
   virtual ConstTensorView Forward(const ForwardBatch& batch, const KvLayout& layout,
                                   std::span<const PagedKvView> layers) = 0;
+  // The batch.num_top[row] largest of the last step's logits `row`, as SelectTop orders them; empty
+  // if Forward returned all. Valid as long as that.
+  virtual std::span<const TopLogit> top_logits(int64_t row) const = 0;
 };
 
 }  // namespace innerq

@@ -15,11 +15,12 @@
 //   score = sum_g  s_g * (q_g . k_g) + z_g * sum(q_g)
 //   out_c = sum_g  s_g * (p_g . v_g) + z_g * sum(p_g)
 //
-// Rows. Queries and weights are rounded to F16 once a power of two has brought their largest into
-// [2^14, 2^15): to 2^-12 of themselves, where codes of 8 bits are rounded to 2^-9 of their group's
-// range. In a cache of 16 bits that would show. There a warp has 8 rows, M = 16 of a product holds
-// each twice, row g + 8 what rounding took from row g, rounded likewise, and the sums of both add
-// up to those of 22 bits. Else a warp has 16 rows, or 8 in decode.
+// Rows. A warp has 16 rows, or 8 in decode and in caches of 16 bits, M = 16 of a product. Queries
+// and weights are first brought, by a power of two, to where their largest is in [2^14, 2^15).
+// Where they meet codes they are rounded to F16: to 2^-12 of themselves, where codes of 8 bits are
+// rounded to 2^-9 of their group's range. Where they meet halves, which are exact, that would show:
+// there M holds 8 rows twice, row g + 8 what rounding took from row g, rounded likewise, and the
+// sums of both add up to those of rows of 22 bits.
 //
 // Teams. A segment's strips are cut in parts of kPartStrips; a row's softmax is accumulated strip
 // by strip within a part, and the states of parts are merged in order. Where a tile has at most 8
@@ -99,10 +100,11 @@ __device__ inline void AddZeros(const uint16_t* zeros, float sum, float* out) {
 // One square of F16, straight from global memory: out_r[j] += unit * (row r . elements of outer
 // place 8i + j). `from`: the lane's eight elements of tile 0; those of the next tile lie `stride`
 // further. Only the first `num_elements` of each eight count, whatever the bytes of the others.
-// kSplit: rows g + 8 are the lower halves of rows g.
-template <bool kSplit, int kRows>
+// `rows`: rows g and what rounding took from them, then the same of rows g + 8.
+template <int kRows>
 __device__ void MultiplyHalves(const uint16_t* from, int stride, int num_elements,
-                               const Operand& rows, float unit, float* const (&out)[kRows]) {
+                               const Operand (&rows)[kRows], float unit,
+                               float* const (&out)[kRows]) {
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
     const uint4 eight = __ldg(reinterpret_cast<const uint4*>(from + tile * stride));
@@ -114,20 +116,24 @@ __device__ void MultiplyHalves(const uint16_t* from, int stride, int num_element
         b[pair] &= left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0u;
       }
     }
-    float sums[4] = {};
-    MultiplyAdd(rows[0], b[0], b[1], sums);
-    MultiplyAdd(rows[1], b[2], b[3], sums);
-    if constexpr (kSplit) {
-      sums[0] += sums[2];
-      sums[1] += sums[3];
-    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      float sums[4] = {};
+      MultiplyAdd(rows[r][0], b[0], b[1], sums);
+      MultiplyAdd(rows[r][1], b[2], b[3], sums);
       float* to = out[r] + 2 * tile;
-      to[0] = fmaf(unit, sums[2 * r], to[0]);
-      to[1] = fmaf(unit, sums[2 * r + 1], to[1]);
+      to[0] = fmaf(unit, sums[0] + sums[2], to[0]);
+      to[1] = fmaf(unit, sums[1] + sums[3], to[1]);
     }
   }
+}
+
+// Two neighbouring elements of a row, and what rounding takes from them, in the registers of an
+// operand for rows g and g + 8.
+__device__ inline void PackSplit(float a, float b, uint32_t* to) {
+  to[0] = PackHalves(a, b);
+  const float2 taken = HalvesToFloats(to[0]);
+  to[1] = PackHalves(a - taken.x, b - taken.y);
 }
 
 // What one thread needs to attend strips of its block's tile. Lane 4g + i of a warp has its rows g
@@ -137,19 +143,19 @@ __device__ void MultiplyHalves(const uint16_t* from, int stride, int num_element
 template <int kDim, int kKeyBits, int kValueBits, bool kTeamed>
 class MmaAttention {
   static_assert((kKeyBits == kHalfBits) == (kValueBits == kHalfBits));
-  static constexpr bool kSplit = kKeyBits == kHalfBits;  // nothing is sealed in codes
+  static constexpr bool kOfHalves = kKeyBits == kHalfBits;  // nothing is sealed in codes
   static constexpr int kTeams = kTeamed ? kMmaTeams : 1;
   static constexpr int kLaneChannels = kDim / 4;
   static constexpr int kSquares = kDim / kSide;  // of a strip, keys or values
 
  public:
-  static constexpr int kRows = kTeamed || kSplit ? 1 : 2;  // of a lane
+  static constexpr int kRows = kTeamed || kOfHalves ? 1 : 2;  // of a lane
   static constexpr int kChannels = kLaneChannels / kTeams;
   static constexpr bool kMerges = !kTeamed;
   static constexpr int kWarpRows = 8 * kRows;
   static constexpr int kMostThreads =
       kTeamed ? kTeams * kWarpSize : kMaxTileRows / kWarpRows * kWarpSize;
-  static constexpr int kLeastBlocks = kTeamed ? 4 : kSplit ? 3 : 4;  // registers are for so many
+  static constexpr int kLeastBlocks = kTeamed ? 4 : kOfHalves ? 3 : 4;  // registers are for so many
   INNERQ_HOST_DEVICE static constexpr MmaShape Shape() { return {kDim, kRows, kTeams}; }
 
   __device__ MmaAttention(const AttentionKernelLaunch& args, const AttentionItem& item,
@@ -171,16 +177,10 @@ class MmaAttention {
         page_bytes_(static_cast<uint32_t>(args.layout.sealed_page_bytes())),
         stages_(shared + (kTeamed ? warp_ * at_.team_bytes : 0)),
         zero_(static_cast<uint32_t>(args.layout.page_tokens) & 1u),
-        forms_(shared + at_.queries + (kTeamed ? 0 : 2 * warp_ * Shape().form_bytes())) {
+        forms_(shared + at_.queries + (kTeamed ? 0 : warp_ * Shape().query_bytes())) {
     BeginCopies();
-    for (int form = 0; form < 2; ++form) {
-      if (kTeamed && warp_ != form) continue;
-      if (form == 1) {
-        PrepareQueries<kKeyBits>(true);
-      } else {
-        PrepareQueries<kHalfBits>(false);
-      }
-    }
+    if (!kTeamed || warp_ == 0) PrepareQueries<kHalfBits>(false);
+    if (!kTeamed || warp_ == 1) PrepareQueries<kKeyBits>(true);
     __syncthreads();
   }
 
@@ -270,7 +270,7 @@ class MmaAttention {
       pages_ = FindPage(n + static_cast<unsigned>(lane_));
     }
     const int strip = StripAt(n);
-    if constexpr (kSplit) return;
+    if constexpr (kOfHalves) return;
     const bool wanted = strip < end_strip_ && IsSealed(strip);
     std::byte* to = stages_ + stage * at_.stage_bytes;
 #if INNERQ_BULK_COPIES
@@ -305,7 +305,7 @@ class MmaAttention {
   }
   // Waits for the strip that is attended next.
   __device__ void WaitForCopy() const {
-    if constexpr (kSplit) return;
+    if constexpr (kOfHalves) return;
 #if INNERQ_BULK_COPIES
     WaitForPhase(BarrierOf(static_cast<int>(attended_ % kStages)), attended_ / kStages % 2);
 #else
@@ -434,29 +434,31 @@ class MmaAttention {
   // otherwise copy the same value before each of them.
   __device__ uint32_t InAnotherRegister(uint32_t x) const { return x | zero_; }
 
-  // Two neighbouring elements of row r, in the registers of an operand for rows g and g + 8. Where
-  // there are no rows g + 8, and nothing is taken, they are there twice: zeros would be moved into
-  // place for every product.
-  // Returns the sum of what is multiplied: where a zero meets it, rounding must not show.
+  // Two neighbouring elements of row r, in the registers of an operand for rows g and g + 8.
+  // Returns the sum of what they are rounded to: where a zero meets it, rounding must not show.
+  // Where there are no rows g + 8, the elements are there twice: zeros would be moved into place
+  // for every product.
   __device__ float PackRow(float a, float b, int r, uint32_t* to) const {
     to[r] = PackHalves(a, b);
-    const float2 taken = HalvesToFloats(to[r]);
-    if constexpr (kSplit) {
-      to[1] = PackHalves(a - taken.x, b - taken.y);
-      return a + b;
-    }
     if constexpr (kRows == 1) to[1] = InAnotherRegister(to[0]);
-    return taken.x + taken.y;
+    const float2 rounded = HalvesToFloats(to[r]);
+    return rounded.x + rounded.y;
   }
 
   // How the warp's rows meet keys is kept in shared memory: operands [D/32][2 steps][32 lanes] of
-  // 16 bytes, what symmetric sums start from [D/32][8][4], sums over squares in kCodeUnit
-  // [D/32][16], and what turns a product into a score in units of log2 [16].
+  // 16 bytes, of each of a lane's rows where keys are open; what symmetric sums start from
+  // [D/32][8][4], sums over squares in kCodeUnit [D/32][16]; and what turns a product into a score
+  // in units of log2 [16].
   __device__ const std::byte* Form(bool sealed) const {
-    return forms_ + (sealed ? Shape().form_bytes() : 0);
+    return forms_ + (sealed ? Shape().open_bytes() : 0);
   }
-  __device__ static void LoadOperand(const std::byte* form, int square, int lane, Operand& rows) {
-    const auto* from = reinterpret_cast<const Words<4>*>(form) + square * 2 * kWarpSize + lane;
+  __device__ static const float* UnitsOf(const std::byte* form, bool sealed) {
+    return reinterpret_cast<const float*>(form +
+                                          (sealed ? Shape().sealed_units() : Shape().open_units()));
+  }
+  __device__ static void LoadOperand(const std::byte* operands, int square, int lane,
+                                     Operand& rows) {
+    const auto* from = reinterpret_cast<const Words<4>*>(operands) + square * 2 * kWarpSize + lane;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       const Words<4> quad = from[step * kWarpSize];
@@ -468,18 +470,13 @@ class MmaAttention {
   // Writes the form in which the warp's rows meet open or sealed keys.
   template <int kBits>
   __device__ void PrepareQueries(bool sealed) const {
+    constexpr bool kCoded = kBits != kHalfBits;
     const bool times_norm =
         sealed && layout_.normalize_keys && tile_.sealed_begin < tile_.sealed_end;
     const float* norm = args_.kv.key_norms;
     norm += times_norm ? (tile_.norm_id * layout_.kv_heads + kv_head_) * kDim : 0;
     std::byte* form = const_cast<std::byte*>(Form(sealed));
-    auto* operands = reinterpret_cast<uint32_t*>(form);
-    auto* starts = reinterpret_cast<float*>(form + Shape().starts());
-    auto* sums = reinterpret_cast<float*>(form + Shape().sums());
-    auto* units = reinterpret_cast<float*>(form + Shape().units());
-    constexpr float kImpliedZero =
-        kBits == kHalfBits ? 0.0f : -static_cast<float>(1 << (kBits - 1));
-    const bool has_zero = layout_.key.has_zero();
+    float* units = const_cast<float*>(UnitsOf(form, sealed));
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const bool present = row(r) < tile_.num_rows;
@@ -499,7 +496,9 @@ class MmaAttention {
       const uint32_t bounded = exponent < 15u ? 15u : exponent;
       const float up = FloatFromBits((268u - bounded) << 23);
       const float unit = args_.scale * kLog2E * FloatFromBits((bounded - 14u) << 23);
-      units[r * 8 + lane_ / 4] = kBits == kHalfBits ? unit : unit * (1.0f / kCodeUnit);
+      units[r * 8 + lane_ / 4] = kCoded ? unit * (1.0f / kCodeUnit) : unit;
+      auto* operands =
+          reinterpret_cast<uint32_t*>(form + (kCoded ? 0 : r * Shape().operand_bytes()));
 #pragma unroll
       for (int s = 0; s < kSquares; ++s) {
         float sum = 0;
@@ -509,15 +508,23 @@ class MmaAttention {
           const float a = x[s][2 * pair] * (up * pair_unit);
           const float b = x[s][2 * pair + 1] * (up * pair_unit);
           uint32_t* to = operands + ((s * 2 + pair / 2) * kWarpSize + lane_) * 4 + pair % 2 * 2;
-          sum = fmaf(PackRow(a, b, r, to), 1.0f / pair_unit, sum);
+          if constexpr (kCoded) {
+            sum = fmaf(PackRow(a, b, r, to), 1.0f / pair_unit, sum);
+          } else {
+            PackSplit(a, b, to);
+          }
         }
-        sum = RowSum(sum) * kCodeUnit;
-        const float start = has_zero ? 0.0f : kImpliedZero * sum;
-        float* quad = starts + (s * 8 + lane_ / 4) * 4;
-        quad[2 * r] = start;
-        quad[2 * r + 1] = start;
-        if constexpr (kRows == 1) quad[2] = quad[3] = start;  // of rows that are none
-        sums[s * 16 + r * 8 + lane_ / 4] = sum;
+        if constexpr (kCoded) {
+          sum = RowSum(sum) * kCodeUnit;
+          constexpr float kImpliedZero = -static_cast<float>(1 << (kBits - 1));
+          const float start = layout_.key.has_zero() ? 0.0f : kImpliedZero * sum;
+          auto* quad = reinterpret_cast<float*>(form + Shape().starts()) + (s * 8 + lane_ / 4) * 4;
+          quad[2 * r] = start;
+          quad[2 * r + 1] = start;
+          if constexpr (kRows == 1) quad[2] = quad[3] = start;  // of rows that are none
+          auto* sums = reinterpret_cast<float*>(form + Shape().sums());
+          sums[s * 16 + r * 8 + lane_ / 4] = sum;
+        }
       }
     }
   }
@@ -525,13 +532,13 @@ class MmaAttention {
   // --- strips ---
 
   __device__ void AttendSealed(int strip, const std::byte* stage, LaneState& state) const {
-    if constexpr (kSplit) {
-      const std::byte* head = HeadOf(PageOf(attended_), true) + FirstToken(strip) * 0;
+    if constexpr (kOfHalves) {
+      const std::byte* head = HeadOf(PageOf(attended_), true);
       AttendHalves<true>(strip, head + layout_.key_codes, head + layout_.value_codes, state);
     } else {
       Scores score = {};
       ScoreCodes(stage, score);
-      Finish(strip, Form(true), score);
+      Finish(strip, UnitsOf(Form(true), true), score);
       AddCodes(stage, score, state);
     }
   }
@@ -547,17 +554,31 @@ class MmaAttention {
     const auto* key = reinterpret_cast<const uint16_t*>(keys) + (t0 + outer) * kDim + first_;
 #pragma unroll
     for (int s = 0; s < kSquares; ++s) {
-      Operand rows;
-      LoadOperand(form, s, lane_, rows);
+      Operand rows[kRows];
       float* out[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) out[r] = score[r];
-      MultiplyHalves<kSplit>(key + s * kSide, 2 * kDim, 8, rows, 1.0f, out);
+      for (int r = 0; r < kRows; ++r) {
+        LoadOperand(form + r * Shape().operand_bytes(), s, lane_, rows[r]);
+        out[r] = score[r];
+      }
+      MultiplyHalves(key + s * kSide, 2 * kDim, 8, rows, 1.0f, out);
     }
-    Finish(strip, form, score);
-    Operand weights;
-    float sums[kRows];
-    Weigh<kHalfBits>(score, state, weights, sums);
+    Finish(strip, UnitsOf(form, kSealed), score);
+    float largest[kRows], weight[kRows][8], sums[kRows];
+    Weigh<kHalfBits>(score, state, largest, weight);
+    Operand weights[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float sum = 0;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const float a = weight[r][2 * pair], b = weight[r][2 * pair + 1];
+        PackSplit(a, b, weights[r][pair / 2] + pair % 2 * 2);
+        sum += a + b;
+      }
+      sums[r] = RowSum(sum) * kCodeUnit;
+    }
+    Rescale(largest, sums, state);
     // Values [T/8][D][8 tokens], of which those up to the tile's last count.
     const int num_tokens =
         strip == tile_.last_strip ? StripOffset(args_, tile_, kMaxTileRows) + 1 : kSide;
@@ -568,8 +589,7 @@ class MmaAttention {
       float* out[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) out[r] = state.values[r] + s * 8;
-      MultiplyHalves<kSplit>(value + s * kSide * 8, 2 * 8, num_tokens - first_, weights, kCodeUnit,
-                             out);
+      MultiplyHalves(value + s * kSide * 8, 2 * 8, num_tokens - first_, weights, kCodeUnit, out);
     }
   }
 
@@ -606,8 +626,8 @@ class MmaAttention {
   }
 
   // Scores in units of log2, those of tokens that a row does not see at -infinity.
-  __device__ void Finish(int strip, const std::byte* form, Scores& score) const {
-    const auto* units = reinterpret_cast<const float*>(form + Shape().units()) + lane_ / 4;
+  __device__ void Finish(int strip, const float* units, Scores& score) const {
+    units += lane_ / 4;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -619,36 +639,32 @@ class MmaAttention {
     }
   }
 
-  // Turns scores into weights that meet values of `kBits`, in units of kWeightUnit, and rescales
-  // the state, whose sums and values are in kWeightUnit * kCodeUnit. `sums`: of the rows over the
-  // strip.
+  // Turns scores into weights in kWeightUnit, as they meet values of `kBits`; `largest`: of all
+  // scores so far.
   template <int kBits>
-  __device__ void Weigh(const Scores& score, LaneState& state, Operand& weights,
-                        float (&sums)[kRows]) const {
+  __device__ void Weigh(const Scores& score, const LaneState& state, float (&largest)[kRows],
+                        float (&weight)[kRows][8]) const {
     static_assert(kWeightUnit == 0x1p14f);
-    bool larger = false;
-    float largest[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       largest[r] = score[r][0];
 #pragma unroll
       for (int j = 1; j < 8; ++j) largest[r] = fmaxf(largest[r], score[r][j]);
       largest[r] = fmaxf(state.largest[r], RowMax(largest[r]));
-      larger |= largest[r] > state.largest[r];
-      float weight[8], sum = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int at = kBits == kHalfBits ? 0 : TileCodeBit(kBits, j / 2);
-        weight[j] = FastExp2(score[r][j] - (largest[r] - static_cast<float>(14 - at)));
+        weight[r][j] = FastExp2(score[r][j] - (largest[r] - static_cast<float>(14 - at)));
       }
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const float two =
-            PackRow(weight[2 * pair], weight[2 * pair + 1], r, weights[pair / 2] + pair % 2 * 2);
-        sum = fmaf(two, 1.0f / PairUnit<kBits>(pair), sum);
-      }
-      sums[r] = RowSum(sum) * kCodeUnit;
     }
+  }
+  // Brings the state to a new largest, and adds the sums of a strip's weights. A state's sums and
+  // values are in kWeightUnit * kCodeUnit.
+  __device__ void Rescale(const float (&largest)[kRows], const float (&sums)[kRows],
+                          LaneState& state) const {
+    bool larger = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) larger |= largest[r] > state.largest[r];
     // Times 1 changes nothing; a new largest is rare after the first strips.
     if (__any_sync(kAllLanes, larger)) {
 #pragma unroll
@@ -665,9 +681,21 @@ class MmaAttention {
   }
 
   __device__ void AddCodes(const std::byte* stage, const Scores& score, LaneState& state) const {
+    float largest[kRows], weight[kRows][8], sums[kRows];
+    Weigh<kValueBits>(score, state, largest, weight);
     Operand weights;
-    float sums[kRows];
-    Weigh<kValueBits>(score, state, weights, sums);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float sum = 0;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const float two = PackRow(weight[r][2 * pair], weight[r][2 * pair + 1], r,
+                                  weights[pair / 2] + pair % 2 * 2);
+        sum = fmaf(two, 1.0f / PairUnit<kValueBits>(pair), sum);
+      }
+      sums[r] = RowSum(sum) * kCodeUnit;
+    }
+    Rescale(largest, sums, state);
     const bool has_zero = layout_.value.has_zero();
     const float implied_zero = has_zero ? 0.0f : -static_cast<float>(1 << (kValueBits - 1));
     float start[4];

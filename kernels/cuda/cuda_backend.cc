@@ -144,6 +144,11 @@ class CudaBackend final : public Backend {
       ASSIGN_OR_RETURN(non_finite_seen_, AllocatePinned(flag_bytes));
       ASSIGN_OR_RETURN(non_finite_, AllocateDevice(flag_bytes));
     }
+    const int64_t key_bytes = limits.max_logit_rows * SelectParts(limits.max_vocab) *
+                              kMaxTopLogits * static_cast<int64_t>(sizeof(uint64_t));
+    if (key_bytes > select_keys_.bytes()) {
+      ASSIGN_OR_RETURN(select_keys_, AllocateDevice(key_bytes));
+    }
     plan_.Reserve(limits.max_rows, limits.max_group, kMaxItems);
     pages_.reserve(static_cast<size_t>(limits.max_pages));
     targets_.reserve(static_cast<size_t>(limits.max_rows));
@@ -423,6 +428,20 @@ class CudaBackend final : public Backend {
     queue_->Enqueue<LaunchGatherRows>("GatherRows", launch);
   }
 
+  void DoSelectTop(const SelectTopArgs& args) override {
+    const SelectTopLaunch launch{.x = args.x.As<float>(),
+                                 .rows = args.x.shape[0],
+                                 .width = args.x.shape[1],
+                                 .k = args.k,
+                                 .keys = reinterpret_cast<uint64_t*>(select_keys_.data()),
+                                 .out = args.out.data()};
+    CHECK(launch.rows * SelectParts(launch.width) * launch.k *
+                  static_cast<int64_t>(sizeof(uint64_t)) <=
+              select_keys_.bytes(),
+          "SelectTop: larger than reserved");
+    queue_->Enqueue<LaunchSelectTop>("SelectTop", launch);
+  }
+
   void DoReadToHost(const std::byte* from, int64_t bytes, std::byte* to) override {
     queue_->Flush();
     queue_->Check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost,
@@ -435,6 +454,7 @@ class CudaBackend final : public Backend {
   const std::unique_ptr<CublasMatMul> cublas_;  // null: all products are our own
   Buffer rounded_;                              // activations of one product in BF16
   Buffer states_;                               // of split attention
+  Buffer select_keys_;                          // of SelectTop
   Buffer non_finite_, non_finite_seen_;         // int32 per item: Seal met a NaN or an infinity
   size_t num_flags_ = 0;                        // of them, that calls of Seal may have set
   std::vector<int64_t> failed_seals_;

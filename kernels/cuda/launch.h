@@ -60,6 +60,23 @@ struct GatherRowsLaunch {
 };
 cudaError_t LaunchGatherRows(const GatherRowsLaunch& launch, cudaStream_t stream);
 
+// --- select.cu: the largest elements of rows ---
+
+constexpr int64_t kSelectElements = 4096;  // that a block takes at once
+
+// How many blocks share a row.
+INNERQ_HOST_DEVICE constexpr int64_t SelectParts(int64_t width) {
+  return CeilDiv(width, kSelectElements);
+}
+
+struct SelectTopLaunch {
+  const float* x = nullptr;  // [rows, width]
+  int64_t rows = 0, width = 0, k = 0;
+  uint64_t* keys = nullptr;  // [rows][SelectParts(width)][k], scratch
+  TopLogit* out = nullptr;   // [rows, k]
+};
+cudaError_t LaunchSelectTop(const SelectTopLaunch& launch, cudaStream_t stream);
+
 // --- cache.cu: operations that write the cache ---
 
 // Where a row's key and value go.

@@ -99,11 +99,17 @@ struct MmaShape {
   int32_t lane_rows = 1;  // rows of a warp are eight times as many
   int32_t num_teams = 1;
 
-  // Offsets in a form of queries, in bytes, and its size.
-  INNERQ_HOST_DEVICE constexpr int32_t starts() const { return head_dim / 32 * 2 * 32 * 16; }
+  // Sizes of the two forms of queries, for open and for sealed keys, and offsets in them, in bytes.
+  INNERQ_HOST_DEVICE constexpr int32_t operand_bytes() const { return head_dim / 32 * 2 * 32 * 16; }
+  INNERQ_HOST_DEVICE constexpr int32_t open_units() const { return lane_rows * operand_bytes(); }
+  INNERQ_HOST_DEVICE constexpr int32_t open_bytes() const { return open_units() + 16 * 4; }
+  INNERQ_HOST_DEVICE constexpr int32_t starts() const { return operand_bytes(); }
   INNERQ_HOST_DEVICE constexpr int32_t sums() const { return starts() + head_dim / 32 * 8 * 16; }
-  INNERQ_HOST_DEVICE constexpr int32_t units() const { return sums() + head_dim / 32 * 16 * 4; }
-  INNERQ_HOST_DEVICE constexpr int32_t form_bytes() const { return units() + 16 * 4; }
+  INNERQ_HOST_DEVICE constexpr int32_t sealed_units() const {
+    return sums() + head_dim / 32 * 16 * 4;
+  }
+  INNERQ_HOST_DEVICE constexpr int32_t sealed_bytes() const { return sealed_units() + 16 * 4; }
+  INNERQ_HOST_DEVICE constexpr int32_t query_bytes() const { return open_bytes() + sealed_bytes(); }
 };
 
 // Offsets in the shared memory of one block, in bytes. A stage is a sealed strip: of a page of one
@@ -144,7 +150,7 @@ INNERQ_HOST_DEVICE inline MmaShared PlanMmaShared(const KvLayerLayout& layout,
   const int32_t state = shape.lane_rows * dim / 4 * num_threads * 4;
   shared.total = shared.parts + (teams ? shape.num_teams * (dim / 4 + 2) * 32 * 4 : state);
   shared.queries = shared.total + (teams ? 0 : state);
-  shared.bytes = shared.queries + (teams ? 1 : num_threads / 32) * 2 * shape.form_bytes();
+  shared.bytes = shared.queries + (teams ? 1 : num_threads / 32) * shape.query_bytes();
   return shared;
 }
 

@@ -82,9 +82,19 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
 inline int atomicExch(int* address, int value) {
   const int before = *address;
   *address = value;
+  return before;
+}
+inline int atomicAdd(int* address, int value) {
+  const int before = *address;
+  *address += value;
   return before;
 }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -50,13 +50,19 @@ inline std::shared_ptr<LlamaWeights> WeightsOn(const std::string& variant) {
   return weights;
 }
 
-inline std::shared_ptr<LlamaWeights> RandomWeights(const std::string& variant, WeightFormat format,
-                                                   int64_t max_logit_rows) {
-  auto weights = WeightsOn(variant);
+inline std::shared_ptr<LlamaWeights> RandomWeights(std::unique_ptr<Backend> backend,
+                                                   WeightFormat format, int64_t max_logit_rows) {
+  auto weights = std::make_shared<LlamaWeights>();
+  weights->backend = std::move(backend);
   weights->model = LlamaModel::Random(TinyLlama(), format, /*seed=*/11, weights->backend.get(), 512,
                                       max_logit_rows)
                        .value();
   return weights;
+}
+
+inline std::shared_ptr<LlamaWeights> RandomWeights(const std::string& variant, WeightFormat format,
+                                                   int64_t max_logit_rows) {
+  return RandomWeights(CreateBackend(OptionsFor(variant)).value(), format, max_logit_rows);
 }
 
 // Of a Hugging Face model directory, in the format in which they are stored.
@@ -112,6 +118,9 @@ class LlamaStepModel : public StepModel {
     const ConstTensorView view = weights_->model->Forward(batch, layout(), cache_->layers());
     RETURN_IF_ERROR(weights_->backend->Synchronize());
     return std::span(view.As<float>(), static_cast<size_t>(view.shape.num_elements()));
+  }
+  std::span<const TopLogit> top_logits(int64_t row) const override {
+    return weights_->model->top_logits(row);
   }
 
  private:

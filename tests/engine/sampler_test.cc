@@ -231,6 +231,92 @@ TEST(Sampler, ReportsRatherThanChoosesWhenLogitsAreBroken) {
   EXPECT_FALSE(Sample({logits, &params, &seen, all, 0}, scratch).ok());
 }
 
+std::vector<TopLogit> TopOf(const std::vector<float>& logits, int64_t k) {
+  std::vector<TopLogit> top(static_cast<size_t>(k));
+  CreateReferenceBackend()->SelectTop({{reinterpret_cast<const std::byte*>(logits.data()),
+                                        DType::kF32, Shape{1, static_cast<int64_t>(logits.size())}},
+                                       k,
+                                       top});
+  return top;
+}
+
+TEST(Sampler, ChoosesFromTheLargestLogitsWhatItChoosesFromAll) {
+  std::vector<SamplingParams> cases(9);
+  cases[0].temperature = 0;
+  cases[1].top_p = 0, cases[1].top_k = 5;
+  cases[2].top_k = 1;
+  cases[3].top_k = 7, cases[3].temperature = 2;
+  cases[4].top_k = 20, cases[4].top_p = 0.8f;
+  cases[5].top_k = 40, cases[5].min_p = 0.3f;
+  cases[6].top_k = 64, cases[6].top_p = 0.95f, cases[6].min_p = 0.02f;
+  cases[7].top_k = 64, cases[7].temperature = 0.3f;
+  cases[8].top_k = 33, cases[8].top_p = 1e-6f;
+  const SeenTokens seen;
+  SamplerScratch scratch;
+  std::set<int32_t> chosen;
+  for (const bool tied : {false, true}) {
+    std::vector<float> logits = RandomLogits(3000, 12, 1.5f);
+    if (tied) {
+      for (float& logit : logits) logit = std::round(logit);
+    }
+    for (SamplingParams& params : cases) {
+      const int64_t least = NumTopLogits(params, {});
+      ASSERT_EQ(least, params.temperature == 0 || params.top_p == 0 ? 1 : params.top_k);
+      for (const int64_t k : {least, kMaxTopLogits}) {
+        const std::vector<TopLogit> top = TopOf(logits, k);
+        for (int64_t index = 0; index < 100; ++index) {
+          params.seed = static_cast<uint64_t>(index % 7);
+          const TokenEvent event = Sample({{}, &params, &seen, {}, index, top}, scratch).value();
+          ASSERT_EQ(event.token_id, SampleOk(logits, params, index).token_id);
+          chosen.insert(event.token_id);
+        }
+      }
+    }
+  }
+  EXPECT_GT(chosen.size(), 40u) << "hardly anything was drawn";
+}
+
+TEST(Sampler, NeedsAllLogitsForWhateverElseDependsOnThem) {
+  const auto needs = [](const std::function<void(SamplingParams&)>& change) {
+    SamplingParams params;
+    params.temperature = 0;
+    change(params);
+    return NumTopLogits(params, {});
+  };
+  EXPECT_EQ(needs([](auto&) {}), 1);
+  EXPECT_EQ(needs([](auto& p) { p.temperature = 1; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.temperature = 1, p.top_p = 0.5f; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.temperature = 1, p.min_p = 0.5f; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.temperature = 1, p.top_k = 65; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.num_logprobs = 0; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.logit_bias = {{3, 1.0f}}; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.repetition_penalty = 1.1f; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.presence_penalty = 0.1f; }), 0);
+  EXPECT_EQ(needs([](auto& p) { p.frequency_penalty = 0.1f; }), 0);
+  SamplingParams greedy;
+  greedy.temperature = 0;
+  EXPECT_EQ(NumTopLogits(greedy, std::vector<int32_t>{2}), 0);
+}
+
+TEST(Sampler, ReportsABrokenLogitAmongTheLargestAsAmongAll) {
+  const SeenTokens seen;
+  SamplerScratch scratch;
+  SamplingParams greedy, drawn;
+  greedy.temperature = 0;
+  drawn.top_k = 3;
+  for (const SamplingParams& params : {greedy, drawn}) {
+    for (const float bad : {kNaN, -kNaN, kInfinity, -kInfinity}) {
+      const std::vector<float> logits{1, 5, bad, 2, kInfinity, kNaN};
+      const std::vector<TopLogit> top = TopOf(logits, NumTopLogits(params, {}));
+      const auto all = Sample({logits, &params, &seen}, scratch);
+      const auto largest = Sample({{}, &params, &seen, {}, 0, top}, scratch);
+      ASSERT_FALSE(largest.ok());
+      EXPECT_EQ(largest.error().code, all.error().code);
+      EXPECT_EQ(largest.error().message, all.error().message);
+    }
+  }
+}
+
 TEST(Sampler, LogprobsAreOfTheRawLogits) {
   const std::vector<float> logits = RandomLogits(5000, 4);
   SamplingParams params;

@@ -57,6 +57,7 @@ class StepDriver {
     ForwardBatch forward = BuildForwardBatch(batch, model_->layout());
     forward.logit_rows.resize(forward.token_ids.size());
     std::iota(forward.logit_rows.begin(), forward.logit_rows.end(), 0);
+    forward.num_top.clear();
     const auto stepped = model_->Step(forward);
     ASSERT_TRUE(stepped.ok());
     scheduler_.Commit(batch);

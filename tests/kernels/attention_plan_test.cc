@@ -334,7 +334,8 @@ TEST(StripIndex, PartsOfAStageAreWholeVectorsAndFitABlock) {
           for (const int32_t part :
                {at.key_scales, at.key_zeros, at.value_codes, at.value_scales, at.value_zeros,
                 at.stage_bytes, at.team_bytes, at.parts, at.total, at.queries, shape.starts(),
-                shape.sums(), shape.units(), shape.form_bytes()}) {
+                shape.sums(), shape.open_units(), shape.open_bytes(), shape.sealed_units(),
+                shape.sealed_bytes()}) {
             EXPECT_EQ(part % 16, 0);
           }
           EXPECT_LE(at.bytes, 99 << 10);

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -156,6 +157,34 @@ TEST(Backend, CudaComesUpOrSaysWhyNot) {
   EXPECT_EQ(cuda.error().code, ErrorCode::kUnavailable);
   EXPECT_EQ(cuda.error().param, "backend.device");
   EXPECT_EQ(cuda.error().message.substr(0, 13), "device cuda: ") << cuda.error().message;
+}
+
+TEST(Backend, SelectTopPutsTheLargestFirstAndOfEqualsTheLowerColumn) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> x = {1,  3, -2, 3,          1, 3,      // ties
+                                -1, 0, -5, -0.0f,      0, -1,     // zeros of both signs
+                                9,  2, 9,  -kInfinity, 1, kNaN};  // not finite above all
+  const std::vector<std::vector<int32_t>> expected = {{1, 3, 5, 0}, {1, 3, 4, 0}, {3, 5, 0, 2}};
+  const std::unique_ptr<Backend> backend = CreateReferenceBackend();
+  for (const int64_t k : {4, 1}) {
+    std::vector<TopLogit> top(static_cast<size_t>(3 * k));
+    backend->SelectTop(
+        {{reinterpret_cast<const std::byte*>(x.data()), DType::kF32, Shape{3, 6}}, k, top});
+    for (size_t i = 0; i < top.size(); ++i) {
+      const size_t row = i / static_cast<size_t>(k), rank = i % static_cast<size_t>(k);
+      EXPECT_EQ(top[i].id, expected[row][rank]) << "row " << row << ", rank " << rank;
+      EXPECT_EQ(FloatBits(top[i].logit), FloatBits(x[row * 6 + static_cast<size_t>(top[i].id)]));
+    }
+  }
+  const auto select = [&](int64_t k, size_t size) {
+    std::vector<TopLogit> top(size);
+    backend->SelectTop(
+        {{reinterpret_cast<const std::byte*>(x.data()), DType::kF32, Shape{3, 6}}, k, top});
+  };
+  EXPECT_DEATH(select(0, 0), "k out of range");
+  EXPECT_DEATH(select(7, 21), "k out of range");
+  EXPECT_DEATH(select(2, 5), "k elements per row");
 }
 
 TEST(Backend, ReadToHostCopiesMemoryOfOperations) {

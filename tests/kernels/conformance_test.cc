@@ -14,6 +14,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/float16.h"
+#include "tests/kernels/forwarding_backend.h"
 #include "tests/kernels/host_mirror.h"
 
 namespace innerq::testing {
@@ -265,6 +266,73 @@ std::string CheckGatherRows(Backend& candidate) {
   candidate.GatherRows({View(x, Shape{7, 33}), rows, got.view()});
   RETURN_IF_WRONG(Failed(candidate, "GatherRows"));
   return Compare(want, got, 4 * 33, "GatherRows", [](int64_t) { return 0; });
+}
+
+// Rows of logits that are hard to choose from.
+std::vector<std::pair<const char*, std::vector<float>>> LogitCases(int64_t rows, int64_t width) {
+  std::mt19937_64 random(kSeed);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kMax = std::numeric_limits<float>::max();
+  const std::vector<float> normal = Normal(random, rows * width, 4.0f);
+  const auto made = [&](const std::function<float(int64_t column, float was)>& make) {
+    std::vector<float> x = normal;
+    for (size_t i = 0; i < x.size(); ++i) x[i] = make(static_cast<int64_t>(i) % width, x[i]);
+    return x;
+  };
+  std::vector<float> broken = normal;  // the last columns of rows, and one column of the last row
+  for (int64_t row = 0; row < rows; ++row) {
+    const float all[] = {-kInfinity, kNaN, kInfinity, -kNaN};
+    broken[static_cast<size_t>((row + 1) * width - 1)] = all[row % 4];
+  }
+  broken[static_cast<size_t>((rows - 1) * width + width / 2)] = kNaN;
+  return {
+      {"normal", normal},
+      {"tied", made([](int64_t, float was) { return std::round(was); })},
+      {"equal", made([](int64_t, float) { return -7.5f; })},
+      {"zeros of both signs", made([](int64_t, float was) { return std::copysign(0.0f, was); })},
+      {"ascending", made([](int64_t c, float) { return static_cast<float>(c) - 500; })},
+      {"descending", made([](int64_t c, float) { return static_cast<float>(-c); })},
+      // 64 threads of a block, 128 columns apart, have the largest; the last of them smaller ones.
+      {"periodic", made([](int64_t c, float was) {
+         return was + (c % 128 < 63 ? 200 : c % 128 == 63 ? 100 : 0);
+       })},
+      {"largest and least", made([](int64_t c, float) { return c % 3 == 1 ? kMax : -kMax; })},
+      {"not finite", broken},
+  };
+}
+
+std::string CheckSelectTop(Backend& candidate) {
+  struct Case {
+    int64_t rows, width;
+  };
+  for (const auto& [rows, width] : std::vector<Case>{
+           {3, 1}, {1, 63}, {5, 64}, {2, 129}, {4, 1000}, {2, 4096}, {3, 4097}, {1, 300000}}) {
+    for (const auto& [name, x] : LogitCases(rows, width)) {
+      for (const int64_t k : {1, 2, 40, 64}) {
+        if (k > width) continue;
+        Guarded want(Shape{rows, 2 * k}), got(Shape{rows, 2 * k});
+        const auto size = static_cast<size_t>(rows * k);
+        const auto top = [size](Guarded& out) {
+          return std::span(reinterpret_cast<TopLogit*>(out.data()), size);
+        };
+        CreateReferenceBackend()->SelectTop({View(x, Shape{rows, width}), k, top(want)});
+        candidate.SelectTop({View(x, Shape{rows, width}), k, top(got)});
+        RETURN_IF_WRONG(Failed(candidate, "SelectTop"));
+        if (!got.intact()) return "SelectTop: wrote outside its output";
+        for (size_t i = 0; i < size; ++i) {
+          const TopLogit& wanted = top(want)[i];
+          const TopLogit& found = top(got)[i];
+          if (std::memcmp(&wanted, &found, sizeof(TopLogit)) == 0) continue;
+          return std::string("SelectTop, ") + name + ", width " + std::to_string(width) + ", k " +
+                 std::to_string(k) + ", " + std::to_string(i) + ": expected " +
+                 std::to_string(wanted.logit) + " of " + std::to_string(wanted.id) + ", got " +
+                 std::to_string(found.logit) + " of " + std::to_string(found.id);
+        }
+      }
+    }
+  }
+  return "";
 }
 
 // One layer's cache of one sequence on one backend: page i of the sequence is open block
@@ -660,6 +728,7 @@ const std::vector<ConformanceCheck>& ConformanceChecks() {
   static const std::vector<ConformanceCheck> checks = {
       {"Embed", CheckEmbed},         {"RmsNorm", CheckRmsNorm}, {"MatMul", CheckMatMul},
       {"RopeTable", CheckRopeTable}, {"SwiGlu", CheckSwiGlu},   {"GatherRows", CheckGatherRows},
+      {"SelectTop", CheckSelectTop},
   };
   return checks;
 }
@@ -781,7 +850,11 @@ class ConformanceOfCuda : public ::testing::TestWithParam<bool> {
     ASSERT_EQ((*device)->name().substr(0, 8), "cuda/sm_");
     ASSERT_EQ((*device)->deterministic(), GetParam());
     mirror_ = std::make_unique<HostMirror>(std::move(*device));
-    ASSERT_TRUE(mirror_->Reserve({.max_rows = 256, .max_features = 2048}).ok());
+    ASSERT_TRUE(
+        mirror_
+            ->Reserve(
+                {.max_rows = 256, .max_features = 2048, .max_logit_rows = 8, .max_vocab = 300000})
+            .ok());
   }
 
   std::unique_ptr<HostMirror> mirror_;
@@ -808,25 +881,12 @@ constexpr Damage kDamages[] = {Damage::kOneElement, Damage::kOneNaN, Damage::kSh
 constexpr float kSlightly = 1.002f;
 
 // The reference with one kind of damage in the outputs of one operation.
-class BrokenBackend final : public Backend {
+class BrokenBackend final : public ForwardingBackend {
  public:
   BrokenBackend(Damage damage, std::string_view operation)
-      : damage_(damage), operation_(operation), inner_(CreateReferenceBackend()) {}
-  std::string_view name() const override { return "broken"; }
-  CodeOrder code_order() const override { return inner_->code_order(); }
-  bool deterministic() const override { return true; }
-  Result<Buffer> Allocate(int64_t bytes) override { return inner_->Allocate(bytes); }
-  Result<Buffer> Import(ConstTensorView host) override { return inner_->Import(host); }
-  Result<void> Reserve(const StepLimits& limits) override { return inner_->Reserve(limits); }
-  Result<void> Synchronize() override { return inner_->Synchronize(); }
-  std::vector<int64_t> failed_seals() const override { return inner_->failed_seals(); }
+      : ForwardingBackend(CreateReferenceBackend()), damage_(damage), operation_(operation) {}
 
  private:
-  Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
-                            std::span<const ConstTensorView> bias, Weight* weight) override {
-    ASSIGN_OR_RETURN(*weight, inner_->PackWeight(parts, bias, weight->format));
-    return {};
-  }
   void Break(std::string_view operation, TensorView out) {
     if (operation != operation_) return;
     float* data = out.As<float>();
@@ -895,40 +955,44 @@ class BrokenBackend final : public Backend {
         break;
     }
   }
-  void DoEmbed(const EmbedArgs& args) override { inner_->Embed(args), Break("Embed", args.out); }
+  void DoEmbed(const EmbedArgs& args) override { inner().Embed(args), Break("Embed", args.out); }
   void DoRmsNorm(const RmsNormArgs& args) override {
-    inner_->RmsNorm(args), Break("RmsNorm", args.out);
+    inner().RmsNorm(args), Break("RmsNorm", args.out);
   }
   void DoMatMul(const MatMulArgs& args) override {
-    inner_->MatMul(args), Break("MatMul", args.out);
+    inner().MatMul(args), Break("MatMul", args.out);
   }
   void DoRopeTable(const RopeTableArgs& args) override {
-    inner_->RopeTable(args), Break("RopeTable", args.sin);
+    inner().RopeTable(args), Break("RopeTable", args.sin);
   }
   void DoRopeAppend(const RopeAppendArgs& args) override {
-    inner_->RopeAppend(args), Break("RopeAppend", args.q);
+    inner().RopeAppend(args), Break("RopeAppend", args.q);
   }
   void DoComputeKeyNorm(const KeyNormArgs& args) override {
-    inner_->ComputeKeyNorm(args);
+    inner().ComputeKeyNorm(args);
     if (operation_ == "ComputeKeyNorm") BreakKeyNorm(args);
   }
   void DoSeal(const SealArgs& args) override {
-    inner_->Seal(args);
+    inner().Seal(args);
     if (operation_ == "Seal") BreakSeal(args);
   }
   void DoAttention(const AttentionArgs& args) override {
-    inner_->Attention(args), Break("Attention", args.out);
+    inner().Attention(args), Break("Attention", args.out);
   }
   void DoSwiGlu(const SwiGluArgs& args) override {
-    inner_->SwiGlu(args), Break("SwiGlu", args.out);
+    inner().SwiGlu(args), Break("SwiGlu", args.out);
   }
   void DoGatherRows(const GatherRowsArgs& args) override {
-    inner_->GatherRows(args), Break("GatherRows", args.out);
+    inner().GatherRows(args), Break("GatherRows", args.out);
+  }
+  void DoSelectTop(const SelectTopArgs& args) override {
+    inner().SelectTop(args);
+    Break("SelectTop", {reinterpret_cast<std::byte*>(args.out.data()), DType::kF32,
+                        Shape{args.x.shape[0], 2 * args.k}});
   }
 
   const Damage damage_;
   const std::string_view operation_;
-  const std::unique_ptr<Backend> inner_;
 };
 
 TEST(ConformanceSuite, PassesOnTheReferenceItself) { ExpectConformance(*CreateReferenceBackend()); }

@@ -199,6 +199,14 @@ class HostMirror final : public Backend {
     device_->GatherRows({step.In(args.x), args.rows, step.Out(args.out)});
     step.Finish();
   }
+  void DoSelectTop(const SelectTopArgs& args) override {
+    Step step(*this);
+    const auto size = static_cast<int64_t>(args.out.size());
+    const TensorView out =
+        step.Out({reinterpret_cast<std::byte*>(args.out.data()), DType::kF32, Shape{size, 2}});
+    device_->SelectTop({step.In(args.x), args.k, {out.As<TopLogit>(), args.out.size()}});
+    step.Finish();
+  }
 
   std::unique_ptr<Backend> device_;
   std::shared_ptr<Pools> pools_ = std::make_shared<Pools>();
