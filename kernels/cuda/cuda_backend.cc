@@ -30,6 +30,7 @@ constexpr int64_t kStateBytes = int64_t{256} << 20;
 constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
 constexpr int64_t kWarpsPerSm = 16;      // that keep a multiprocessor busy
 constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
+constexpr int64_t kOwnRows = 16;         // up to which our products are no slower than cuBLASLt's
 constexpr int64_t kSpareBytes = 65536;   // of staging, for small arguments
 
 int64_t ElementBytes(WeightFormat format) { return format == WeightFormat::kF32 ? 4 : 2; }
@@ -120,8 +121,7 @@ class CudaBackend final : public Backend {
                              std::to_string(limits.max_head_dim));
     }
     RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_.get()), "waiting for the device");
-    const int64_t rounded_bytes = RoundUp(limits.max_rows, kMatMulUnit) *
-                                  RoundUp(limits.max_features, kMatMulUnit) *
+    const int64_t rounded_bytes = limits.max_rows * RoundUp(limits.max_features, kMatMulUnit) *
                                   ElementBytes(WeightFormat::kBF16);
     if (rounded_bytes > rounded_.bytes()) {
       ASSIGN_OR_RETURN(rounded_, AllocateDevice(rounded_bytes));
@@ -269,11 +269,13 @@ class CudaBackend final : public Backend {
                         .n = weight.rows,
                         .k = weight.cols,
                         .out = args.out.As<float>()};
+    const bool own =
+        cublas_ == nullptr || !CublasMatMul::Handles(weight.format) ||
+        (weight.format == WeightFormat::kBF16 && launch.m <= kOwnRows && TakesF32(launch));
     int64_t x_stride = weight.cols;
-    if (weight.format == WeightFormat::kBF16) {
+    if (weight.format == WeightFormat::kBF16 && !(own && TakesF32(launch))) {
       x_stride = RoundUp(weight.cols, kMatMulUnit);
-      CHECK(RoundUp(launch.m, kMatMulUnit) * x_stride * 2 <= rounded_.bytes(),
-            "MatMul: larger than reserved");
+      CHECK(launch.m * x_stride * 2 <= rounded_.bytes(), "MatMul: larger than reserved");
       auto* rounded = reinterpret_cast<uint16_t*>(rounded_.data());
       if (!Check(
               LaunchRoundToBf16({args.x.As<float>(), launch.m, launch.k, rounded}, stream_.get()),
@@ -281,8 +283,9 @@ class CudaBackend final : public Backend {
         return;
       }
       launch.x = rounded_.data();
+      launch.rounded = true;
     }
-    if (cublas_ == nullptr || !CublasMatMul::Handles(weight.format)) {
+    if (own) {
       Check(LaunchMatMul(launch, stream_.get()), "MatMul");
     } else if (Result<void> result = cublas_->Run(launch, x_stride, stream_.get()); !result.ok()) {
       error_ = std::move(result);

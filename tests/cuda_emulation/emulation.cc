@@ -32,6 +32,7 @@ struct Barrier {
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 struct Fiber {
@@ -163,10 +164,11 @@ void MultiplyAdd(const MmaLane& lane) {
   Wait(warp);
 }
 
-void CopyAsync(void* to, const void* from) {
+void CopyAsync(void* to, const void* from, int bytes) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   CHECK(aligned(to) && aligned(from), "CopyAsync: addresses must be multiples of 16");
-  running.fibers[running.current].copies.push_back({to, from});
+  CHECK(bytes >= 0 && bytes <= 16, "CopyAsync: copies at most 16 bytes");
+  running.fibers[running.current].copies.push_back({to, from, static_cast<size_t>(bytes)});
 }
 void CommitCopies() {
   Fiber& fiber = running.fibers[running.current];
@@ -176,7 +178,10 @@ void CommitCopies() {
 void WaitForCopies(size_t pending_groups) {
   Fiber& fiber = running.fibers[running.current];
   for (; fiber.groups.size() > pending_groups; fiber.groups.pop_front()) {
-    for (const Copy& copy : fiber.groups.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const Copy& copy : fiber.groups.front()) {
+      std::memset(copy.to, 0, 16);
+      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
   }
 }
 

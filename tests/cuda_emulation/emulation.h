@@ -41,8 +41,9 @@ void SyncWarp();
 float ShuffleXor(float value, int mask);
 // The product of the warp; see MultiplyAddFragments.
 void MultiplyAdd(const MmaLane& lane);
-// Copies of 16 bytes by the thread. They happen as late as they may: when it waits for them.
-void CopyAsync(void* to, const void* from);
+// Copies of 16 bytes by the thread, of which the first `bytes` are read and the others are zeros.
+// They happen as late as they may: when it waits for them.
+void CopyAsync(void* to, const void* from, int bytes);
 void CommitCopies();
 void WaitForCopies(size_t pending_groups);
 
@@ -76,5 +77,7 @@ inline int atomicExch(int* address, int value) {
 }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 using std::isfinite;
 using std::isnan;

@@ -175,7 +175,8 @@ std::string CheckMatMul(Backend& candidate) {
     int64_t m, n, k;
   };
   const std::vector<Case> cases = {{1, 1, 8},    {1, 17, 64},   {2, 16, 32},   {3, 100, 48},
-                                   {16, 33, 96}, {17, 15, 100}, {33, 64, 256}, {100, 48, 1000}};
+                                   {16, 33, 96}, {17, 15, 100}, {33, 64, 256}, {100, 48, 1000},
+                                   {5, 20, 30},  {9, 3100, 40}, {2, 3100, 40}, {130, 140, 72}};
   const std::unique_ptr<Backend> reference = CreateReferenceBackend();
   for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF16, WeightFormat::kF32}) {
     for (const Case& c : cases) {
@@ -748,14 +749,15 @@ std::string CheckAttentionRows(Backend& candidate, const CacheCase& c) {
 // Rows of a product, bit for bit, whatever the number of rows.
 std::string CheckMatMulRows(Backend& candidate) {
   std::mt19937_64 random(kSeed);
-  const int64_t most = 70, n = 40, k = 1100;
+  const int64_t most = 150, n = 140, k = 1100;
   const std::vector<float> x = Normal(random, most * k), w = Normal(random, n * k);
   const ConstTensorView part = View(w, Shape{n, k});
   for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF16, WeightFormat::kF32}) {
     Result<Weight> weight = candidate.PackWeight({&part, 1}, {}, format);
     if (!weight.ok()) return weight.error().message;
     std::vector<float> whole;
-    for (const int64_t m : {most, int64_t{1}, int64_t{16}, int64_t{17}, int64_t{64}}) {
+    for (const int64_t m : {most, int64_t{1}, int64_t{8}, int64_t{9}, int64_t{16}, int64_t{17},
+                            int64_t{32}, int64_t{33}, int64_t{64}, int64_t{65}, int64_t{128}}) {
       Guarded out(Shape{m, n});
       candidate.MatMul({View(x, Shape{m, k}), &*weight, false, out.view()});
       RETURN_IF_WRONG(Failed(candidate, "MatMul"));

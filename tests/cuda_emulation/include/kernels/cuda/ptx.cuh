@@ -9,9 +9,16 @@ namespace innerq::cuda {
 inline void MultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {
   emulation::MultiplyAdd({a, {b0, b1}, c});
 }
+inline void MultiplyAddBf16(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {
+  emulation::MultiplyAdd({a, {b0, b1}, c, BF16ToF32});
+}
 
 inline uint32_t PackHalves(float low, float high) {
   return F32ToF16(low) | static_cast<uint32_t>(F32ToF16(high)) << 16;
+}
+
+inline uint32_t PackBf16(float low, float high) {
+  return F32ToBF16(low) | static_cast<uint32_t>(F32ToBF16(high)) << 16;
 }
 
 // Rounds twice, which shows only where the sum is no F16.
@@ -25,7 +32,9 @@ inline uint32_t MultiplyAddHalves(uint32_t x, uint32_t y, uint32_t z) {
   return PackHalves(half(0), half(16));
 }
 
-inline void CopyAsync(void* shared, const void* global) { emulation::CopyAsync(shared, global); }
+inline void CopyAsync(void* shared, const void* global, int bytes = 16) {
+  emulation::CopyAsync(shared, global, bytes);
+}
 inline void CommitCopies() { emulation::CommitCopies(); }
 template <int kPending>
 void WaitForCopies() {
