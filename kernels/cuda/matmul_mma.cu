@@ -5,11 +5,6 @@
 // at 0, in the order of K; the parts' sums are added in order. Every kernel of this file does so
 // for every M, so an element's bits depend on its row of x and its row of the weight alone.
 //
-// The order of K within a chain is ours: of a slab of 32 columns, lane 4g + i of a warp takes
-// columns 8i to 8i + 7 of row g, of x and of the weight alike. They are 16 bytes, one load, and the
-// lane's operands of two products: its first four columns of one, the others of the next. A warp
-// loads 512 consecutive bytes of shared memory, whatever the slab.
-//
 // What lies beyond K is zero in both operands and adds nothing; rows beyond M or N are zero or
 // anything and are not stored.
 #include "kernels/cuda/device_math.cuh"
@@ -21,9 +16,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kSlab = 32;        // columns of K
-constexpr int kLaneColumns = 8;  // of a slab, of one row
-constexpr int kStageDepth = 64;  // columns of K that the tiled kernel has of a stage
+constexpr int kSlab = 32;        // columns of K that FewRowsKernel has of a stage
+constexpr int kStageDepth = 64;  // columns of K that TiledKernel has of a stage
+constexpr int kStep = 16;        // of K, of a product
+constexpr int kQuad = 8;         // BF16 elements in 16 bytes
 constexpr int kParts = 8;
 constexpr int kMostSharedBytes = 99 * 1024;  // that a block may have on sm_120; others have more
 constexpr int kEight = 8;                    // rows of a fragment: of the weight, and of half of x
@@ -45,114 +41,131 @@ __device__ void Store(const MatMulLaunch& args, int64_t row, int64_t col, float 
   out = args.accumulate ? out + sum : sum;
 }
 
-// sums[j] += a slab's products of 16 rows of x with the eight weight rows of w[j]. `low`, `high`:
-// what the lane has of rows g and g + 8 of x.
-template <int kCount>
-__device__ void MultiplySlab(const uint4& low, const uint4& high, const uint4 (&w)[kCount],
-                             float (&sums)[kCount][4]) {
-  const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) MultiplyAddBf16(first, w[j].x, w[j].y, sums[j]);
-  const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) MultiplyAddBf16(second, w[j].z, w[j].w, sums[j]);
-}
-
-// Eight columns of x as BF16.
-__device__ uint4 RoundEight(const uint4& first, const uint4& second) {
-  const auto pack = [](uint32_t low, uint32_t high) {
-    return PackBf16(__uint_as_float(low), __uint_as_float(high));
-  };
-  return {pack(first.x, first.y), pack(first.z, first.w), pack(second.x, second.y),
-          pack(second.z, second.w)};
+// The same of columns col and col + 1; col is even.
+__device__ void StoreTwo(const MatMulLaunch& args, int64_t row, int64_t col, float first,
+                         float second) {
+  if (args.n % 2 != 0) {
+    Store(args, row, col, first);
+    Store(args, row, col + 1, second);
+    return;
+  }
+  if (row >= args.m || col >= args.n) return;
+  if (args.bias != nullptr) {
+    first += args.bias[col];
+    second += args.bias[col + 1];
+  }
+  auto* out = reinterpret_cast<float2*>(args.out + row * args.n + col);
+  if (args.accumulate) {
+    const float2 before = *out;
+    first = before.x + first;
+    second = before.y + second;
+  }
+  *out = {first, second};
 }
 
 // --- Up to 16 rows: the weight is read once, and little else matters ---
 
-// A warp's ring of slabs, in quads of 16 bytes. Of each slab: [kTiles][32 lanes] of the weight,
-// then pieces of x, [min(M, 8)][4] each: of rows g, columns 8i to 8i + 3, then 8i + 4 to 8i + 7; of
-// rows g + 8 likewise, if there are any.
+// A warp's ring of slabs of 32 columns, in quads of 16 bytes. Of each slab: the weight,
+// [8 * kTiles][4], then x in F32, [M][8]. Quad c of row r of the weight is at c ^ r / 2 % 4, of x
+// at c ^ r % 4 * 2, so that no two of those that are read at once are in the same banks.
 template <int kTiles, bool kHighRows>
 struct FewRowsRing {
   static constexpr int kHalves = kHighRows ? 2 : 1;  // of the 16 rows of a product
   static constexpr int kStages = kHighRows ? 3 : 4;  // what fits in kMostSharedBytes
-  int piece_quads, slab_quads;
+  static constexpr int kTileQuads = kEight * kSlab / kQuad, kRowQuads = kSlab / 4;
 
-  INNERQ_HOST_DEVICE explicit FewRowsRing(int64_t m)
-      : piece_quads(static_cast<int>(m < kEight ? m : kEight) * (kSlab / kLaneColumns)),
-        slab_quads(kTiles * kWarpSize + 2 * kHalves * piece_quads) {}
+  INNERQ_HOST_DEVICE static int SlabQuads(int64_t m) {
+    return kTiles * kTileQuads + static_cast<int>(m) * kRowQuads;
+  }
 };
 
 // Grid: N / (8 * kTiles). Block: 8 warps compute all rows of 8 * kTiles outputs, each the sums of
-// one part, then all add them in order. Shared: a ring per warp; a lane reads what it
-// copied itself, so warps run on without barriers until the sums are complete. kHighRows: M > 8.
+// one part, then all add them in order. Shared: a ring per warp, which fills it itself and waits
+// for no other until its sums are complete. kHighRows: M > 8.
 template <int kTiles, bool kHighRows>
 __global__ void __launch_bounds__(kThreads, 2)
     FewRowsKernel(const __grid_constant__ MatMulLaunch args) {
   using Ring = FewRowsRing<kTiles, kHighRows>;
   constexpr int kColumns = kTiles * kEight, kHalves = Ring::kHalves, kStages = Ring::kStages;
   extern __shared__ uint4 shared[];
-  const Ring plan(args.m);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, group = lane / 4;
-  uint4* const ring = shared + warp * kStages * plan.slab_quads;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int group = lane / 4, inner = lane % 4;
+  const int slab_quads = Ring::SlabQuads(args.m);
+  uint4* const ring = shared + warp * kStages * slab_quads;
   const int64_t depth = RoundUp(args.k, kMatMulUnit), length = PartLength(args.k);
   const int64_t begin = min(warp * length, depth), end = min(begin + length, depth);
   const auto num_slabs = static_cast<int>(CeilDiv(end - begin, kSlab));
   const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kColumns;
-  const int64_t last_column = RoundUp(args.n, kMatMulUnit) - 1;
-  const int64_t first = begin + lane % 4 * kLaneColumns;  // the lane's column of the first slab
-  const auto x_left = static_cast<int>(args.k - first),
-             depth_left = static_cast<int>(depth - first);
-  const auto* x = reinterpret_cast<const float*>(args.x) + group * args.k + first;
-  const auto* weight =
-      reinterpret_cast<const uint16_t*>(args.weight) + (first_column + group) * depth + first;
+  const auto columns_left = static_cast<int>(
+      min(RoundUp(args.n, kMatMulUnit) - first_column, static_cast<int64_t>(kColumns)));
 
+  // Lane 4g + i copies quad i of rows g of the weight, and quads i and i + 4 of rows g of x.
+  const auto weight_left = static_cast<int>(depth - begin) - inner * kQuad;
+  const auto x_left = static_cast<int>(args.k - begin) - inner * 4;
+  const auto* weight = reinterpret_cast<const uint16_t*>(args.weight) +
+                       (first_column + group) * depth + begin + inner * kQuad;
+  const auto* x = reinterpret_cast<const float*>(args.x) + group * args.k + begin + inner * 4;
+  const int weight_place = group * 4 + (inner ^ (group / 2 % 4));
+  const int x_swizzle = group % 4 * 2;
+  const int x_place = kTiles * Ring::kTileQuads + group * Ring::kRowQuads + (inner ^ x_swizzle);
   const auto begin_copy = [&](int slab, int stage) {
     if (slab < num_slabs) {
       const int k = slab * kSlab;
-      uint4* to = ring + stage * plan.slab_quads + lane;
+      uint4* to = ring + stage * slab_quads;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const bool real = first_column + tile * kEight <= last_column && k < depth_left;
-        CopyAsync(to + tile * kWarpSize, weight + tile * kEight * depth + k, real ? 16 : 0);
+        const bool real = tile * kEight < columns_left && k < weight_left;
+        CopyAsync(to + weight_place + tile * Ring::kTileQuads, weight + tile * kEight * depth + k,
+                  real ? 16 : 0);
       }
-      to += kTiles * kWarpSize;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         if (group + half * kEight >= args.m) continue;
         const float* from = x + half * kEight * args.k + k;
-        CopyAsync(to, from, min(max(x_left - k, 0), 4) * 4);
-        CopyAsync(to + plan.piece_quads, from + 4, min(max(x_left - k - 4, 0), 4) * 4);
-        to += 2 * plan.piece_quads;
+        uint4* row = to + half * kEight * Ring::kRowQuads;
+        CopyAsync(row + x_place, from, min(max(x_left - k, 0), 4) * 4);
+        CopyAsync(row + (x_place ^ 4), from + 16, min(max(x_left - k - 16, 0), 4) * 4);
       }
     }
     CommitCopies();
   };
 
+  // The row that the lane names of the four matrices of a tile.
+  const int matrix_row = lane % 8 * 4 + (lane / 8 ^ (lane % 8 / 2));
+  const int pair = inner % 2;  // of the two in a quad
   float sums[kTiles][4] = {};
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) begin_copy(stage, stage);
   for (int slab = 0, stage = 0; slab < num_slabs; ++slab) {
     WaitForCopies<kStages - 1>();
-    const uint4* from = ring + stage * plan.slab_quads + lane;
-    uint4 w[kTiles], rows[2] = {};
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) w[tile] = from[tile * kWarpSize];
-    from += kTiles * kWarpSize;
+    __syncwarp();  // what other lanes copied is there
+    const uint4* from = ring + stage * slab_quads;
+    uint32_t rows[kSlab / kStep][4] = {};
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       if (group + half * kEight >= args.m) continue;
-      const uint4 low = from[0], high = from[plan.piece_quads];
-      rows[half] = RoundEight(low, high);
-      from += 2 * plan.piece_quads;
+      const auto* row = reinterpret_cast<const float2*>(from + kTiles * Ring::kTileQuads +
+                                                        (group + half * kEight) * Ring::kRowQuads);
+#pragma unroll
+      for (int eight = 0; eight < kSlab / kEight; ++eight) {
+        const float2 two = row[((eight * 2 + inner / 2) ^ x_swizzle) * 2 + pair];
+        rows[eight / 2][eight % 2 * 2 + half] = PackBf16(two.x, two.y);
+      }
     }
-    MultiplySlab(rows[0], rows[1], w, sums);
-    begin_copy(slab + kStages, stage);  // to where the slab was
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t w[4];
+      LoadMatrices(from + tile * Ring::kTileQuads + matrix_row, w);
+      MultiplyAddBf16(rows[0], w[0], w[1], sums[tile]);
+      MultiplyAddBf16(rows[1], w[2], w[3], sums[tile]);
+    }
+    __syncwarp();  // all lanes have read the slab
+    begin_copy(slab + kStages, stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 
   __syncwarp();  // all lanes are done with the warp's ring: it takes the sums, [M][kColumns]
-  float* own = reinterpret_cast<float*>(ring) + group * kColumns + lane % 4 * 2;
+  float* own = reinterpret_cast<float*>(ring) + group * kColumns + inner * 2;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -167,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     float total = 0;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      total += reinterpret_cast<const float*>(shared + part * kStages * plan.slab_quads)[i];
+      total += reinterpret_cast<const float*>(shared + part * kStages * slab_quads)[i];
     }
     Store(args, i / kColumns, first_column + i % kColumns, total);
   }
@@ -177,22 +190,30 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 constexpr int kTileColumns = 128;
 
-// A tile of kRows rows of x and 128 of the weight, of a stage: [2 slabs][rows][4 quads].
+// A tile of kRows rows of x and 128 of the weight. Of a stage: [rows][8] quads, x before the
+// weight; quad c of row r is at c ^ r % 8, so that eight rows of a matrix are in different banks.
 template <int kRows>
 struct Tile {
   static constexpr int kWarpsDown = kRows >= 64 ? 2 : 1, kWarpsAcross = kWarps / kWarpsDown;
   static constexpr int kDown = kRows / kWarpsDown / 16;                 // products of a warp
-  static constexpr int kAcross = kTileColumns / kWarpsAcross / kEight;  // likewise
-  static constexpr int kAllRows = kRows + kTileColumns;                 // of both operands
-  static constexpr int kSlabQuads = kAllRows * (kSlab / kLaneColumns);
-  static constexpr int kStageQuads = kSlabQuads * (kStageDepth / kSlab);
-  static constexpr int kStages = kRows >= 128 ? 3 : 4;  // what fits in the 99 KB that sm_120 has
+  static constexpr int kAcross = kTileColumns / kWarpsAcross / kEight;  // likewise, even
+  static constexpr int kRowQuads = kStageDepth / kQuad;
+  static constexpr int kStageQuads = (kRows + kTileColumns) * kRowQuads;
+  static constexpr int kStages = kRows >= 128 ? 3 : 4;  // what fits in kMostSharedBytes
   static constexpr int kSharedBytes = kStages * kStageQuads * 16;
   static constexpr int kBlocks = kRows >= 128 ? 1 : 2;  // of a multiprocessor
+  static_assert(kSharedBytes <= kMostSharedBytes && kAcross % 2 == 0);
+};
+
+// What a lane has of a warp's products of one step of K.
+template <int kRows>
+struct Operands {
+  uint32_t x[Tile<kRows>::kDown][4];
+  uint32_t weight[Tile<kRows>::kAcross / 2][4];  // of two neighbours
 };
 
 // Grid: [M / kRows, N / 128]. Block: 8 warps compute kRows rows of 128 outputs, part after part.
-// Shared: a ring of stages of both operands.
+// Shared: a ring of stages of 64 columns of both operands.
 template <int kRows>
 __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
     TiledKernel(const __grid_constant__ MatMulLaunch args) {
@@ -205,42 +226,57 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
   const auto num_stages = static_cast<int>(CeilDiv(depth, kStageDepth));
   const auto part_stages = static_cast<int>(PartLength(args.k) / kStageDepth);
 
-  // Sixteen threads copy 128 bytes of two rows, eight of them 128 consecutive bytes of a slab.
-  const int copy_row = threadIdx.x / 16 * 2 + threadIdx.x / 4 % 2;
-  const int copy_slab = threadIdx.x / 8 % 2, copy_quad = threadIdx.x % 4;
-  constexpr int kCopyRows = kThreads / 8;
-  const int64_t copy_column = copy_slab * kSlab + copy_quad * kLaneColumns;
-  const auto rows_left = static_cast<int>(min(args.m - first_row, int64_t{kRows})) - copy_row;
-  const auto columns_left =
-      static_cast<int>(min(RoundUp(args.n, kMatMulUnit) - first_column, int64_t{kTileColumns})) -
-      copy_row;
-  const uint16_t* x =
-      reinterpret_cast<const uint16_t*>(args.x) + (first_row + copy_row) * depth + copy_column;
-  const uint16_t* weight = reinterpret_cast<const uint16_t*>(args.weight) +
-                           (first_column + copy_row) * depth + copy_column;
-  uint4* const copy_to = shared + copy_slab * T::kSlabQuads + copy_row * 4 + copy_quad;
+  // Eight threads copy a row.
+  constexpr int kCopyRows = kThreads / T::kRowQuads;
+  const int copy_row = threadIdx.x / T::kRowQuads, copy_quad = threadIdx.x % T::kRowQuads;
+  const auto rows_left =
+      static_cast<int>(min(args.m - first_row, static_cast<int64_t>(kRows))) - copy_row;
+  const auto columns_left = static_cast<int>(min(RoundUp(args.n, kMatMulUnit) - first_column,
+                                                 static_cast<int64_t>(kTileColumns))) -
+                            copy_row;
+  const auto depth_left = static_cast<int>(depth) - copy_quad * kQuad;
+  const auto* x = reinterpret_cast<const uint16_t*>(args.x) + (first_row + copy_row) * depth +
+                  copy_quad * kQuad;
+  const auto* weight = reinterpret_cast<const uint16_t*>(args.weight) +
+                       (first_column + copy_row) * depth + copy_quad * kQuad;
+  uint4* const copy_to = shared + copy_row * T::kRowQuads + (copy_quad ^ copy_row % 8);
   const auto begin_copy = [&](int stage, int place) {
     if (stage < num_stages) {
-      const int64_t k = static_cast<int64_t>(stage) * kStageDepth;
-      const bool real = copy_column + k < depth;
+      const int k = stage * kStageDepth;
       uint4* to = copy_to + place * T::kStageQuads;
 #pragma unroll
       for (int row = 0; row < kRows; row += kCopyRows) {
-        CopyAsync(to + row * 4, x + row * depth + k, real && row < rows_left ? 16 : 0);
+        CopyAsync(to + row * T::kRowQuads, x + row * depth + k,
+                  k < depth_left && row < rows_left ? 16 : 0);
       }
 #pragma unroll
       for (int row = 0; row < kTileColumns; row += kCopyRows) {
-        CopyAsync(to + (kRows + row) * 4, weight + row * depth + k,
-                  real && row < columns_left ? 16 : 0);
+        CopyAsync(to + (kRows + row) * T::kRowQuads, weight + row * depth + k,
+                  k < depth_left && row < columns_left ? 16 : 0);
       }
     }
     CommitCopies();
   };
 
+  // Matrices of x: rows g, g + 8, g, g + 8 of a product; quads 0, 0, 1, 1 of a step. Of the weight:
+  // rows g, g, g + 8, g + 8; quads 0, 1, 0, 1.
   const int warp_row = warp / T::kWarpsAcross * (T::kDown * 16);
   const int warp_column = warp % T::kWarpsAcross * (T::kAcross * kEight);
-  const uint4* const read_x = shared + warp_row * 4 + lane;
-  const uint4* const read_weight = shared + (kRows + warp_column) * 4 + lane;
+  const int x_at = (warp_row + lane % 16) * T::kRowQuads + (lane / 16 ^ lane % 8);
+  const int weight_at =
+      (kRows + warp_column + lane / 16 * 8 + lane % 8) * T::kRowQuads + (lane / 8 % 2 ^ lane % 8);
+  const auto load = [&](int place, int step, Operands<kRows>& to) {
+    const uint4* from = shared + place * T::kStageQuads;
+#pragma unroll
+    for (int i = 0; i < T::kDown; ++i) {
+      LoadMatrices(from + (x_at ^ 2 * step) + i * 16 * T::kRowQuads, to.x[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < T::kAcross / 2; ++j) {
+      LoadMatrices(from + (weight_at ^ 2 * step) + j * 16 * T::kRowQuads, to.weight[j]);
+    }
+  };
+
   float total[T::kDown][T::kAcross][4] = {};
 #pragma unroll
   for (int stage = 0; stage < T::kStages - 1; ++stage) begin_copy(stage, stage);
@@ -250,17 +286,20 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
     for (; stage < end; ++stage) {
       WaitForCopies<T::kStages - 2>();
       __syncthreads();  // the stage is there, and all are done with the one before
+      Operands<kRows> operands[2];
+      load(place, 0, operands[0]);
       begin_copy(stage + T::kStages - 1, place == 0 ? T::kStages - 1 : place - 1);
 #pragma unroll
-      for (int slab = 0; slab < kStageDepth / kSlab; ++slab) {
-        const int at = place * T::kStageQuads + slab * T::kSlabQuads;
-        uint4 w[T::kAcross];
-#pragma unroll
-        for (int j = 0; j < T::kAcross; ++j) w[j] = read_weight[at + j * kWarpSize];
+      for (int step = 0; step < kStageDepth / kStep; ++step) {
+        if (step + 1 < kStageDepth / kStep) load(place, step + 1, operands[(step + 1) % 2]);
+        const Operands<kRows>& now = operands[step % 2];
 #pragma unroll
         for (int i = 0; i < T::kDown; ++i) {
-          MultiplySlab(read_x[at + 2 * i * kWarpSize], read_x[at + (2 * i + 1) * kWarpSize], w,
-                       part[i]);
+#pragma unroll
+          for (int j = 0; j < T::kAcross; ++j) {
+            MultiplyAddBf16(now.x[i], now.weight[j / 2][j % 2 * 2],
+                            now.weight[j / 2][j % 2 * 2 + 1], part[i][j]);
+          }
         }
       }
       place = place + 1 == T::kStages ? 0 : place + 1;
@@ -279,10 +318,11 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
 #pragma unroll
   for (int i = 0; i < T::kDown; ++i) {
 #pragma unroll
-    for (int j = 0; j < T::kAcross; ++j) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        Store(args, row + i * 16 + e / 2 * kEight, column + j * kEight + e % 2, total[i][j][e]);
+      for (int j = 0; j < T::kAcross; ++j) {
+        StoreTwo(args, row + i * 16 + half * kEight, column + j * kEight, total[i][j][2 * half],
+                 total[i][j][2 * half + 1]);
       }
     }
   }
@@ -290,9 +330,9 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
 
 template <int kTiles, bool kHighRows>
 cudaError_t LaunchFewRows(const MatMulLaunch& launch, cudaStream_t stream) {
-  const FewRowsRing<kTiles, kHighRows> ring(launch.m);
+  using Ring = FewRowsRing<kTiles, kHighRows>;
   const auto blocks = static_cast<unsigned>(CeilDiv(launch.n, kTiles * kEight));
-  const auto bytes = static_cast<size_t>(kWarps * ring.kStages * ring.slab_quads * 16);
+  const auto bytes = static_cast<size_t>(kWarps * Ring::kStages * Ring::SlabQuads(launch.m) * 16);
   static const cudaError_t allowed =
       cudaFuncSetAttribute(FewRowsKernel<kTiles, kHighRows>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes);

@@ -27,11 +27,20 @@ __device__ inline void MultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t
 // The same with BF16 in.
 __device__ inline void MultiplyAddBf16(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                        float (&c)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four matrices of 8 x 8 halves from shared memory, each as a lane of MultiplyAdd has it: lane 4g +
+// i gets columns 2i and 2i + 1 of row g of matrix j as word j. `row`: for lane 8j + g, row g of
+// matrix j, 16 bytes at a multiple of 16. By a whole warp.
+__device__ inline void LoadMatrices(const void* row, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
 }
 
 // Two floats as halves of a word, to nearest even; the first is the lower one.

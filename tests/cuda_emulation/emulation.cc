@@ -51,6 +51,7 @@ struct Block {
   Barrier all, warps[kMaxThreads / kWarp];
   float shuffled[kMaxThreads];
   MmaLane products[kMaxThreads];
+  const void* matrix_rows[kMaxThreads];
   size_t current = 0;
   ucontext_t scheduler;
   const std::function<void()>* kernel = nullptr;
@@ -162,6 +163,19 @@ void MultiplyAdd(const MmaLane& lane) {
     MultiplyAddFragments(std::span<const MmaLane, kWarp>(running.products + first, kWarp));
   }
   Wait(warp);
+}
+
+void LoadMatrices(const void* row, uint32_t (&words)[4]) {
+  const size_t self = running.current, lane = self % kWarp, first = self - lane;
+  CHECK(running.warps[self / kWarp].alive == kWarp, "LoadMatrices takes a whole warp");
+  CHECK(reinterpret_cast<uintptr_t>(row) % 16 == 0, "LoadMatrices: a row must be aligned");
+  running.matrix_rows[self] = row;
+  SyncWarp();
+  for (size_t j = 0; j < 4; ++j) {
+    const void* from = running.matrix_rows[first + 8 * j + lane / 4];
+    std::memcpy(&words[j], static_cast<const std::byte*>(from) + lane % 4 * 4, 4);
+  }
+  SyncWarp();
 }
 
 void CopyAsync(void* to, const void* from, int bytes) {

@@ -41,6 +41,9 @@ void SyncWarp();
 float ShuffleXor(float value, int mask);
 // The product of the warp; see MultiplyAddFragments.
 void MultiplyAdd(const MmaLane& lane);
+// Four matrices of 8 x 8 halves, whose row g of matrix j lane 8j + g names; see
+// kernels/cuda/ptx.cuh.
+void LoadMatrices(const void* row, uint32_t (&words)[4]);
 // Copies of 16 bytes by the thread, of which the first `bytes` are read and the others are zeros.
 // They happen as late as they may: when it waits for them.
 void CopyAsync(void* to, const void* from, int bytes);

@@ -13,6 +13,10 @@ inline void MultiplyAddBf16(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, fl
   emulation::MultiplyAdd({a, {b0, b1}, c, BF16ToF32});
 }
 
+inline void LoadMatrices(const void* row, uint32_t (&words)[4]) {
+  emulation::LoadMatrices(row, words);
+}
+
 inline uint32_t PackHalves(float low, float high) {
   return F32ToF16(low) | static_cast<uint32_t>(F32ToF16(high)) << 16;
 }
