@@ -268,7 +268,10 @@ class CudaBackend final : public Backend {
                         .m = args.x.shape[0],
                         .n = weight.rows,
                         .k = weight.cols,
-                        .out = args.out.As<float>()};
+                        .out = args.out.As<float>(),
+                        .parts = reinterpret_cast<float*>(states_.data()),
+                        .num_part_sums = states_.bytes() / 4,
+                        .num_multiprocessors = device_.num_multiprocessors};
     const bool own =
         cublas_ == nullptr || !CublasMatMul::Handles(weight.format) ||
         (weight.format == WeightFormat::kBF16 && launch.m <= kOwnRows && TakesF32(launch));
@@ -463,7 +466,7 @@ class CudaBackend final : public Backend {
   const std::unique_ptr<CublasMatMul> cublas_;  // null: all products are our own
   Staging staging_;
   Buffer rounded_;                       // activations of one product in BF16
-  Buffer states_;                        // of split attention
+  Buffer states_;                        // of split attention, or parts of a split product
   Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity
   size_t num_flags_ = 0;                 // of them, that calls of Seal may have set
   std::vector<int64_t> failed_seals_;

@@ -138,7 +138,10 @@ struct MatMulLaunch {
   const float* bias = nullptr;        // [N] or null
   bool accumulate = false;
   int64_t m = 0, n = 0, k = 0;
-  float* out = nullptr;  // [M, N]
+  float* out = nullptr;         // [M, N]
+  float* parts = nullptr;       // [num_part_sums], scratch memory of products that are split
+  int64_t num_part_sums = 0;    // 8 * M * N for one that may be
+  int num_multiprocessors = 0;  // of the device; with 0 nothing is split
 };
 // Whether LaunchMatMul takes such a product's x as F32; if not, it must be rounded.
 bool TakesF32(const MatMulLaunch& launch);

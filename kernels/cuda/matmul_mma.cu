@@ -212,9 +212,10 @@ struct Operands {
   uint32_t weight[Tile<kRows>::kAcross / 2][4];  // of two neighbours
 };
 
-// Grid: [M / kRows, N / 128]. Block: 8 warps compute kRows rows of 128 outputs, part after part.
-// Shared: a ring of stages of 64 columns of both operands.
-template <int kRows>
+// Grid: [M / kRows, N / 128, 1 or 8]. Block: 8 warps compute kRows rows of 128 outputs, part after
+// part. Shared: a ring of stages of 64 columns of both operands. kSplit: 8 blocks share a tile,
+// each leaves the sums of one part for AddPartsKernel.
+template <int kRows, bool kSplit>
 __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
     TiledKernel(const __grid_constant__ MatMulLaunch args) {
   using T = Tile<kRows>;
@@ -223,8 +224,10 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTileColumns;
   const int64_t depth = RoundUp(args.k, kMatMulUnit);
-  const auto num_stages = static_cast<int>(CeilDiv(depth, kStageDepth));
   const auto part_stages = static_cast<int>(PartLength(args.k) / kStageDepth);
+  const auto all_stages = static_cast<int>(CeilDiv(depth, kStageDepth));
+  const int first_stage = kSplit ? min(static_cast<int>(blockIdx.z) * part_stages, all_stages) : 0;
+  const int end_stage = kSplit ? min(first_stage + part_stages, all_stages) : all_stages;
 
   // Eight threads copy a row.
   constexpr int kCopyRows = kThreads / T::kRowQuads;
@@ -241,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
                        (first_column + copy_row) * depth + copy_quad * kQuad;
   uint4* const copy_to = shared + copy_row * T::kRowQuads + (copy_quad ^ copy_row % 8);
   const auto begin_copy = [&](int stage, int place) {
-    if (stage < num_stages) {
+    if (stage < end_stage) {
       const int k = stage * kStageDepth;
       uint4* to = copy_to + place * T::kStageQuads;
 #pragma unroll
@@ -279,10 +282,10 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
 
   float total[T::kDown][T::kAcross][4] = {};
 #pragma unroll
-  for (int stage = 0; stage < T::kStages - 1; ++stage) begin_copy(stage, stage);
-  for (int stage = 0, place = 0; stage < num_stages;) {
+  for (int place = 0; place < T::kStages - 1; ++place) begin_copy(first_stage + place, place);
+  for (int stage = first_stage, place = 0; stage < end_stage;) {
     float part[T::kDown][T::kAcross][4] = {};
-    const int end = min(stage + part_stages, num_stages);
+    const int end = min(stage + part_stages, end_stage);
     for (; stage < end; ++stage) {
       WaitForCopies<T::kStages - 2>();
       __syncthreads();  // the stage is there, and all are done with the one before
@@ -321,11 +324,32 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int j = 0; j < T::kAcross; ++j) {
-        StoreTwo(args, row + i * 16 + half * kEight, column + j * kEight, total[i][j][2 * half],
-                 total[i][j][2 * half + 1]);
+        const int64_t to_row = row + i * 16 + half * kEight, to_column = column + j * kEight;
+        const float2 two = {total[i][j][2 * half], total[i][j][2 * half + 1]};
+        if constexpr (kSplit) {
+          if (to_row >= args.m || to_column >= args.n) continue;
+          *reinterpret_cast<float2*>(args.parts + (blockIdx.z * args.m + to_row) * args.n +
+                                     to_column) = two;
+        } else {
+          StoreTwo(args, to_row, to_column, two.x, two.y);
+        }
       }
     }
   }
+}
+
+// Grid: M * N / 512. Block: 256 threads finish two neighbouring elements each. No shared memory.
+__global__ void AddPartsKernel(const __grid_constant__ MatMulLaunch args) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 2;
+  if (i >= args.m * args.n) return;
+  float2 total = {0, 0};
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const float2 two = *reinterpret_cast<const float2*>(args.parts + part * args.m * args.n + i);
+    total.x += two.x;
+    total.y += two.y;
+  }
+  StoreTwo(args, i / args.n, i % args.n, total.x, total.y);
 }
 
 template <int kTiles, bool kHighRows>
@@ -342,15 +366,38 @@ cudaError_t LaunchFewRows(const MatMulLaunch& launch, cudaStream_t stream) {
 }
 
 template <int kRows>
-cudaError_t LaunchTiles(const MatMulLaunch& launch, cudaStream_t stream) {
+int64_t NumTiles(const MatMulLaunch& launch) {
+  return CeilDiv(launch.m, kRows) * CeilDiv(launch.n, kTileColumns);
+}
+
+// So many tiles keep three quarters of the multiprocessors busy.
+int64_t EnoughTiles(const MatMulLaunch& launch) {
+  return CeilDiv(launch.num_multiprocessors * 3, 4);
+}
+
+template <int kRows, bool kSplit>
+cudaError_t LaunchTiled(const MatMulLaunch& launch, cudaStream_t stream) {
   constexpr int kBytes = Tile<kRows>::kSharedBytes;
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(TiledKernel<kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      TiledKernel<kRows, kSplit>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(CeilDiv(launch.m, kRows)),
-                  static_cast<unsigned>(CeilDiv(launch.n, kTileColumns)));
-  TiledKernel<kRows><<<grid, kThreads, kBytes, stream>>>(launch);
+                  static_cast<unsigned>(CeilDiv(launch.n, kTileColumns)), kSplit ? kParts : 1);
+  TiledKernel<kRows, kSplit><<<grid, kThreads, kBytes, stream>>>(launch);
+  if (kSplit) {
+    const auto blocks = static_cast<unsigned>(CeilDiv(launch.m * launch.n, 2 * kThreads));
+    AddPartsKernel<<<blocks, kThreads, 0, stream>>>(launch);
+  }
   return cudaGetLastError();
+}
+
+// Few tiles of many columns of K are split among blocks.
+template <int kRows>
+cudaError_t LaunchTiles(const MatMulLaunch& launch, cudaStream_t stream) {
+  const bool split = NumTiles<kRows>(launch) < EnoughTiles(launch) && launch.n % 2 == 0 &&
+                     kParts * launch.m * launch.n <= launch.num_part_sums;
+  return split ? LaunchTiled<kRows, true>(launch, stream)
+               : LaunchTiled<kRows, false>(launch, stream);
 }
 
 }  // namespace
@@ -372,8 +419,10 @@ cudaError_t LaunchMmaMatMul(const MatMulLaunch& launch, cudaStream_t stream) {
     return narrow ? LaunchFewRows<2, true>(launch, stream) : LaunchFewRows<4, true>(launch, stream);
   }
   if (launch.m <= 32) return LaunchTiles<32>(launch, stream);
-  if (launch.m <= 64) return LaunchTiles<64>(launch, stream);
-  return LaunchTiles<128>(launch, stream);
+  if (launch.m <= 64 || NumTiles<128>(launch) < EnoughTiles(launch)) {
+    return LaunchTiles<64>(launch, stream);
+  }
+  return LaunchTiled<128, false>(launch, stream);
 }
 
 }  // namespace innerq::cuda

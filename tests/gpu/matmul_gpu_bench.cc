@@ -7,10 +7,9 @@
 // line per case: microseconds of the product, the byte floor (weights, x and out at the bandwidth
 // that MeasureReadBandwidth finds in the same run) and its share of them, TFLOP/s, and for kernels
 // that take x rounded the microseconds of rounding, which are not in the product's. Copies of the
-// weights, together more than any cache, take turns; cases whose out is larger than 512 MiB are left
-// out. Times are medians of several runs of many
-// launches between two events. Every kernel of ours must give the first row the same bits for every
-// M, or the program fails.
+// weights, together more than any cache, take turns; cases whose out is larger than 512 MiB are
+// left out. Times are medians of several runs of many launches between two events. Every kernel of
+// ours must give the first row the same bits for every M, or the program fails.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -35,6 +34,7 @@ using cuda::CublasMatMul;
 using cuda::MatMulLaunch;
 
 constexpr int64_t kPoolBytes = int64_t{1200} << 20;  // of weights
+constexpr int64_t kPartBytes = int64_t{256} << 20;
 constexpr int64_t kMostOutBytes = int64_t{512} << 20;
 constexpr int kRuns = 5;
 constexpr double kRunMs = 3;
@@ -89,6 +89,9 @@ class Bench {
     out_ = *cuda::AllocateDevice(kMostOutBytes);
     x_ = *cuda::AllocateDevice(most * kMostColumns * 4);
     rounded_ = *cuda::AllocateDevice(most * kMostColumns * 2);
+    parts_ = *cuda::AllocateDevice(kPartBytes);
+    CheckCuda(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, 0),
+              "multiprocessors");
     FillWeights(weights_);
     std::vector<float> x(static_cast<size_t>(most * kMostColumns));
     std::mt19937 random(2);
@@ -124,6 +127,9 @@ class Bench {
   void RunCase(const ProductShape& shape, int64_t m) {
     MatMulLaunch launch{.x = x_.data(), .m = m, .n = shape.n, .k = shape.k};
     launch.out = reinterpret_cast<float*>(out_.data());
+    launch.parts = reinterpret_cast<float*>(parts_.data());
+    launch.num_part_sums = kPartBytes / 4;
+    launch.num_multiprocessors = num_multiprocessors_;
     const auto ours = [&](const MatMulLaunch& product) {
       CheckCuda(cuda::LaunchMatMul(product, nullptr), "a product");
     };
@@ -213,7 +219,8 @@ class Bench {
 
   const double bandwidth_;  // bytes per second
   const Choice choice_;
-  Buffer weights_, x_, rounded_, out_;
+  Buffer weights_, x_, rounded_, out_, parts_;
+  int num_multiprocessors_ = 0;
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
   std::unique_ptr<CublasMatMul> cublas_;
   std::vector<float> first_row_;  // of a shape
