@@ -102,10 +102,14 @@ class CudaBackend final : public Backend {
     return std::optional(static_cast<double>(kPasses * kBytes) / fastest);
   }
 
-  Result<Buffer> Allocate(int64_t bytes) override { return AllocateDevice(bytes); }
+  Result<Buffer> Allocate(int64_t bytes) override {
+    ForgetRounded();
+    return AllocateDevice(bytes);
+  }
   Result<Buffer> AllocateForHost(int64_t bytes) override { return AllocatePinned(bytes); }
 
   Result<Buffer> Import(ConstTensorView host) override {
+    ForgetRounded();
     ASSIGN_OR_RETURN(Buffer buffer, AllocateDevice(host.bytes()));
     // From pageable memory the copy may go on after the call, and our stream would not wait.
     RETURN_IF_CUDA_ERROR(cudaMemcpy(buffer.data(), host.data, static_cast<size_t>(host.bytes()),
@@ -124,6 +128,7 @@ class CudaBackend final : public Backend {
     const int64_t rounded_bytes = limits.max_rows * RoundUp(limits.max_features, kMatMulUnit) *
                                   ElementBytes(WeightFormat::kBF16);
     if (rounded_bytes > rounded_.bytes()) {
+      ForgetRounded();
       ASSIGN_OR_RETURN(rounded_, AllocateDevice(rounded_bytes));
     }
     if (states_.bytes() == 0) {
@@ -239,7 +244,23 @@ class CudaBackend final : public Backend {
     return {};
   }
 
+  // Only the operation right after RmsNorm or SwiGlu may rely on `rounded_`: later its F32 memory
+  // may be written or be other memory.
+  void ForgetRounded() { rounded_from_ = nullptr; }
+  // Where RmsNorm and SwiGlu leave their out in BF16, for a product that follows; or null.
+  uint16_t* RoundAlong(const TensorView& out) {
+    ForgetRounded();
+    const int64_t rows = out.shape[0], width = out.shape[1];
+    if (rows <= kOwnRows || width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
+      return nullptr;
+    }
+    rounded_from_ = out.data;
+    rounded_shape_ = out.shape;
+    return reinterpret_cast<uint16_t*>(rounded_.data());
+  }
+
   void DoEmbed(const EmbedArgs& args) override {
+    ForgetRounded();
     EmbedLaunch launch{.table = args.table.data,
                        .dtype = args.table.dtype,
                        .rows = args.out.shape[0],
@@ -252,7 +273,7 @@ class CudaBackend final : public Backend {
   void DoRmsNorm(const RmsNormArgs& args) override {
     if (!error_.ok()) return;
     Check(LaunchRmsNorm({args.x.As<float>(), args.weight.As<float>(), args.epsilon, args.x.shape[0],
-                         args.x.shape[1], args.out.As<float>()},
+                         args.x.shape[1], args.out.As<float>(), RoundAlong(args.out)},
                         stream_.get()),
           "RmsNorm");
   }
@@ -275,14 +296,16 @@ class CudaBackend final : public Backend {
     const bool own =
         cublas_ == nullptr || !CublasMatMul::Handles(weight.format) ||
         (weight.format == WeightFormat::kBF16 && launch.m <= kOwnRows && TakesF32(launch));
+    const bool is_rounded =
+        std::exchange(rounded_from_, nullptr) == args.x.data && rounded_shape_ == args.x.shape;
     int64_t x_stride = weight.cols;
     if (weight.format == WeightFormat::kBF16 && !(own && TakesF32(launch))) {
       x_stride = RoundUp(weight.cols, kMatMulUnit);
       CHECK(launch.m * x_stride * 2 <= rounded_.bytes(), "MatMul: larger than reserved");
       auto* rounded = reinterpret_cast<uint16_t*>(rounded_.data());
-      if (!Check(
-              LaunchRoundToBf16({args.x.As<float>(), launch.m, launch.k, rounded}, stream_.get()),
-              "MatMul")) {
+      if (!is_rounded && !Check(LaunchRoundToBf16({args.x.As<float>(), launch.m, launch.k, rounded},
+                                                  stream_.get()),
+                                "MatMul")) {
         return;
       }
       launch.x = rounded_.data();
@@ -296,6 +319,7 @@ class CudaBackend final : public Backend {
   }
 
   void DoRopeTable(const RopeTableArgs& args) override {
+    ForgetRounded();
     RopeTableLaunch launch{.rows = args.cos.shape[0],
                            .half = args.cos.shape[1],
                            .cos = args.cos.As<float>(),
@@ -313,6 +337,7 @@ class CudaBackend final : public Backend {
   }
 
   void DoRopeAppend(const RopeAppendArgs& args) override {
+    ForgetRounded();
     const KvLayerLayout& layout = *args.kv.layout;
     targets_.clear();
     for (const SequenceSlice& slice : args.slices) {
@@ -372,6 +397,7 @@ class CudaBackend final : public Backend {
   }
 
   void DoAttention(const AttentionArgs& args) override {
+    ForgetRounded();
     const KvLayerLayout& layout = *args.kv.layout;
     CHECK(layout.order != CodeOrder::kPanel16, "Attention: a cache in another backend's order");
     CHECK(states_.bytes() > 0, "Attention before Reserve");
@@ -439,12 +465,13 @@ class CudaBackend final : public Backend {
   void DoSwiGlu(const SwiGluArgs& args) override {
     if (!error_.ok()) return;
     Check(LaunchSwiGlu({args.gate_up.As<float>(), args.out.shape[0], args.out.shape[1],
-                        args.out.As<float>()},
+                        args.out.As<float>(), RoundAlong(args.out)},
                        stream_.get()),
           "SwiGlu");
   }
 
   void DoGatherRows(const GatherRowsArgs& args) override {
+    ForgetRounded();
     GatherRowsLaunch launch{.x = args.x.As<float>(),
                             .num_rows = args.out.shape[0],
                             .width = args.out.shape[1],
@@ -465,7 +492,9 @@ class CudaBackend final : public Backend {
   const Stream stream_;
   const std::unique_ptr<CublasMatMul> cublas_;  // null: all products are our own
   Staging staging_;
-  Buffer rounded_;                       // activations of one product in BF16
+  Buffer rounded_;                           // activations of one product in BF16
+  const std::byte* rounded_from_ = nullptr;  // where they are in F32, or null: not known
+  Shape rounded_shape_;
   Buffer states_;                        // of split attention, or parts of a split product
   Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity
   size_t num_flags_ = 0;                 // of them, that calls of Seal may have set

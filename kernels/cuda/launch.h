@@ -32,7 +32,8 @@ struct RmsNormLaunch {
   const float* weight = nullptr;  // [width]
   float epsilon = 0;
   int64_t rows = 0, width = 0;
-  float* out = nullptr;  // [rows, width], may be x
+  float* out = nullptr;         // [rows, width], may be x
+  uint16_t* rounded = nullptr;  // null, or out in BF16 if the width is a multiple of kMatMulUnit
 };
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, cudaStream_t stream);
 
@@ -48,7 +49,8 @@ cudaError_t LaunchRopeTable(const RopeTableLaunch& launch, cudaStream_t stream);
 struct SwiGluLaunch {
   const float* gate_up = nullptr;  // [rows, 2 * width]
   int64_t rows = 0, width = 0;
-  float* out = nullptr;  // [rows, width]
+  float* out = nullptr;         // [rows, width]
+  uint16_t* rounded = nullptr;  // as of RmsNormLaunch
 };
 cudaError_t LaunchSwiGlu(const SwiGluLaunch& launch, cudaStream_t stream);
 

@@ -1,6 +1,7 @@
 // Embed, RmsNorm, RopeTable, SwiGlu, GatherRows: operations on rows of activations.
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/float16.h"
 
 namespace innerq::cuda {
@@ -35,6 +36,15 @@ __global__ void EmbedKernel(const EmbedLaunch args) {
   args.out[i] = ReadElement(args.table, args.dtype, id * args.width + i % args.width);
 }
 
+// Writes a quad of a row, also in BF16 if there is where to.
+__device__ void WriteOut(float* out, uint16_t* rounded, int64_t row, int64_t width, int64_t quad,
+                         const float4& four) {
+  WriteQuad(out + row * width, width, quad, four);
+  if (rounded == nullptr) return;
+  reinterpret_cast<uint2*>(rounded + row * width)[quad] = {PackBf16(four.x, four.y),
+                                                           PackBf16(four.z, four.w)};
+}
+
 __device__ float AddSquares(const float4& x, float sum) {
   return fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, sum))));
 }
@@ -51,7 +61,6 @@ constexpr int kHeldQuads = 8;  // of a thread: rows of up to 8192 elements are r
 __global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormLaunch args) {
   __shared__ float sums[kWarps];
   const float* x = args.x + blockIdx.x * args.width;
-  float* out = args.out + blockIdx.x * args.width;
   const int64_t num_quads = CeilDiv(args.width, 4);
   float4 held[kHeldQuads] = {}, weight[kHeldQuads] = {};
 #pragma unroll
@@ -78,11 +87,12 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormLaunch ar
   for (int i = 0; i < kHeldQuads; ++i) {
     const int64_t quad = threadIdx.x + i * kThreads;
     if (quad >= num_quads) break;
-    WriteQuad(out, args.width, quad, Scale(held[i], inverse, weight[i]));
+    WriteOut(args.out, args.rounded, blockIdx.x, args.width, quad,
+             Scale(held[i], inverse, weight[i]));
   }
   for (int64_t quad = threadIdx.x + kHeldQuads * kThreads; quad < num_quads; quad += kThreads) {
-    WriteQuad(
-        out, args.width, quad,
+    WriteOut(
+        args.out, args.rounded, blockIdx.x, args.width, quad,
         Scale(ReadQuad(x, args.width, quad), inverse, ReadQuad(args.weight, args.width, quad)));
   }
 }
@@ -106,8 +116,8 @@ __global__ void SwiGluKernel(const SwiGluLaunch args) {
   const float4 gate = ReadQuad(from, args.width, quad);
   const float4 up = ReadQuad(from + args.width, args.width, quad);
   const auto apply = [](float g, float u) { return g / (1.0f + expf(-g)) * u; };
-  WriteQuad(args.out + row * args.width, args.width, quad,
-            {apply(gate.x, up.x), apply(gate.y, up.y), apply(gate.z, up.z), apply(gate.w, up.w)});
+  WriteOut(args.out, args.rounded, row, args.width, quad,
+           {apply(gate.x, up.x), apply(gate.y, up.y), apply(gate.z, up.z), apply(gate.w, up.w)});
 }
 
 // Grid: elements of out / 256. Block: 256 threads, one element each. No shared memory.
