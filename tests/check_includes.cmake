@@ -26,7 +26,6 @@ set(owner_oneapi "^kernels/cpu/")
 set(owner_immintrin.h "^kernels/cpu/")
 set(owner_omp.h "^kernels/cpu/")
 set(owner_cublasLt.h "^kernels/cuda/")
-set(owner_mma.h "^kernels/cuda/")
 # Standard headers that only some layers may use.
 set(only_thread "^(engine|server)/")
 set(only_mutex "^(engine|server)/")

@@ -31,6 +31,7 @@ constexpr int64_t kStateBytes = int64_t{256} << 20;
 constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
 constexpr int64_t kBlocksPerSm = 12;     // of attention that keep a multiprocessor busy, in turns
 constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
+constexpr int64_t kOwnRows = 16;         // up to which our products are no slower than cuBLASLt's
 constexpr int64_t kSpareBytes = 262144;  // of staging, for small arguments
 
 int64_t ElementBytes(WeightFormat format) { return format == WeightFormat::kF32 ? 4 : 2; }
@@ -110,10 +111,14 @@ class CudaBackend final : public Backend {
     return std::optional(static_cast<double>(kPasses * kBytes) / fastest);
   }
 
-  Result<Buffer> Allocate(int64_t bytes) override { return AllocateDevice(bytes); }
+  Result<Buffer> Allocate(int64_t bytes) override {
+    ForgetRounded();
+    return AllocateDevice(bytes);
+  }
   Result<Buffer> AllocateForHost(int64_t bytes) override { return AllocatePinned(bytes); }
 
   Result<Buffer> Import(ConstTensorView host) override {
+    ForgetRounded();
     ASSIGN_OR_RETURN(Buffer buffer, AllocateDevice(host.bytes()));
     // From pageable memory the copy may go on after the call, and our stream would not wait.
     RETURN_IF_CUDA_ERROR(cudaMemcpy(buffer.data(), host.data, static_cast<size_t>(host.bytes()),
@@ -130,10 +135,10 @@ class CudaBackend final : public Backend {
     }
     queue_->Flush();
     RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(queue_->stream()), "waiting for the device");
-    const int64_t rounded_bytes = RoundUp(limits.max_rows, kMatMulUnit) *
-                                  RoundUp(limits.max_features, kMatMulUnit) *
+    const int64_t rounded_bytes = limits.max_rows * RoundUp(limits.max_features, kMatMulUnit) *
                                   ElementBytes(WeightFormat::kBF16);
     if (rounded_bytes > rounded_.bytes()) {
+      ForgetRounded();
       ASSIGN_OR_RETURN(rounded_, AllocateDevice(rounded_bytes));
     }
     if (states_.bytes() == 0) {
@@ -235,7 +240,23 @@ class CudaBackend final : public Backend {
     return {};
   }
 
+  // Only the operation right after RmsNorm or SwiGlu may rely on `rounded_`: later its F32 memory
+  // may be written or be other memory.
+  void ForgetRounded() { rounded_from_ = nullptr; }
+  // Where RmsNorm and SwiGlu leave their out in BF16, for a product that follows; or null.
+  uint16_t* RoundAlong(const TensorView& out) {
+    ForgetRounded();
+    const int64_t rows = out.shape[0], width = out.shape[1];
+    if (rows <= kOwnRows || width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
+      return nullptr;
+    }
+    rounded_from_ = out.data;
+    rounded_shape_ = out.shape;
+    return reinterpret_cast<uint16_t*>(rounded_.data());
+  }
+
   void DoEmbed(const EmbedArgs& args) override {
+    ForgetRounded();
     EmbedLaunch launch{.table = args.table.data,
                        .dtype = args.table.dtype,
                        .rows = args.out.shape[0],
@@ -250,7 +271,7 @@ class CudaBackend final : public Backend {
   void DoRmsNorm(const RmsNormArgs& args) override {
     queue_->Enqueue<LaunchRmsNorm>(
         "RmsNorm", {args.x.As<float>(), args.weight.As<float>(), args.epsilon, args.x.shape[0],
-                    args.x.shape[1], args.out.As<float>()});
+                    args.x.shape[1], args.out.As<float>(), RoundAlong(args.out)});
   }
 
   void DoMatMul(const MatMulArgs& args) override {
@@ -263,18 +284,28 @@ class CudaBackend final : public Backend {
                         .m = args.x.shape[0],
                         .n = weight.rows,
                         .k = weight.cols,
-                        .out = args.out.As<float>()};
+                        .out = args.out.As<float>(),
+                        .parts = reinterpret_cast<float*>(states_.data()),
+                        .num_part_sums = states_.bytes() / 4,
+                        .num_multiprocessors = device_.num_multiprocessors};
+    const bool own =
+        cublas_ == nullptr || !CublasMatMul::Handles(weight.format) ||
+        (weight.format == WeightFormat::kBF16 && launch.m <= kOwnRows && TakesF32(launch));
+    const bool is_rounded =
+        std::exchange(rounded_from_, nullptr) == args.x.data && rounded_shape_ == args.x.shape;
     int64_t x_stride = weight.cols;
-    if (weight.format == WeightFormat::kBF16) {
+    if (weight.format == WeightFormat::kBF16 && !(own && TakesF32(launch))) {
       x_stride = RoundUp(weight.cols, kMatMulUnit);
-      CHECK(RoundUp(launch.m, kMatMulUnit) * x_stride * 2 <= rounded_.bytes(),
-            "MatMul: larger than reserved");
+      CHECK(launch.m * x_stride * 2 <= rounded_.bytes(), "MatMul: larger than reserved");
       auto* rounded = reinterpret_cast<uint16_t*>(rounded_.data());
-      queue_->Enqueue<LaunchRoundToBf16>("MatMul",
-                                         {args.x.As<float>(), launch.m, launch.k, rounded});
+      if (!is_rounded) {
+        queue_->Enqueue<LaunchRoundToBf16>("MatMul",
+                                           {args.x.As<float>(), launch.m, launch.k, rounded});
+      }
       launch.x = rounded_.data();
+      launch.rounded = true;
     }
-    if (cublas_ == nullptr || !CublasMatMul::Handles(weight.format)) {
+    if (own) {
       queue_->Enqueue<LaunchMatMul>("MatMul", launch);
     } else {
       queue_->Enqueue<LaunchCublas>("MatMul", {cublas_.get(), launch, x_stride});
@@ -282,6 +313,7 @@ class CudaBackend final : public Backend {
   }
 
   void DoRopeTable(const RopeTableArgs& args) override {
+    ForgetRounded();
     RopeTableLaunch launch{.rows = args.cos.shape[0],
                            .half = args.cos.shape[1],
                            .cos = args.cos.As<float>(),
@@ -296,6 +328,7 @@ class CudaBackend final : public Backend {
   }
 
   void DoRopeAppend(const RopeAppendArgs& args) override {
+    ForgetRounded();
     const KvLayerLayout& layout = *args.kv.layout;
     targets_.clear();
     for (const SequenceSlice& slice : args.slices) {
@@ -358,6 +391,7 @@ class CudaBackend final : public Backend {
   }
 
   void DoAttention(const AttentionArgs& args) override {
+    ForgetRounded();
     const KvLayerLayout& layout = *args.kv.layout;
     CHECK(layout.order != CodeOrder::kPanel16, "Attention: a cache in another backend's order");
     CHECK(states_.bytes() > 0, "Attention before Reserve");
@@ -415,11 +449,13 @@ class CudaBackend final : public Backend {
   }
 
   void DoSwiGlu(const SwiGluArgs& args) override {
-    queue_->Enqueue<LaunchSwiGlu>("SwiGlu", {args.gate_up.As<float>(), args.out.shape[0],
-                                             args.out.shape[1], args.out.As<float>()});
+    queue_->Enqueue<LaunchSwiGlu>("SwiGlu",
+                                  {args.gate_up.As<float>(), args.out.shape[0], args.out.shape[1],
+                                   args.out.As<float>(), RoundAlong(args.out)});
   }
 
   void DoGatherRows(const GatherRowsArgs& args) override {
+    ForgetRounded();
     GatherRowsLaunch launch{.x = args.x.As<float>(),
                             .num_rows = args.out.shape[0],
                             .width = args.out.shape[1],
@@ -429,6 +465,7 @@ class CudaBackend final : public Backend {
   }
 
   void DoSelectTop(const SelectTopArgs& args) override {
+    ForgetRounded();
     const SelectTopLaunch launch{.x = args.x.As<float>(),
                                  .rows = args.x.shape[0],
                                  .width = args.x.shape[1],
@@ -453,10 +490,12 @@ class CudaBackend final : public Backend {
   const std::string name_;
   const std::unique_ptr<CublasMatMul> cublas_;  // null: all products are our own
   Buffer rounded_;                              // activations of one product in BF16
-  Buffer states_;                               // of split attention
-  Buffer select_keys_;                          // of SelectTop
-  Buffer non_finite_, non_finite_seen_;         // int32 per item: Seal met a NaN or an infinity
-  size_t num_flags_ = 0;                        // of them, that calls of Seal may have set
+  const std::byte* rounded_from_ = nullptr;     // where they are in F32, or null: not known
+  Shape rounded_shape_;
+  Buffer states_;                        // of split attention, or parts of a split product
+  Buffer select_keys_;                   // of SelectTop
+  Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity
+  size_t num_flags_ = 0;                 // of them, that calls of Seal may have set
   std::vector<int64_t> failed_seals_;
   AttentionPlan plan_;
   // Arguments on their way to staging; kept for their memory.

@@ -19,6 +19,22 @@ __device__ inline float2 HalvesToFloats(uint32_t word) {
           HalfToFloat(static_cast<uint16_t>(word >> 16))};
 }
 
+// Elements [4 * quad, 4 * quad + 4) of a row of F32, which lies at a multiple of 16 bytes if its
+// width is a multiple of 4; beyond the width zeros.
+__device__ inline float4 ReadQuad(const float* row, int64_t width, int64_t quad) {
+  if (width % 4 == 0) return reinterpret_cast<const float4*>(row)[quad];
+  const auto element = [&](int i) { return quad * 4 + i < width ? row[quad * 4 + i] : 0.0f; };
+  return {element(0), element(1), element(2), element(3)};
+}
+__device__ inline void WriteQuad(float* row, int64_t width, int64_t quad, const float4& four) {
+  if (width % 4 == 0) {
+    reinterpret_cast<float4*>(row)[quad] = four;
+    return;
+  }
+  const float elements[4] = {four.x, four.y, four.z, four.w};
+  for (int i = 0; i < 4 && quad * 4 + i < width; ++i) row[quad * 4 + i] = elements[i];
+}
+
 // Reductions over a warp; every lane gets the result, in an order that the lane ids fix.
 __device__ inline float WarpMax(float x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {

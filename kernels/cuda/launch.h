@@ -32,7 +32,8 @@ struct RmsNormLaunch {
   const float* weight = nullptr;  // [width]
   float epsilon = 0;
   int64_t rows = 0, width = 0;
-  float* out = nullptr;  // [rows, width], may be x
+  float* out = nullptr;         // [rows, width], may be x
+  uint16_t* rounded = nullptr;  // null, or out in BF16 if the width is a multiple of kMatMulUnit
 };
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, cudaStream_t stream);
 
@@ -48,7 +49,8 @@ cudaError_t LaunchRopeTable(const RopeTableLaunch& launch, cudaStream_t stream);
 struct SwiGluLaunch {
   const float* gate_up = nullptr;  // [rows, 2 * width]
   int64_t rows = 0, width = 0;
-  float* out = nullptr;  // [rows, width]
+  float* out = nullptr;         // [rows, width]
+  uint16_t* rounded = nullptr;  // as of RmsNormLaunch
 };
 cudaError_t LaunchSwiGlu(const SwiGluLaunch& launch, cudaStream_t stream);
 
@@ -135,28 +137,37 @@ struct AttentionKernelLaunch {
 };
 cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t stream);
 
-// --- matmul.cu ---
+// --- matmul.cu, matmul_mma.cu ---
 
 constexpr int64_t kMatMulUnit = 16;  // weights are padded with zeros to multiples of it, N and K
 
-// BF16 bits of x, rows padded with zeros to a multiple of kMatMulUnit, columns likewise.
+// BF16 bits of x, rows padded with zeros to a multiple of kMatMulUnit columns.
 struct RoundToBf16Launch {
   const float* x = nullptr;  // [rows, cols]
   int64_t rows = 0, cols = 0;
-  uint16_t* out = nullptr;  // [RoundUp(rows, 16), RoundUp(cols, 16)]
+  uint16_t* out = nullptr;  // [rows, RoundUp(cols, 16)]
 };
 cudaError_t LaunchRoundToBf16(const RoundToBf16Launch& launch, cudaStream_t stream);
 
 struct MatMulLaunch {
   WeightFormat format = WeightFormat::kBF16;
-  const std::byte* x = nullptr;       // BF16: what LaunchRoundToBf16 wrote; else F32 [M, K]
+  const std::byte* x = nullptr;       // F32 [M, K], or what LaunchRoundToBf16 wrote
+  bool rounded = false;               // the latter
   const std::byte* weight = nullptr;  // [RoundUp(N, 16), RoundUp(K, 16)]
   const float* bias = nullptr;        // [N] or null
   bool accumulate = false;
   int64_t m = 0, n = 0, k = 0;
-  float* out = nullptr;  // [M, N]
+  float* out = nullptr;         // [M, N]
+  float* parts = nullptr;       // [num_part_sums], scratch memory of products that are split
+  int64_t num_part_sums = 0;    // 8 * M * N for one that may be
+  int num_multiprocessors = 0;  // of the device; with 0 nothing is split
 };
+// Whether LaunchMatMul takes such a product's x as F32; if not, it must be rounded.
+bool TakesF32(const MatMulLaunch& launch);
 cudaError_t LaunchMatMul(const MatMulLaunch& launch, cudaStream_t stream);
+
+// LaunchMatMul of BF16 weights.
+cudaError_t LaunchMmaMatMul(const MatMulLaunch& launch, cudaStream_t stream);
 
 struct AddBiasLaunch {
   const float* bias = nullptr;  // [n]

@@ -24,6 +24,25 @@ __device__ inline void MultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with BF16 in.
+__device__ inline void MultiplyAddBf16(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                       float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four matrices of 8 x 8 halves from shared memory, each as a lane of MultiplyAdd has it: lane 4g +
+// i gets columns 2i and 2i + 1 of row g of matrix j as word j. `row`: for lane 8j + g, row g of
+// matrix j, 16 bytes at a multiple of 16. By a whole warp.
+__device__ inline void LoadMatrices(const void* row, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // The same with sums that start from `from`: c = from + a * b.
 __device__ inline void Multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                 const float (&from)[4], float (&c)[4]) {
@@ -49,12 +68,26 @@ __device__ inline uint32_t PackHalves(float low, float high) {
   return halves;
 }
 
+// Likewise as two BF16.
+__device__ inline uint32_t PackBf16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // Begins to copy 16 bytes from global to shared memory; both addresses are multiples of 16. The
 // bytes belong to the group that the next CommitCopies ends.
 __device__ inline void CopyAsync(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                "l"(global)
+               : "memory");
+}
+// The same of the first `bytes`, in [0, 16]; the others become zeros. With 0 nothing is read.
+__device__ inline void CopyAsync(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(bytes)
                : "memory");
 }
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

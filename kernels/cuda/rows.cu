@@ -1,6 +1,7 @@
 // Embed, RmsNorm, RopeTable, SwiGlu, GatherRows: operations on rows of activations.
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/float16.h"
 
 namespace innerq::cuda {
@@ -35,14 +36,46 @@ __global__ void EmbedKernel(const EmbedLaunch args) {
   args.out[i] = ReadElement(args.table, args.dtype, id * args.width + i % args.width);
 }
 
-// Grid: rows. Block: 256 threads normalize one row; the order of the sum depends on the width
-// alone. Shared: one partial sum per warp.
-__global__ void RmsNormKernel(const RmsNormLaunch args) {
+// Writes a quad of a row, also in BF16 if there is where to.
+__device__ void WriteOut(float* out, uint16_t* rounded, int64_t row, int64_t width, int64_t quad,
+                         const float4& four) {
+  WriteQuad(out + row * width, width, quad, four);
+  if (rounded == nullptr) return;
+  reinterpret_cast<uint2*>(rounded + row * width)[quad] = {PackBf16(four.x, four.y),
+                                                           PackBf16(four.z, four.w)};
+}
+
+__device__ float AddSquares(const float4& x, float sum) {
+  return fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, sum))));
+}
+
+__device__ float4 Scale(const float4& x, float factor, const float4& weight) {
+  return {x.x * factor * weight.x, x.y * factor * weight.y, x.z * factor * weight.z,
+          x.w * factor * weight.w};
+}
+
+constexpr int kHeldQuads = 8;  // of a thread: rows of up to 8192 elements are read once
+
+// Grid: rows. Block: 256 threads normalize one row, each every 256th quad of it; the order of the
+// sum depends on the width alone. Shared: one partial sum per warp.
+__global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormLaunch args) {
   __shared__ float sums[kWarps];
   const float* x = args.x + blockIdx.x * args.width;
-  float* out = args.out + blockIdx.x * args.width;
+  const int64_t num_quads = CeilDiv(args.width, 4);
+  float4 held[kHeldQuads] = {}, weight[kHeldQuads] = {};
+#pragma unroll
+  for (int i = 0; i < kHeldQuads; ++i) {
+    const int64_t quad = threadIdx.x + i * kThreads;
+    if (quad >= num_quads) break;
+    held[i] = ReadQuad(x, args.width, quad);
+    weight[i] = ReadQuad(args.weight, args.width, quad);
+  }
   float squares = 0;
-  for (int64_t c = threadIdx.x; c < args.width; c += kThreads) squares = fmaf(x[c], x[c], squares);
+#pragma unroll
+  for (int i = 0; i < kHeldQuads; ++i) squares = AddSquares(held[i], squares);
+  for (int64_t quad = threadIdx.x + kHeldQuads * kThreads; quad < num_quads; quad += kThreads) {
+    squares = AddSquares(ReadQuad(x, args.width, quad), squares);
+  }
   squares = WarpSum(squares);
   if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = squares;
   __syncthreads();
@@ -50,8 +83,17 @@ __global__ void RmsNormKernel(const RmsNormLaunch args) {
   for (int i = 0; i < kWarps; ++i) total += sums[i];
   const float inverse = 1.0f / sqrtf(total / static_cast<float>(args.width) + args.epsilon);
   // A thread reads the elements that it writes: out may be x.
-  for (int64_t c = threadIdx.x; c < args.width; c += kThreads) {
-    out[c] = x[c] * inverse * args.weight[c];
+#pragma unroll
+  for (int i = 0; i < kHeldQuads; ++i) {
+    const int64_t quad = threadIdx.x + i * kThreads;
+    if (quad >= num_quads) break;
+    WriteOut(args.out, args.rounded, blockIdx.x, args.width, quad,
+             Scale(held[i], inverse, weight[i]));
+  }
+  for (int64_t quad = threadIdx.x + kHeldQuads * kThreads; quad < num_quads; quad += kThreads) {
+    WriteOut(
+        args.out, args.rounded, blockIdx.x, args.width, quad,
+        Scale(ReadQuad(x, args.width, quad), inverse, ReadQuad(args.weight, args.width, quad)));
   }
 }
 
@@ -65,13 +107,17 @@ __global__ void RopeTableKernel(const RopeTableLaunch args) {
   args.sin[i] = static_cast<float>(sin(static_cast<double>(angle)));
 }
 
-// Grid: elements of out / 256. Block: 256 threads, one element each. No shared memory.
+// Grid: quads of out / 256. Block: 256 threads, one quad of a row each. No shared memory.
 __global__ void SwiGluKernel(const SwiGluLaunch args) {
-  const int64_t i = GlobalIndex();
-  if (i >= args.rows * args.width) return;
-  const int64_t at = i / args.width * 2 * args.width + i % args.width;
-  const float gate = args.gate_up[at];
-  args.out[i] = gate / (1.0f + expf(-gate)) * args.gate_up[at + args.width];
+  const int64_t i = GlobalIndex(), row_quads = CeilDiv(args.width, 4);
+  if (i >= args.rows * row_quads) return;
+  const int64_t row = i / row_quads, quad = i % row_quads;
+  const float* from = args.gate_up + row * 2 * args.width;
+  const float4 gate = ReadQuad(from, args.width, quad);
+  const float4 up = ReadQuad(from + args.width, args.width, quad);
+  const auto apply = [](float g, float u) { return g / (1.0f + expf(-g)) * u; };
+  WriteOut(args.out, args.rounded, row, args.width, quad,
+           {apply(gate.x, up.x), apply(gate.y, up.y), apply(gate.z, up.z), apply(gate.w, up.w)});
 }
 
 // Grid: elements of out / 256. Block: 256 threads, one element each. No shared memory.
@@ -104,7 +150,7 @@ cudaError_t LaunchRopeTable(const RopeTableLaunch& launch, cudaStream_t stream) 
 }
 
 cudaError_t LaunchSwiGlu(const SwiGluLaunch& launch, cudaStream_t stream) {
-  SwiGluKernel<<<Blocks(launch.rows * launch.width), kThreads, 0, stream>>>(launch);
+  SwiGluKernel<<<Blocks(launch.rows * CeilDiv(launch.width, 4)), kThreads, 0, stream>>>(launch);
   return cudaGetLastError();
 }
 

@@ -4,8 +4,9 @@
 
 namespace innerq::cuda {
 
-// So few multiprocessors that attention is split in some cases of the tests and not in others.
-Result<CudaDevice> OpenDevice() { return CudaDevice{"CPU", "sm_emulated", 1}; }
+// So few multiprocessors that attention and products are split in some cases of the tests and not
+// in others.
+Result<CudaDevice> OpenDevice() { return CudaDevice{"CPU", "sm_emulated", 2}; }
 
 Result<std::unique_ptr<CublasMatMul>> CublasMatMul::Create() {
   return Error{ErrorCode::kUnavailable, "device cuda: cuBLASLt is not emulated"};

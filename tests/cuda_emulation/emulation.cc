@@ -33,6 +33,7 @@ struct Barrier {
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 struct Fiber {
@@ -51,6 +52,7 @@ struct Block {
   Barrier all, warps[kMaxThreads / kWarp];
   float shuffled[kMaxThreads];
   MmaLane products[kMaxThreads];
+  const void* matrix_rows[kMaxThreads];
   size_t current = 0;
   ucontext_t scheduler;
   const std::function<void()>* kernel = nullptr;
@@ -172,10 +174,24 @@ void MultiplyAdd(const MmaLane& lane) {
   Wait(warp);
 }
 
-void CopyAsync(void* to, const void* from) {
+void LoadMatrices(const void* row, uint32_t (&words)[4]) {
+  const size_t self = running.current, lane = self % kWarp, first = self - lane;
+  CHECK(running.warps[self / kWarp].alive == kWarp, "LoadMatrices takes a whole warp");
+  CHECK(reinterpret_cast<uintptr_t>(row) % 16 == 0, "LoadMatrices: a row must be aligned");
+  running.matrix_rows[self] = row;
+  SyncWarp();
+  for (size_t j = 0; j < 4; ++j) {
+    const void* from = running.matrix_rows[first + 8 * j + lane / 4];
+    std::memcpy(&words[j], static_cast<const std::byte*>(from) + lane % 4 * 4, 4);
+  }
+  SyncWarp();
+}
+
+void CopyAsync(void* to, const void* from, int bytes) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   CHECK(aligned(to) && aligned(from), "CopyAsync: addresses must be multiples of 16");
-  running.fibers[running.current].copies.push_back({to, from});
+  CHECK(bytes >= 0 && bytes <= 16, "CopyAsync: copies at most 16 bytes");
+  running.fibers[running.current].copies.push_back({to, from, static_cast<size_t>(bytes)});
 }
 void CommitCopies() {
   Fiber& fiber = running.fibers[running.current];
@@ -185,7 +201,10 @@ void CommitCopies() {
 void WaitForCopies(size_t pending_groups) {
   Fiber& fiber = running.fibers[running.current];
   for (; fiber.groups.size() > pending_groups; fiber.groups.pop_front()) {
-    for (const Copy& copy : fiber.groups.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const Copy& copy : fiber.groups.front()) {
+      std::memset(copy.to, 0, 16);
+      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
   }
 }
 

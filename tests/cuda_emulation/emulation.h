@@ -42,8 +42,12 @@ float ShuffleXor(float value, int mask);
 float Shuffle(float value, int lane);
 // The product of the warp; see MultiplyAddFragments.
 void MultiplyAdd(const MmaLane& lane);
-// Copies of 16 bytes by the thread. They happen as late as they may: when it waits for them.
-void CopyAsync(void* to, const void* from);
+// Four matrices of 8 x 8 halves, whose row g of matrix j lane 8j + g names; see
+// kernels/cuda/ptx.cuh.
+void LoadMatrices(const void* row, uint32_t (&words)[4]);
+// Copies of 16 bytes by the thread, of which the first `bytes` are read and the others are zeros.
+// They happen as late as they may: when it waits for them.
+void CopyAsync(void* to, const void* from, int bytes);
 void CommitCopies();
 void WaitForCopies(size_t pending_groups);
 
@@ -99,5 +103,7 @@ inline int atomicAdd(int* address, int value) {
 }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 using std::isfinite;
 using std::isnan;

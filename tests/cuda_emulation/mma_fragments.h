@@ -1,6 +1,6 @@
-// The product mma.m16n8k16, F16 in and F32 sums, from the fragments of a warp's lanes: which
-// element is in which register of which lane, by the tables of the PTX ISA ("Matrix Fragments for
-// mma.m16n8k16 with floating point type"). Sums are rounded after every product; the hardware
+// The product mma.m16n8k16, F16 or BF16 in and F32 sums, from the fragments of a warp's lanes:
+// which element is in which register of which lane, by the tables of the PTX ISA ("Matrix Fragments
+// for mma.m16n8k16 with floating point type"). Sums are rounded after every product; the hardware
 // rounds otherwise, within the same bounds.
 #pragma once
 
@@ -15,13 +15,14 @@ namespace innerq::emulation {
 struct MmaLane {
   const uint32_t* a = nullptr;  // [4]
   uint32_t b[2] = {};
-  float* c = nullptr;  // [4]
+  float* c = nullptr;                   // [4]
+  float (*widen)(uint16_t) = F16ToF32;  // of a and b, the same in all lanes
 };
 
 // Adds a * b to c in all lanes.
 inline void MultiplyAddFragments(std::span<const MmaLane, 32> lanes) {
-  const auto half = [](uint32_t halves, int i) {
-    return F16ToF32(static_cast<uint16_t>(halves >> (i * 16) & 0xffffu));
+  const auto half = [&](uint32_t halves, int i) {
+    return lanes[0].widen(static_cast<uint16_t>(halves >> (i * 16) & 0xffffu));
   };
   float a[16][16], b[16][8];
   for (int k = 0; k < 16; ++k) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about a GPU in one go: builds the preset cuda for the one that is here, checks the
-# kernels against the reference, and measures attention and a whole model. What it prints is kept in
-# tests/gpu/results/<date>-<device>.txt.
+# kernels against the reference, and measures attention, dense products and a whole model. What it
+# prints is kept in tests/gpu/results/<date>-<device>.txt.
 #   tests/gpu/run.sh            all of it, on a machine with a GPU and the CUDA toolkit
 #   tests/gpu/run.sh build      only the build, e.g. where there is no GPU; ARCHITECTURES=90 names one
 #   tests/gpu/run.sh check      only checks and measurements, with what build left in build/cuda/gpu
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 what=${1:-all}
 [[ $what =~ ^(all|build|check)$ ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
 out=build/cuda/gpu
-programs=(innerq kernels_test models_test engine_test attention_gpu_bench)
+programs=(innerq kernels_test models_test engine_test attention_gpu_bench matmul_gpu_bench)
 step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
 
@@ -84,6 +84,9 @@ done
 
 step "attention"
 timeout 240 $out/attention_gpu_bench || failed=1
+
+step "dense products"
+timeout 120 $out/matmul_gpu_bench || failed=1
 
 step "a whole model"
 timeout 240 $out/innerq bench -c configs/innerq_base.json --set backend.device=cuda \

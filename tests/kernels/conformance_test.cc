@@ -10,6 +10,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 
 #include "kernels/backend.h"
@@ -176,7 +177,8 @@ std::string CheckMatMul(Backend& candidate) {
     int64_t m, n, k;
   };
   const std::vector<Case> cases = {{1, 1, 8},    {1, 17, 64},   {2, 16, 32},   {3, 100, 48},
-                                   {16, 33, 96}, {17, 15, 100}, {33, 64, 256}, {100, 48, 1000}};
+                                   {16, 33, 96}, {17, 15, 100}, {33, 64, 256}, {100, 48, 1000},
+                                   {5, 20, 30},  {9, 3100, 40}, {2, 3100, 40}, {130, 140, 72}};
   const std::unique_ptr<Backend> reference = CreateReferenceBackend();
   for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF16, WeightFormat::kF32}) {
     for (const Case& c : cases) {
@@ -817,14 +819,15 @@ std::string CheckAttentionRows(Backend& candidate, const CacheCase& c) {
 // Rows of a product, bit for bit, whatever the number of rows.
 std::string CheckMatMulRows(Backend& candidate) {
   std::mt19937_64 random(kSeed);
-  const int64_t most = 70, n = 40, k = 1100;
+  const int64_t most = 150, n = 100, k = 1100;
   const std::vector<float> x = Normal(random, most * k), w = Normal(random, n * k);
   const ConstTensorView part = View(w, Shape{n, k});
   for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF16, WeightFormat::kF32}) {
     Result<Weight> weight = candidate.PackWeight({&part, 1}, {}, format);
     if (!weight.ok()) return weight.error().message;
     std::vector<float> whole;
-    for (const int64_t m : {most, int64_t{1}, int64_t{16}, int64_t{17}, int64_t{64}}) {
+    for (const int64_t m : {most, int64_t{1}, int64_t{8}, int64_t{9}, int64_t{16}, int64_t{17},
+                            int64_t{32}, int64_t{33}, int64_t{64}, int64_t{65}, int64_t{128}}) {
       Guarded out(Shape{m, n});
       candidate.MatMul({View(x, Shape{m, k}), &*weight, false, out.view()});
       RETURN_IF_WRONG(Failed(candidate, "MatMul"));
@@ -867,6 +870,50 @@ TEST_P(ConformanceOfCuda, RowsDoNotDependOnTheBatch) {
   if (GetParam()) {
     EXPECT_EQ(CheckMatMulRows(*mirror_), "");
   }
+}
+
+// A product of what another operation wrote right before is that of any other x.
+TEST_P(ConformanceOfCuda, ProductsReadWhatWasWrittenLast) {
+  const std::unique_ptr<Backend> device =
+      std::move(*CreateBackend({.device = "cuda", .deterministic = GetParam()}));
+  ASSERT_TRUE(device->Reserve({.max_rows = 64, .max_features = 64}).ok());
+  std::mt19937_64 random(kSeed);
+  const int64_t m = 33, n = 48, k = 64;
+  const std::vector<float> values = Normal(random, m * 2 * k), ones(static_cast<size_t>(k), 1.0f),
+                           w = Normal(random, n * k);
+  const ConstTensorView part = View(w, Shape{n, k});
+  const Weight weight = std::move(*device->PackWeight({&part, 1}, {}, WeightFormat::kBF16));
+  Buffer pairs = *device->Import(View(values, Shape{m, 2 * k}));
+  Buffer scale = *device->Import(View(ones, Shape{k}));
+  Buffer x = *device->Allocate(m * k * 4), copy = *device->Allocate(m * k * 4);
+  Buffer out = *device->Allocate(m * n * 4);
+  const auto view = [](Buffer& buffer, int64_t width) {
+    return buffer.View(DType::kF32, Shape{m, width});
+  };
+  std::vector<int64_t> rows(static_cast<size_t>(m));
+  std::iota(rows.begin(), rows.end(), 0);
+  const auto product_of = [&](Buffer& of) {
+    device->MatMul({view(of, k), &weight, false, view(out, n)});
+    std::vector<float> product(static_cast<size_t>(m * n));
+    device->ReadToHost(out.data(), out.bytes(), reinterpret_cast<std::byte*>(product.data()));
+    EXPECT_EQ(Failed(*device, "MatMul"), "");
+    return product;
+  };
+  const auto product_of_copy = [&] {
+    device->GatherRows({view(x, k), rows, view(copy, k)});
+    return product_of(copy);
+  };
+  device->SwiGlu({view(pairs, 2 * k), view(x, k)});
+  const std::vector<float> gated = product_of(x);
+  EXPECT_EQ(gated, product_of_copy());
+  device->RmsNorm({view(x, k), scale.View(DType::kF32, Shape{k}), 1e-5f, view(copy, k)});
+  const std::vector<float> normed = product_of(copy);
+  EXPECT_NE(normed, gated);
+  device->RmsNorm({view(x, k), scale.View(DType::kF32, Shape{k}), 1e-5f, view(copy, k)});
+  EXPECT_EQ(gated, product_of_copy());  // written over
+  device->RmsNorm({view(x, k), scale.View(DType::kF32, Shape{k}), 1e-5f, view(copy, k)});
+  EXPECT_EQ(gated, product_of(x));  // another x
+  EXPECT_EQ(normed, product_of(copy));
 }
 
 INSTANTIATE_TEST_SUITE_P(Cuda, ConformanceOfCuda, ::testing::Bool(), [](const auto& chosen) {

@@ -11,6 +11,13 @@ namespace innerq::cuda {
 inline void MultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {
   emulation::MultiplyAdd({a, {b0, b1}, c});
 }
+inline void MultiplyAddBf16(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {
+  emulation::MultiplyAdd({a, {b0, b1}, c, BF16ToF32});
+}
+
+inline void LoadMatrices(const void* row, uint32_t (&words)[4]) {
+  emulation::LoadMatrices(row, words);
+}
 
 inline void Multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&from)[4],
                      float (&c)[4]) {
@@ -24,7 +31,13 @@ inline uint32_t PackHalves(float low, float high) {
 
 inline float FastExp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 
-inline void CopyAsync(void* shared, const void* global) { emulation::CopyAsync(shared, global); }
+inline uint32_t PackBf16(float low, float high) {
+  return F32ToBF16(low) | static_cast<uint32_t>(F32ToBF16(high)) << 16;
+}
+
+inline void CopyAsync(void* shared, const void* global, int bytes = 16) {
+  emulation::CopyAsync(shared, global, bytes);
+}
 inline void CommitCopies() { emulation::CommitCopies(); }
 template <int kPending>
 void WaitForCopies() {
