@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kWarpSize)
 }
 
 constexpr int kMergeThreads = 128;
-constexpr int kMergeAhead = 16;  // states that are read at once
+constexpr int kMergeAhead = 32;  // states that are read at once
 
 // Grid: [tiles, G, rows of a tile]. Block: 128 threads merge the segments of one row in order, a
 // channel each at a time. No shared memory.

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -29,8 +30,9 @@ namespace innerq {
 constexpr int64_t kStripTokens = 32;     // one per lane of a warp
 constexpr int64_t kSegmentTokens = 512;  // a multiple of every page size
 constexpr int64_t kSegmentStrips = kSegmentTokens / kStripTokens;
-constexpr int64_t kMostItemSegments = 8;  // of split tiles
-constexpr int kMmaWarpRows = 8;           // of one warp on tensor cores
+constexpr int64_t kMostItemSegments = 16;  // of split tiles
+constexpr int64_t kWaves = 3;              // of blocks: as many keep the device busy to the end
+constexpr int kMmaWarpRows = 8;            // of one warp on tensor cores
 constexpr int kMaxTileRows = 4 * kMmaWarpRows;
 constexpr int kMmaTeams = 4;  // of a block that has rows for one warp; see attention_mma.cuh
 
@@ -85,9 +87,9 @@ struct AttentionShape {
   int64_t kv_heads = 1;  // G
   int64_t head_dim = 0;
   bool tensor_cores = false;
-  int64_t max_states = 0;   // that the scratch memory holds
-  int64_t max_items = 0;    // likewise, of one launch
-  int64_t busy_blocks = 0;  // as many blocks keep the device busy: fewer are split
+  int64_t max_states = 0;       // that the scratch memory holds
+  int64_t max_items = 0;        // likewise, of one launch
+  int64_t resident_blocks = 0;  // that the device holds at once
 };
 
 // Channels of V that a lane sums: a power of two in [2, 8], 32 lanes cover the head.
@@ -184,8 +186,26 @@ class AttentionPlan {
     }
   }
 
-  // Several items per tile where tiles alone would leave the device idle and the states of all
-  // segments fit; else one. No more than keep it busy: a block begins with what its segments share.
+  // The segments of an item that end first, by this measure: blocks run in waves of as many as the
+  // device holds, and take a segment's time for each of theirs and one for their beginning.
+  static int64_t SegmentsPerItem(const AttentionLaunch& launch, const AttentionShape& shape,
+                                 int64_t longest) {
+    int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+    for (int64_t size = 1; size <= std::min(longest, kMostItemSegments); ++size) {
+      int64_t num_items = 0;
+      for (const PlannedTile& tile : launch.tiles) num_items += CeilDiv(tile.num_segments, size);
+      const int64_t time =
+          CeilDiv(num_items * shape.kv_heads, std::max<int64_t>(shape.resident_blocks, 1)) *
+          (size + 1);
+      if (time >= least) continue;
+      least = time;
+      best = size;
+    }
+    return best;
+  }
+
+  // Several items per tile where one would leave the device idle and the states of all segments
+  // fit; on tensor cores tiles of few rows always, for only then a block's warps share them.
   static void Split(AttentionLaunch& launch, const AttentionShape& shape) {
     const auto num_tiles = static_cast<int64_t>(launch.tiles.size());
     int64_t num_segments = 0, longest = 0;
@@ -194,13 +214,11 @@ class AttentionPlan {
       longest = std::max<int64_t>(longest, tile.num_segments);
     }
     const int64_t num_states = num_segments * shape.kv_heads * launch.tile_rows;
-    const bool split = num_tiles * shape.kv_heads < shape.busy_blocks && longest > 1 &&
-                       num_segments <= shape.max_items && num_states <= shape.max_states;
-    const int64_t per_item = split
-                                 ? std::clamp<int64_t>(num_segments * shape.kv_heads /
-                                                           std::max<int64_t>(shape.busy_blocks, 1),
-                                                       1, kMostItemSegments)
-                                 : longest;
+    const bool few = num_tiles * shape.kv_heads < kWaves * shape.resident_blocks;
+    const bool teams = shape.tensor_cores && launch.tile_rows <= kMmaWarpRows;
+    const bool split = (few || teams) && longest > 1 && num_segments <= shape.max_items &&
+                       num_states <= shape.max_states;
+    const int64_t per_item = split ? SegmentsPerItem(launch, shape, longest) : longest;
     launch.in_one_go = !split && longest > 1;
     for (int32_t i = 0; i < static_cast<int32_t>(num_tiles); ++i) {
       PlannedTile& tile = launch.tiles[static_cast<size_t>(i)];

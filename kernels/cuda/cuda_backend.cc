@@ -29,9 +29,8 @@ constexpr int64_t kMaxHeadDim = 256;
 // States of split attention: 8 rows of 128 channels, 8 heads, 4 million tokens in segments.
 constexpr int64_t kStateBytes = int64_t{256} << 20;
 constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
-constexpr int64_t kBlocksPerSm = 12;     // of attention that keep a multiprocessor busy, in turns
+constexpr int64_t kBlocksPerSm = 4;      // of attention
 constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
-constexpr int64_t kOwnRows = 16;         // up to which our products are no slower than cuBLASLt's
 constexpr int64_t kSpareBytes = 262144;  // of staging, for small arguments
 
 int64_t ElementBytes(WeightFormat format) { return format == WeightFormat::kF32 ? 4 : 2; }
@@ -247,7 +246,7 @@ class CudaBackend final : public Backend {
   uint16_t* RoundAlong(const TensorView& out) {
     ForgetRounded();
     const int64_t rows = out.shape[0], width = out.shape[1];
-    if (rows <= kOwnRows || width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
+    if (width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
       return nullptr;
     }
     rounded_from_ = out.data;
@@ -288,13 +287,11 @@ class CudaBackend final : public Backend {
                         .parts = reinterpret_cast<float*>(states_.data()),
                         .num_part_sums = states_.bytes() / 4,
                         .num_multiprocessors = device_.num_multiprocessors};
-    const bool own =
-        cublas_ == nullptr || !CublasMatMul::Handles(weight.format) ||
-        (weight.format == WeightFormat::kBF16 && launch.m <= kOwnRows && TakesF32(launch));
+    const bool own = cublas_ == nullptr || !CublasMatMul::Handles(weight.format);
     const bool is_rounded =
         std::exchange(rounded_from_, nullptr) == args.x.data && rounded_shape_ == args.x.shape;
     int64_t x_stride = weight.cols;
-    if (weight.format == WeightFormat::kBF16 && !(own && TakesF32(launch))) {
+    if (weight.format == WeightFormat::kBF16) {
       x_stride = RoundUp(weight.cols, kMatMulUnit);
       CHECK(launch.m * x_stride * 2 <= rounded_.bytes(), "MatMul: larger than reserved");
       auto* rounded = reinterpret_cast<uint16_t*>(rounded_.data());
@@ -303,7 +300,6 @@ class CudaBackend final : public Backend {
                                            {args.x.As<float>(), launch.m, launch.k, rounded});
       }
       launch.x = rounded_.data();
-      launch.rounded = true;
     }
     if (own) {
       queue_->Enqueue<LaunchMatMul>("MatMul", launch);
@@ -408,7 +404,7 @@ class CudaBackend final : public Backend {
                 .tensor_cores = layout.order == CodeOrder::kMmaFragment,
                 .max_states = kStateBytes / (StateFloats(layout.head_dim) * 4),
                 .max_items = kMaxItems,
-                .busy_blocks = device_.num_multiprocessors * kBlocksPerSm});
+                .resident_blocks = device_.num_multiprocessors * kBlocksPerSm});
     AttentionKernelLaunch launch{.layout = layout,
                                  .kv = args.kv,
                                  .q = args.q.As<float>(),

@@ -151,8 +151,7 @@ cudaError_t LaunchRoundToBf16(const RoundToBf16Launch& launch, cudaStream_t stre
 
 struct MatMulLaunch {
   WeightFormat format = WeightFormat::kBF16;
-  const std::byte* x = nullptr;       // F32 [M, K], or what LaunchRoundToBf16 wrote
-  bool rounded = false;               // the latter
+  const std::byte* x = nullptr;       // BF16: what LaunchRoundToBf16 wrote; else F32 [M, K]
   const std::byte* weight = nullptr;  // [RoundUp(N, 16), RoundUp(K, 16)]
   const float* bias = nullptr;        // [N] or null
   bool accumulate = false;
@@ -162,8 +161,6 @@ struct MatMulLaunch {
   int64_t num_part_sums = 0;    // 8 * M * N for one that may be
   int num_multiprocessors = 0;  // of the device; with 0 nothing is split
 };
-// Whether LaunchMatMul takes such a product's x as F32; if not, it must be rounded.
-bool TakesF32(const MatMulLaunch& launch);
 cudaError_t LaunchMatMul(const MatMulLaunch& launch, cudaStream_t stream);
 
 // LaunchMatMul of BF16 weights.

@@ -16,18 +16,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kSlab = 32;        // columns of K that FewRowsKernel has of a stage
 constexpr int kStageDepth = 64;  // columns of K that TiledKernel has of a stage
 constexpr int kStep = 16;        // of K, of a product
 constexpr int kQuad = 8;         // BF16 elements in 16 bytes
 constexpr int kParts = 8;
 constexpr int kMostSharedBytes = 99 * 1024;  // that a block may have on sm_120; others have more
 constexpr int kEight = 8;                    // rows of a fragment: of the weight, and of half of x
-constexpr int64_t kFewRows = 16;
-// Outputs from which on blocks of 32 are enough to fill a device.
-constexpr int64_t kNarrow = 3072;
-
-static_assert(kParts == kWarps, "a warp of FewRowsKernel takes one part");
 
 INNERQ_HOST_DEVICE int64_t PartLength(int64_t k) {
   return RoundUp(CeilDiv(k, kParts), kStageDepth);
@@ -61,129 +55,6 @@ __device__ void StoreTwo(const MatMulLaunch& args, int64_t row, int64_t col, flo
     second = before.y + second;
   }
   *out = {first, second};
-}
-
-// --- Up to 16 rows: the weight is read once, and little else matters ---
-
-// A warp's ring of slabs of 32 columns, in quads of 16 bytes. Of each slab: the weight,
-// [8 * kTiles][4], then x in F32, [M][8]. Quad c of row r of the weight is at c ^ r / 2 % 4, of x
-// at c ^ r % 4 * 2, so that no two of those that are read at once are in the same banks.
-template <int kTiles, bool kHighRows>
-struct FewRowsRing {
-  static constexpr int kHalves = kHighRows ? 2 : 1;  // of the 16 rows of a product
-  static constexpr int kStages = kHighRows ? 3 : 4;  // what fits in kMostSharedBytes
-  static constexpr int kTileQuads = kEight * kSlab / kQuad, kRowQuads = kSlab / 4;
-
-  INNERQ_HOST_DEVICE static int SlabQuads(int64_t m) {
-    return kTiles * kTileQuads + static_cast<int>(m) * kRowQuads;
-  }
-};
-
-// Grid: N / (8 * kTiles). Block: 8 warps compute all rows of 8 * kTiles outputs, each the sums of
-// one part, then all add them in order. Shared: a ring per warp, which fills it itself and waits
-// for no other until its sums are complete. kHighRows: M > 8.
-template <int kTiles, bool kHighRows>
-__global__ void __launch_bounds__(kThreads, 2)
-    FewRowsKernel(const __grid_constant__ MatMulLaunch args) {
-  using Ring = FewRowsRing<kTiles, kHighRows>;
-  constexpr int kColumns = kTiles * kEight, kHalves = Ring::kHalves, kStages = Ring::kStages;
-  extern __shared__ uint4 shared[];
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int group = lane / 4, inner = lane % 4;
-  const int slab_quads = Ring::SlabQuads(args.m);
-  uint4* const ring = shared + warp * kStages * slab_quads;
-  const int64_t depth = RoundUp(args.k, kMatMulUnit), length = PartLength(args.k);
-  const int64_t begin = min(warp * length, depth), end = min(begin + length, depth);
-  const auto num_slabs = static_cast<int>(CeilDiv(end - begin, kSlab));
-  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kColumns;
-  const auto columns_left = static_cast<int>(
-      min(RoundUp(args.n, kMatMulUnit) - first_column, static_cast<int64_t>(kColumns)));
-
-  // Lane 4g + i copies quad i of rows g of the weight, and quads i and i + 4 of rows g of x.
-  const auto weight_left = static_cast<int>(depth - begin) - inner * kQuad;
-  const auto x_left = static_cast<int>(args.k - begin) - inner * 4;
-  const auto* weight = reinterpret_cast<const uint16_t*>(args.weight) +
-                       (first_column + group) * depth + begin + inner * kQuad;
-  const auto* x = reinterpret_cast<const float*>(args.x) + group * args.k + begin + inner * 4;
-  const int weight_place = group * 4 + (inner ^ (group / 2 % 4));
-  const int x_swizzle = group % 4 * 2;
-  const int x_place = kTiles * Ring::kTileQuads + group * Ring::kRowQuads + (inner ^ x_swizzle);
-  const auto begin_copy = [&](int slab, int stage) {
-    if (slab < num_slabs) {
-      const int k = slab * kSlab;
-      uint4* to = ring + stage * slab_quads;
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const bool real = tile * kEight < columns_left && k < weight_left;
-        CopyAsync(to + weight_place + tile * Ring::kTileQuads, weight + tile * kEight * depth + k,
-                  real ? 16 : 0);
-      }
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        if (group + half * kEight >= args.m) continue;
-        const float* from = x + half * kEight * args.k + k;
-        uint4* row = to + half * kEight * Ring::kRowQuads;
-        CopyAsync(row + x_place, from, min(max(x_left - k, 0), 4) * 4);
-        CopyAsync(row + (x_place ^ 4), from + 16, min(max(x_left - k - 16, 0), 4) * 4);
-      }
-    }
-    CommitCopies();
-  };
-
-  // The row that the lane names of the four matrices of a tile.
-  const int matrix_row = lane % 8 * 4 + (lane / 8 ^ (lane % 8 / 2));
-  const int pair = inner % 2;  // of the two in a quad
-  float sums[kTiles][4] = {};
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) begin_copy(stage, stage);
-  for (int slab = 0, stage = 0; slab < num_slabs; ++slab) {
-    WaitForCopies<kStages - 1>();
-    __syncwarp();  // what other lanes copied is there
-    const uint4* from = ring + stage * slab_quads;
-    uint32_t rows[kSlab / kStep][4] = {};
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      if (group + half * kEight >= args.m) continue;
-      const auto* row = reinterpret_cast<const float2*>(from + kTiles * Ring::kTileQuads +
-                                                        (group + half * kEight) * Ring::kRowQuads);
-#pragma unroll
-      for (int eight = 0; eight < kSlab / kEight; ++eight) {
-        const float2 two = row[((eight * 2 + inner / 2) ^ x_swizzle) * 2 + pair];
-        rows[eight / 2][eight % 2 * 2 + half] = PackBf16(two.x, two.y);
-      }
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      uint32_t w[4];
-      LoadMatrices(from + tile * Ring::kTileQuads + matrix_row, w);
-      MultiplyAddBf16(rows[0], w[0], w[1], sums[tile]);
-      MultiplyAddBf16(rows[1], w[2], w[3], sums[tile]);
-    }
-    __syncwarp();  // all lanes have read the slab
-    begin_copy(slab + kStages, stage);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-  }
-
-  __syncwarp();  // all lanes are done with the warp's ring: it takes the sums, [M][kColumns]
-  float* own = reinterpret_cast<float*>(ring) + group * kColumns + inner * 2;
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      float* to = own + half * kEight * kColumns + tile * kEight;
-      to[0] = sums[tile][2 * half];
-      to[1] = sums[tile][2 * half + 1];
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < static_cast<int>(args.m) * kColumns; i += kThreads) {
-    float total = 0;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      total += reinterpret_cast<const float*>(shared + part * kStages * slab_quads)[i];
-    }
-    Store(args, i / kColumns, first_column + i % kColumns, total);
-  }
 }
 
 // --- More rows ---
@@ -352,19 +223,6 @@ __global__ void AddPartsKernel(const __grid_constant__ MatMulLaunch args) {
   StoreTwo(args, i / args.n, i % args.n, total.x, total.y);
 }
 
-template <int kTiles, bool kHighRows>
-cudaError_t LaunchFewRows(const MatMulLaunch& launch, cudaStream_t stream) {
-  using Ring = FewRowsRing<kTiles, kHighRows>;
-  const auto blocks = static_cast<unsigned>(CeilDiv(launch.n, kTiles * kEight));
-  const auto bytes = static_cast<size_t>(kWarps * Ring::kStages * Ring::SlabQuads(launch.m) * 16);
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(FewRowsKernel<kTiles, kHighRows>,
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes);
-  if (allowed != cudaSuccess) return allowed;
-  FewRowsKernel<kTiles, kHighRows><<<blocks, kThreads, bytes, stream>>>(launch);
-  return cudaGetLastError();
-}
-
 template <int kRows>
 int64_t NumTiles(const MatMulLaunch& launch) {
   return CeilDiv(launch.m, kRows) * CeilDiv(launch.n, kTileColumns);
@@ -402,22 +260,7 @@ cudaError_t LaunchTiles(const MatMulLaunch& launch, cudaStream_t stream) {
 
 }  // namespace
 
-bool TakesF32(const MatMulLaunch& launch) {
-  if (launch.format != WeightFormat::kBF16) return true;
-  // Its rows must be aligned as copies are.
-  return launch.m <= kFewRows && launch.k % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(launch.x) % 16 == 0;
-}
-
 cudaError_t LaunchMmaMatMul(const MatMulLaunch& launch, cudaStream_t stream) {
-  if (!launch.rounded) {
-    const bool narrow = launch.n < kNarrow;
-    if (launch.m <= kEight) {
-      return narrow ? LaunchFewRows<2, false>(launch, stream)
-                    : LaunchFewRows<4, false>(launch, stream);
-    }
-    return narrow ? LaunchFewRows<2, true>(launch, stream) : LaunchFewRows<4, true>(launch, stream);
-  }
   if (launch.m <= 32) return LaunchTiles<32>(launch, stream);
   if (launch.m <= 64 || NumTiles<128>(launch) < EnoughTiles(launch)) {
     return LaunchTiles<64>(launch, stream);

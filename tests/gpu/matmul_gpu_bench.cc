@@ -1,7 +1,7 @@
 // Dense products of BF16 weights on the GPU, by M: our kernels and cuBLASLt, beside the time that
 // reading the weights alone would take.
 //
-//   matmul_gpu_bench [m=1,16,256] [shape=qkv,down] [kernel=few,tiled,cublaslt]
+//   matmul_gpu_bench [m=1,16,256] [shape=qkv,down] [kernel=tiled,cublaslt]
 //
 // Each argument replaces a list of what is measured. Shapes are those of Llama 3.1 8B. Prints one
 // line per case: microseconds of the product, the byte floor (weights, x and out at the bandwidth
@@ -133,12 +133,7 @@ class Bench {
     const auto ours = [&](const MatMulLaunch& product) {
       CheckCuda(cuda::LaunchMatMul(product, nullptr), "a product");
     };
-    if (TakesF32(launch) && Chosen(choice_.kernels, "few")) {
-      Report("few", launch, ours);
-      CheckFirstRow(launch);
-    }
     launch.x = rounded_.data();
-    launch.rounded = true;
     const auto round = [&](const MatMulLaunch&) {
       CheckCuda(cuda::LaunchRoundToBf16({reinterpret_cast<const float*>(x_.data()), m, shape.k,
                                          reinterpret_cast<uint16_t*>(rounded_.data())},
@@ -184,17 +179,17 @@ class Bench {
   }
 
   void Report(const char* kernel, const MatMulLaunch& launch,
-              const std::function<void(const MatMulLaunch&)>& run, double rounding_us = 0) {
+              const std::function<void(const MatMulLaunch&)>& run, double rounding_us) {
     const double us = Measure(launch, run);
-    const int64_t bytes = launch.n * launch.k * 2 + launch.m * launch.k * (launch.rounded ? 2 : 4) +
-                          launch.m * launch.n * 4;
+    const int64_t bytes =
+        launch.n * launch.k * 2 + launch.m * launch.k * 2 + launch.m * launch.n * 4;
     const double floor_us = static_cast<double>(bytes) / bandwidth_ * 1e6;
     const double flop = 2.0 * static_cast<double>(launch.m * launch.n * launch.k);
     std::printf("%-8s %6ld %6ld %5ld %-9s %10.1f %9.1f %6.0f%% %9.1f ", NameOf(launch),
                 static_cast<long>(launch.n), static_cast<long>(launch.k),
                 static_cast<long>(launch.m), kernel, us, floor_us, 100 * floor_us / us,
                 flop / us * 1e-6);
-    launch.rounded ? std::printf("%9.1f\n", rounding_us) : std::printf("%9s\n", "-");
+    std::printf("%9.1f\n", rounding_us);
     std::fflush(stdout);
   }
 

@@ -7,11 +7,13 @@
 #   tests/gpu/run.sh check      only checks and measurements, with what build left in build/cuda/gpu
 # build gathers the programs there, stripped, with the libraries that they load, so that the folder can
 # be carried to a machine that cannot build. For Debian 12 or Ubuntu 24.04; ten minutes with 16 cores.
+# Peers are measured where they are: PyTorch's attention with a python3 that has torch, InnerQ's
+# published kernels if PUBLISHED names a clone of github.com/mthcom/innerq for the build.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 what=${1:-all}
-[[ $what =~ ^(all|build|check)$ ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
+[[ $what =~ ^(all|build|check)$ ]] || { sed -n '2,11p' "$0" >&2; exit 2; }
 out=build/cuda/gpu
 programs=(innerq kernels_test models_test engine_test attention_gpu_bench matmul_gpu_bench)
 step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
@@ -34,6 +36,16 @@ if [[ $what != check ]]; then
     # The C library and the driver belong to the machine; cuBLAS is too large to carry.
     grep -vE '/(libc|libm|libdl|librt|libpthread|libcuda|libcublas(Lt)?)\.so' |
     xargs -I{} cp -L {} $out/lib/
+  rm -rf $out/published
+  if [[ -n ${PUBLISHED:-} ]]; then
+    mkdir -p $out/published
+    for tokens in 2048 8192 32768; do
+      for product in qkt attn_v; do
+        nvcc -DN=$tokens -O3 -w -arch="sm_${architectures%%;*}" \
+          "$PUBLISHED/speedtest/benchmark_$product.cu" -o $out/published/$product-$tokens
+      done
+    done
+  fi
 fi
 [[ $what == build ]] && exit 0
 
@@ -85,13 +97,33 @@ done
 step "attention"
 timeout 240 $out/attention_gpu_bench || failed=1
 
+step "InnerQ's published kernels: microseconds of K alone and of V alone, 32 heads of 128"
+if [[ -d $out/published ]]; then
+  for program in $(ls $out/published | sort -t- -k2n); do
+    $out/published/"$program" | grep -E 'int3_sym|fp16' || failed=1
+  done
+else
+  echo "not built: skipped"
+fi
+
+step "PyTorch's attention"
+if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+  timeout 120 python3 tests/gpu/peer_attention.py --tokens 1024 4096 16384 32768 --batch 1 8 32 ||
+    failed=1
+else
+  echo "no torch here: skipped"
+fi
+
 step "dense products"
 timeout 120 $out/matmul_gpu_bench || failed=1
 
-step "a whole model"
-timeout 240 $out/innerq bench -c configs/innerq_base.json --set backend.device=cuda \
-  --shape llama-3.1-8b --cache configs/fp16.json --cache configs/innerq_base.json \
-  --batch 1,16 --prompt 1024 --generate 64 --runs 2 || failed=1
+step "a whole model: one sequence, then 64 of 8192 tokens through a quarter of its layers"
+model=(innerq bench -c configs/innerq_base.json --set backend.device=cuda --set backend.deterministic=false
+       --set scheduler.max_batch_tokens=2048 --shape llama-3.1-8b
+       --cache configs/fp16.json --cache configs/innerq_base.json)
+timeout 240 "$out/${model[@]}" --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
+timeout 240 "$out/${model[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 --generate 64 --runs 1 ||
+  failed=1
 
 step "done, $([[ $failed == 0 ]] && echo "all passed" || echo "with failures"); kept in $log"
 exit $failed

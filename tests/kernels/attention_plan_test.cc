@@ -17,7 +17,7 @@ struct PlanCase {
   int64_t group, head_dim, kv_heads;
   bool tensor_cores;
   std::vector<SequenceSlice> slices;
-  int64_t busy_blocks = 2000;
+  int64_t resident_blocks = 2000;
 };
 
 std::vector<SequenceSlice> MixedStep() {
@@ -33,7 +33,7 @@ std::vector<PlanCase> PlanCases() {
   std::vector<PlanCase> cases;
   for (const int64_t group : {1, 3, 4, 8, 12}) {
     for (const int64_t dim : {64, 128, 256}) {
-      for (const int64_t busy : {0, 16, 2000}) {
+      for (const int64_t busy : {0, 4, 2000}) {
         for (const bool tensor_cores : {false, true}) {
           cases.push_back({group, dim, 2, tensor_cores, MixedStep(), busy});
         }
@@ -53,7 +53,7 @@ AttentionShape ShapeOf(const PlanCase& c) {
           .tensor_cores = c.tensor_cores,
           .max_states = 100000,
           .max_items = 1000,
-          .busy_blocks = c.busy_blocks};
+          .resident_blocks = c.resident_blocks};
 }
 
 TEST(AttentionPlan, EveryRowIsInOneTileThatSeesItsPages) {
