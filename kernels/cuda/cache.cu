@@ -29,8 +29,8 @@ __device__ float Rotated(const float* x, const float* cos, const float* sin, int
   return x[d] * cos[i] + turned * sin[i];
 }
 
-// Grid: rows of the step. Block: 128 threads rotate and store one row: queries, keys, values.
-// No shared memory.
+// Grid: [rows of the step, H + 2G]. Block: 128 threads rotate and store one head of one row: of
+// queries, keys or values. No shared memory.
 __global__ void RopeAppendKernel(const __grid_constant__ RopeAppendLaunch args) {
   const KvLayerLayout& layout = args.layout;
   const PagedKvView kv = ViewOf(args);
@@ -38,24 +38,26 @@ __global__ void RopeAppendKernel(const __grid_constant__ RopeAppendLaunch args) 
   const int dim = static_cast<int>(layout.head_dim);
   const int padded = static_cast<int>(layout.padded_dim());
   const int heads = static_cast<int>(args.num_heads), kv_heads = static_cast<int>(layout.kv_heads);
-  const float* qkv = args.qkv + row * (heads + 2 * kv_heads) * dim;
+  const int head = static_cast<int>(blockIdx.y);
+  const float* x = args.qkv + (row * (heads + 2 * kv_heads) + head) * dim;
   const float* cos = args.cos + row * (dim / 2);
   const float* sin = args.sin + row * (dim / 2);
+  if (head < heads) {
+    float* q = args.q + (row * heads + head) * dim;
+    for (int d = threadIdx.x; d < dim; d += kThreads) q[d] = Rotated(x, cos, sin, dim, d);
+    return;
+  }
   const AppendTarget target = args.targets[row];
-  for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
-    args.q[row * heads * dim + i] = Rotated(qkv + i / dim * dim, cos, sin, dim, i % dim);
+  if (head < heads + kv_heads) {
+    uint16_t* keys = kv.OpenKeys(target.open_id, head - heads);
+    for (int d = threadIdx.x; d < dim; d += kThreads) {
+      keys[layout.OpenKeyIndex(target.token, d)] = F32ToF16(Rotated(x, cos, sin, dim, d));
+    }
+    return;
   }
-  const float* keys = qkv + heads * dim;
-  for (int i = threadIdx.x; i < kv_heads * dim; i += kThreads) {
-    const int g = i / dim, d = i % dim;
-    kv.OpenKeys(target.open_id, g)[layout.OpenKeyIndex(target.token, d)] =
-        F32ToF16(Rotated(keys + g * dim, cos, sin, dim, d));
-  }
-  const float* values = keys + kv_heads * dim;
-  for (int i = threadIdx.x; i < kv_heads * padded; i += kThreads) {
-    const int g = i / padded, c = i % padded;
-    kv.OpenValues(target.open_id, g)[layout.OpenValueIndex(target.token, c)] =
-        c < dim ? F32ToF16(values[g * dim + c]) : uint16_t{0};
+  uint16_t* values = kv.OpenValues(target.open_id, head - heads - kv_heads);
+  for (int c = threadIdx.x; c < padded; c += kThreads) {
+    values[layout.OpenValueIndex(target.token, c)] = c < dim ? F32ToF16(x[c]) : uint16_t{0};
   }
 }
 
@@ -211,7 +213,9 @@ __global__ void SealKernel(const __grid_constant__ SealLaunch args) {
 }  // namespace
 
 cudaError_t LaunchRopeAppend(const RopeAppendLaunch& launch, cudaStream_t stream) {
-  RopeAppendKernel<<<static_cast<unsigned>(launch.rows), kThreads, 0, stream>>>(launch);
+  const dim3 grid(static_cast<unsigned>(launch.rows),
+                  static_cast<unsigned>(launch.num_heads + 2 * launch.layout.kv_heads));
+  RopeAppendKernel<<<grid, kThreads, 0, stream>>>(launch);
   return cudaGetLastError();
 }
 
