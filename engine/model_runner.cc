@@ -222,7 +222,8 @@ class LlamaRunner final : public ModelRunner {
 Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions& options) {
   ModelPlan plan{.engine = options.engine};
   ASSIGN_OR_RETURN(plan.backend, CreateBackend(options.backend));
-  // For a single row: next to no memory, and all that the device says about the heads' shape.
+  // For a single row: the least that a step takes, and all that the device says about the heads'
+  // shape.
   RETURN_IF_ERROR(plan.backend->Reserve({.max_rows = 1,
                                          .max_head_dim = config.head_dim,
                                          .max_group = config.num_heads / config.num_kv_heads,

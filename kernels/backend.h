@@ -181,7 +181,8 @@ struct StepLimits {
 
 // Allocates memory and runs operations in the order of the calls. One thread at a time may call it.
 // Operations are checked at the door (CHECK), may run later, and report through Synchronize.
-// Only PackWeight, Allocate, Import, Reserve and MeasureReadBandwidth allocate.
+// Only PackWeight, Allocate, Import, Reserve, MeasureReadBandwidth and the default SelectTop
+// allocate.
 class Backend {
  public:
   virtual ~Backend() = default;

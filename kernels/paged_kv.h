@@ -230,9 +230,9 @@ class KvLayout {
   bool quantized() const { return windows_.quantized; }  // false: pages are never sealed
   bool normalizes_keys() const { return normalizes_; }   // in at least one layer
 
-  int64_t open_page_bytes() const { return open_page_bytes_; }                         // all layers
-  INNERQ_HOST_DEVICE int64_t sealed_page_bytes() const { return sealed_page_bytes_; }  // all layers
-  int64_t key_norm_bytes() const {  // one sequence, all layers, F32
+  int64_t open_page_bytes() const { return open_page_bytes_; }      // all layers
+  int64_t sealed_page_bytes() const { return sealed_page_bytes_; }  // all layers
+  int64_t key_norm_bytes() const {                                  // one sequence, all layers, F32
     return num_layers() * kv_heads() * head_dim() * 4;
   }
   // Bits per cached element in sealed pages, scales included; 16 when nothing is quantized.

@@ -199,9 +199,8 @@ class TileAttention {
   uint32_t* strip_;
 };
 
-// Grid: [items, G]. Block: one warp attends one segment of a tile for one key/value head, or all
-// of it. Shared: PlanAttentionShared: queries, weights, the total of segments, a strip of keys or
-// values.
+// Grid: [items, G]. Block: one warp attends an item's segments for one key/value head. Shared:
+// PlanAttentionShared: queries, weights, the total of segments, a strip of keys or values.
 template <int R, int C>
 __global__ void __launch_bounds__(kWarpSize)
     AttentionKernel(const __grid_constant__ AttentionKernelLaunch args) {

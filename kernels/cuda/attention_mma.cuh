@@ -23,10 +23,11 @@
 // sums of both add up to those of rows of 22 bits.
 //
 // Teams. A segment's strips are cut in parts of kPartStrips; a row's softmax is accumulated strip
-// by strip within a part, and the states of parts are merged in order. Where a tile has at most 8
-// rows (decode), a block has kMmaTeams warps, each of which attends its part of the segment by
-// itself, with stages of its own. Else the block's warps, each with rows of its own, share the
-// strips, and go through the parts one after the other. Both do the same operations on a row.
+// by strip within a part, and the states of parts are merged in order. Where a tile that is split,
+// or short, has at most 8 rows (decode), a block has kMmaTeams warps, each of which attends its
+// part of the segment by itself, with stages of its own. Else the block's warps, each with rows of
+// its own, share the strips, and go through the parts one after the other. Both do the same
+// operations on a row.
 #pragma once
 
 #include "kernels/cuda/attention_tile.cuh"
@@ -35,9 +36,10 @@
 
 namespace innerq::cuda {
 
-constexpr int kSide = 32;      // of a square
-constexpr int kHalfBits = 16;  // of a side that is not quantized
-constexpr int kStages = 2;     // of a team's ring of sealed strips: one is attended, one on its way
+constexpr int kSide = 32;                    // of a square
+constexpr int kMostSharedBytes = 99 * 1024;  // that a block may have on sm_120; others have more
+constexpr int kHalfBits = 16;                // of a side that is not quantized
+constexpr int kStages = 2;  // of a team's ring of sealed strips: one is attended, one on its way
 constexpr float kWeightUnit = 0x1p14f;
 constexpr float kCodeUnit = 0x1p-24f;  // of subnormal halves
 
@@ -356,7 +358,7 @@ class MmaAttention {
           AttendHalves<false>(strip, keys, keys + layout_.open_values, state);
         }
       }
-      SyncTeam();  // all are done with the stage
+      if constexpr (!kOfHalves) SyncTeam();  // all are done with the stage
     }
     BeginCopy(attended_ + kStages);
     ++attended_;
@@ -745,8 +747,8 @@ class MmaAttention {
   int pages_ = -1, earlier_pages_ = -1;  // of the 32 strips that are copied, one in each lane
 };
 
-// Grid: [items, G]. Block: attends one segment of a tile for one key/value head, or all of it; a
-// warp for every part of a segment, or for every 8 or 16 rows of the tile. Shared: PlanMmaShared:
+// Grid: [items, G]. Block: attends an item's segments for one key/value head, with a warp for every
+// part of a segment, or for every 8 or 16 rows of the tile. Shared: PlanMmaShared:
 // rings of sealed strips, states of parts, the total of segments, queries.
 template <int kDim, int kKeyBits, int kValueBits, bool kTeamed>
 __global__ void __launch_bounds__(MmaAttention<kDim, kKeyBits, kValueBits, kTeamed>::kMostThreads,
@@ -773,8 +775,8 @@ cudaError_t LaunchMma(const AttentionKernelLaunch& launch, cudaStream_t stream) 
       PlanMmaShared(launch.layout, Attention::Shape(), kStages, static_cast<int32_t>(threads));
   constexpr auto kKernel = MmaAttentionKernel<kDim, kKeyBits, kValueBits, kTeamed>;
   // Without asking, a block gets 48 KiB.
-  const cudaError_t allowed =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared.bytes);
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes);
   if (allowed != cudaSuccess) return allowed;
   kKernel<<<grid, threads, static_cast<size_t>(shared.bytes), stream>>>(launch);
   return cudaGetLastError();
@@ -782,7 +784,7 @@ cudaError_t LaunchMma(const AttentionKernelLaunch& launch, cudaStream_t stream) 
 
 template <int kDim, int kKeyBits, int kValueBits>
 cudaError_t LaunchMmaForRows(const AttentionKernelLaunch& launch, cudaStream_t stream) {
-  return launch.tile_rows <= kMmaWarpRows && !launch.in_one_go
+  return launch.tile_rows <= kMmaTeamRows && !launch.in_one_go
              ? LaunchMma<kDim, kKeyBits, kValueBits, true>(launch, stream)
              : LaunchMma<kDim, kKeyBits, kValueBits, false>(launch, stream);
 }

@@ -9,11 +9,11 @@
 // row's softmax is accumulated strip by strip, and the states of segments are merged in order. A
 // tile is attended by one block from its first segment to its last, or by several, which keep the
 // states of all segments for a second kernel to merge; both do the same operations on the same
-// numbers. So what a row
-// gives depends on its position alone: not on its neighbours, its tile, or how the tile was split.
+// numbers. So what a row gives depends on its position alone, if all numbers are finite: not on its
+// neighbours, its tile, or how the tile was split.
 //
-// Blocks are warps where every lane holds all rows (attention.cu), and have a warp for every 8 rows
-// on tensor cores (attention_mma.cuh).
+// Blocks are warps where every lane holds all rows (attention.cu); on tensor cores they have
+// several (attention_mma.cuh).
 #pragma once
 
 #include <algorithm>
@@ -32,16 +32,16 @@ constexpr int64_t kSegmentTokens = 512;  // a multiple of every page size
 constexpr int64_t kSegmentStrips = kSegmentTokens / kStripTokens;
 constexpr int64_t kMostItemSegments = 16;  // of split tiles
 constexpr int64_t kWaves = 3;              // of blocks: as many keep the device busy to the end
-constexpr int kMmaWarpRows = 8;            // of one warp on tensor cores
-constexpr int kMaxTileRows = 4 * kMmaWarpRows;
-constexpr int kMmaTeams = 4;  // of a block that has rows for one warp; see attention_mma.cuh
+constexpr int kMaxTileRows = 32;
+constexpr int kMmaTeamRows = 8;  // up to which the warps of a block on tensor cores share the rows
+constexpr int kMmaTeams = 4;     // warps that do; see attention_mma.cuh
 
 // Rows [first_row, first_row + num_rows) of a slice: all of their tokens lie in one strip and on
 // one side of the slice's exact_before, so they see the same pages in the same form. Strips are
 // counted from the start of the sequence.
 struct PlannedTile {
-  int32_t slice = 0;
-  int32_t first_row = 0;
+  int32_t slice = 0;      // not for kernels
+  int32_t first_row = 0;  // likewise
   int32_t num_rows = 0;
   int32_t num_segments = 0;
   int64_t first_state = -1;  // see StateIndex; -1: not split
@@ -89,7 +89,7 @@ struct AttentionShape {
   bool tensor_cores = false;
   int64_t max_states = 0;       // that the scratch memory holds
   int64_t max_items = 0;        // likewise, of one launch
-  int64_t resident_blocks = 0;  // that the device holds at once
+  int64_t resident_blocks = 0;  // that the device holds at once, about
 };
 
 // Channels of V that a lane sums: a power of two in [2, 8], 32 lanes cover the head.
@@ -205,7 +205,8 @@ class AttentionPlan {
   }
 
   // Several items per tile where one would leave the device idle and the states of all segments
-  // fit; on tensor cores tiles of few rows always, for only then a block's warps share them.
+  // fit; on tensor cores tiles of few rows whenever they fit, for only then a block's warps share
+  // them.
   static void Split(AttentionLaunch& launch, const AttentionShape& shape) {
     const auto num_tiles = static_cast<int64_t>(launch.tiles.size());
     int64_t num_segments = 0, longest = 0;
@@ -215,7 +216,7 @@ class AttentionPlan {
     }
     const int64_t num_states = num_segments * shape.kv_heads * launch.tile_rows;
     const bool few = num_tiles * shape.kv_heads < kWaves * shape.resident_blocks;
-    const bool teams = shape.tensor_cores && launch.tile_rows <= kMmaWarpRows;
+    const bool teams = shape.tensor_cores && launch.tile_rows <= kMmaTeamRows;
     const bool split = (few || teams) && longest > 1 && num_segments <= shape.max_items &&
                        num_states <= shape.max_states;
     const int64_t per_item = split ? SegmentsPerItem(launch, shape, longest) : longest;

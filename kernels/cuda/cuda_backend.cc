@@ -29,7 +29,8 @@ constexpr int64_t kMaxHeadDim = 256;
 // States of split attention: 8 rows of 128 channels, 8 heads, 4 million tokens in segments.
 constexpr int64_t kStateBytes = int64_t{256} << 20;
 constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
-constexpr int64_t kBlocksPerSm = 4;      // of attention
+constexpr int64_t kBlocksPerSm = 4;      // of attention on tensor cores, at 3 bits on sm_90
+constexpr int64_t kWarpsPerSm = 16;      // of attention without, whose blocks are warps
 constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
 constexpr int64_t kSpareBytes = 262144;  // of staging, for small arguments
 
@@ -170,6 +171,7 @@ class CudaBackend final : public Backend {
   }
 
   Result<void> Synchronize() override {
+    ForgetRounded();
     const size_t num_flags = std::exchange(num_flags_, 0);
     if (num_flags > 0) {
       const cudaStream_t stream = queue_->stream();
@@ -397,14 +399,16 @@ class CudaBackend final : public Backend {
       pages_.insert(pages_.end(), slice.pages.begin(),
                     slice.pages.begin() + args.layout->PageOf(last) + 1);
     }
+    const bool tensor_cores = layout.order == CodeOrder::kMmaFragment;
     plan_.Make(args.slices, args.layout->windows(),
                {.group = args.num_heads / layout.kv_heads,
                 .kv_heads = layout.kv_heads,
                 .head_dim = layout.head_dim,
-                .tensor_cores = layout.order == CodeOrder::kMmaFragment,
+                .tensor_cores = tensor_cores,
                 .max_states = kStateBytes / (StateFloats(layout.head_dim) * 4),
                 .max_items = kMaxItems,
-                .resident_blocks = device_.num_multiprocessors * kBlocksPerSm});
+                .resident_blocks =
+                    device_.num_multiprocessors * (tensor_cores ? kBlocksPerSm : kWarpsPerSm)});
     AttentionKernelLaunch launch{.layout = layout,
                                  .kv = args.kv,
                                  .q = args.q.As<float>(),

@@ -14,6 +14,7 @@ namespace innerq::cuda {
 // What the runtime said of `what`. Lack of memory is resource exhausted, a launch that the device
 // does not take is internal (we sized it), everything else means that the device cannot be used.
 inline Error ErrorOf(cudaError_t status, const std::string& what) {
+  static_cast<void>(cudaGetLastError());  // told here: a later launch must not find it
   const std::string message =
       what + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status);
   if (status == cudaErrorMemoryAllocation) return {ErrorCode::kResourceExhausted, message};

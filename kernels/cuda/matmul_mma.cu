@@ -2,8 +2,8 @@
 //
 // out [M, N] = x [M, K] * weight [N, K]^T. K is cut into kParts parts of one length, a multiple of
 // kStageDepth, from 0 on. Within a part an element is one chain of products mma.m16n8k16, started
-// at 0, in the order of K; the parts' sums are added in order. Every kernel of this file does so
-// for every M, so an element's bits depend on its row of x and its row of the weight alone.
+// at 0, in the order of K; the parts' sums are added in order. This holds for every M and every
+// tile, so an element's bits depend on its row of x and its row of the weight alone.
 //
 // What lies beyond K is zero in both operands and adds nothing; rows beyond M or N are zero or
 // anything and are not stored.
@@ -56,8 +56,6 @@ __device__ void StoreTwo(const MatMulLaunch& args, int64_t row, int64_t col, flo
   }
   *out = {first, second};
 }
-
-// --- More rows ---
 
 constexpr int kTileColumns = 128;
 

@@ -1,5 +1,5 @@
 // Instructions that C++ has no words for: products of tensor cores, copies that run beside the
-// code, halves in pairs. PTX ISA 7.0, sm_80 and later.
+// code, halves in pairs. PTX ISA 7.0, sm_80 and later; bulk copies: PTX ISA 8.0, sm_90.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,18 @@ __device__ inline void MultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same with BF16 in.
+// The same with sums that start from `from`: c = from + a * b.
+__device__ inline void Multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                const float (&from)[4], float (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(from[0]), "f"(from[1]),
+        "f"(from[2]), "f"(from[3]));
+}
+
+// MultiplyAdd with BF16 in.
 __device__ inline void MultiplyAddBf16(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                        float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -41,17 +52,6 @@ __device__ inline void LoadMatrices(const void* row, uint32_t (&words)[4]) {
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
-}
-
-// The same with sums that start from `from`: c = from + a * b.
-__device__ inline void Multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                const float (&from)[4], float (&c)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(from[0]), "f"(from[1]),
-        "f"(from[2]), "f"(from[3]));
 }
 
 // 2^x to two units in the last place; results below 2^-126 are 0.
@@ -107,7 +107,7 @@ __device__ inline void WaitForCopies() {
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-// By one thread, before all meet at a barrier of the block.
+// By one thread, before all that use it meet.
 __device__ inline void InitBarrier(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -443,6 +443,12 @@ std::vector<CacheCase> CacheCases() {
        spec(1, 64, {8, kSymmetric, kInner, 64, kPaper}, {3, kHybrid, kInner, 64, kFitted}, true, 64,
             64, 64),
        12},
+      {"keys 3, values 4 in groups of 64, pages of 64",
+       spec(2, 128, sym3, {4, kSymmetric, kInner, 64, kFitted}, true, 64, 64, 64), 4},
+      {"keys 2 asymmetric, values 8 in groups of 128, pages of 128, 16 heads",
+       spec(1, 128, {2, kAsymmetric, kInner, 32, kFitted}, {8, kSymmetric, kInner, 128, kFitted},
+            true, 128, 128, 128),
+       16},
   };
 }
 
@@ -766,7 +772,7 @@ std::string CheckAttentionRows(Backend& candidate, const CacheCase& c) {
   std::mt19937_64 random(kSeed);
   const int64_t tokens = 576, first = 500, rows = tokens - first;
   const int64_t width = c.spec.kv_heads * c.group * c.spec.head_dim;
-  const int64_t pages = tokens / c.spec.page_tokens;
+  const int64_t pages = CeilDiv(tokens, c.spec.page_tokens);
   Cache cache(candidate, c.spec, pages), unused(candidate, c.spec, pages);
   Fill(cache, unused, tokens);
   cache.SealUpTo(candidate, tokens - 1);
