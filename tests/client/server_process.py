@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import pathlib
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import traceback
 import urllib.error
@@ -91,6 +93,22 @@ def metrics(url):
                       if label and not label.startswith("model_name=")]
             samples[name + ("{" + ",".join(labels) + "}" if labels else "")] = float(value)
     return samples
+
+
+def expect_interruption(command, number):
+    """Starts a command that writes a file by `--json` and goes on for minutes; sends it a signal."""
+    with tempfile.TemporaryDirectory() as name:
+        out = pathlib.Path(name) / "a.json"
+        process = subprocess.Popen([*command, "--json", out], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        while not out.exists():  # it is opened before the work begins
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, (process.returncode, stderr)
+        assert stdout == "" and stderr == "innerq: interrupted\n", (stdout, stderr)
+        assert not out.exists()
 
 
 def run_tests(tests, *arguments):

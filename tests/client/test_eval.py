@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 
-from server_process import run_tests
+from server_process import expect_interruption, run_tests
 
 BINARY, CONFIG = sys.argv[1:3]
 CONFIGS = pathlib.Path(CONFIG).resolve().parent
@@ -92,19 +91,7 @@ def test_a_full_disk_is_exit_code_1():
 
 def test_a_signal_ends_it_without_output():
     for number in (signal.SIGINT, signal.SIGTERM):
-        with tempfile.TemporaryDirectory() as name:
-            out = pathlib.Path(name) / "a.json"
-            process = subprocess.Popen(
-                command("recall", "--trials", 100, "--json", out), stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True)
-            while not out.exists():  # it is opened before the work begins
-                time.sleep(0.01)
-            time.sleep(0.5)
-            process.send_signal(number)
-            stdout, stderr = process.communicate(timeout=60)
-            assert process.returncode == 128 + number, (process.returncode, stderr)
-            assert stdout == "" and stderr == "innerq: interrupted\n", (stdout, stderr)
-            assert not out.exists()
+        expect_interruption(command("recall", "--trials", 100), number)
 
 
 if __name__ == "__main__":
