@@ -10,6 +10,9 @@
 
 namespace innerq {
 
+// The largest that files may give a token.
+constexpr int32_t kMaxTokenId = (1 << 20) - 1;
+
 struct AddedToken {
   int32_t id = 0;
   std::string content;      // 1 to 1000 bytes

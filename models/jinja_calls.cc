@@ -6,8 +6,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Token::Kind;
-
 std::string Quoted(std::string_view name) { return "\"" + std::string(name) + "\""; }
 
 }  // namespace
@@ -21,8 +19,8 @@ Result<Parser::Arguments> Parser::ParseArguments() {
     if (IsOp("*") || IsOp("**")) {
       return ErrorAt(now().line, now().text + " before an argument is not supported");
     }
-    const bool named =
-        now().kind == Kind::kName && after().kind == Kind::kOperator && after().text == "=";
+    const bool named = now().kind == Token::Kind::kName && after().kind == Token::Kind::kOperator &&
+                       after().text == "=";
     if (named) {
       out.names.push_back(now().text);
       at_ += 2;
@@ -199,9 +197,10 @@ Result<ExprPtr> Parser::ParseTest(ExprPtr input) {
   const int line = now().line;
   ASSIGN_OR_RETURN(const std::string name, ExpectName("the name of a test"));
   Arguments args;
-  const Kind next = now().kind;
-  const bool is_value = next == Kind::kString || next == Kind::kInt || next == Kind::kFloat ||
-                        next == Kind::kName || IsOp("[") || IsOp("{");
+  const Token::Kind next = now().kind;
+  const bool is_value = next == Token::Kind::kString || next == Token::Kind::kInt ||
+                        next == Token::Kind::kFloat || next == Token::Kind::kName || IsOp("[") ||
+                        IsOp("{");
   const bool is_word = IsName("else") || IsName("or") || IsName("and") || IsName("if") ||
                        IsName("in") || IsName("not") || IsName("is") || IsName("recursive");
   if (IsOp("(")) {

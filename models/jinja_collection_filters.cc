@@ -7,7 +7,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Value::Kind;
 using Flavor = Sequence::Flavor;
 
 Result<Value> JoinFilter(Call& call) {
@@ -48,7 +47,8 @@ Result<Value> FirstFilter(Call& call) {
 }
 
 Result<Value> LastFilter(Call& call) {
-  if (call.input().is(Kind::kSequence) && call.input().sequence()->flavor == Flavor::kIterator) {
+  if (call.input().is(Value::Kind::kSequence) &&
+      call.input().sequence()->flavor == Flavor::kIterator) {
     return InvalidArgument("last expects a list, found an iterator (use the filter list)");
   }
   ASSIGN_OR_RETURN(const auto items, Iterate(call.input(), call.budget));
@@ -57,7 +57,7 @@ Result<Value> LastFilter(Call& call) {
 
 Result<Value> ItemsFilter(Call& call) {
   if (call.input().is_undefined()) return Value::Of(Flavor::kIterator, {});
-  if (!call.input().is(Kind::kDict)) {
+  if (!call.input().is(Value::Kind::kDict)) {
     return InvalidArgument("items expects a dict, found " + TypeName(call.input()));
   }
   std::vector<Value> out;
@@ -160,7 +160,7 @@ Result<Value> ReverseFilter(Call& call) {
 
 // The key or the value of each pair decides; "by" says which.
 Result<Value> DictSortFilter(Call& call) {
-  if (!call.input().is(Kind::kDict)) {
+  if (!call.input().is(Value::Kind::kDict)) {
     return InvalidArgument("dictsort expects a dict, found " + TypeName(call.input()));
   }
   ASSIGN_OR_RETURN(const std::string by, call.String(2, "key"));

@@ -4,11 +4,7 @@
 #include "models/jinja_render.h"
 
 namespace innerq::jinja {
-namespace {
-
-using Kind = Expr::Kind;
-
-}  // namespace
+namespace {}  // namespace
 
 Result<Value> Renderer::Eval(const Expr& expr) {
   const Limits& limits = budget_.limits();
@@ -30,40 +26,40 @@ Result<Value> Renderer::Eval(const Expr& expr) {
 
 Result<Value> Renderer::EvalKind(const Expr& expr) {
   switch (expr.kind) {
-    case Kind::kLiteral:
+    case Expr::Kind::kLiteral:
       return expr.value;
-    case Kind::kName:
+    case Expr::Kind::kName:
       return Lookup(expr.name);
-    case Kind::kList:
-    case Kind::kTuple:
-    case Kind::kItem:
-    case Kind::kBinary:
+    case Expr::Kind::kList:
+    case Expr::Kind::kTuple:
+    case Expr::Kind::kItem:
+    case Expr::Kind::kBinary:
       return EvalSimple(expr);
-    case Kind::kDict:
+    case Expr::Kind::kDict:
       return EvalDict(expr);
-    case Kind::kAttribute:
+    case Expr::Kind::kAttribute:
       return EvalAttribute(expr);
-    case Kind::kSlice:
+    case Expr::Kind::kSlice:
       return EvalSlice(expr);
-    case Kind::kNegate:
-    case Kind::kPlus:
+    case Expr::Kind::kNegate:
+    case Expr::Kind::kPlus:
       return EvalNegate(expr);
-    case Kind::kNot:
-    case Kind::kAnd:
-    case Kind::kOr:
-    case Kind::kConditional:
+    case Expr::Kind::kNot:
+    case Expr::Kind::kAnd:
+    case Expr::Kind::kOr:
+    case Expr::Kind::kConditional:
       return EvalLogic(expr);
-    case Kind::kCompare:
+    case Expr::Kind::kCompare:
       return EvalCompare(expr);
-    case Kind::kBuiltin:
-    case Kind::kTest:
+    case Expr::Kind::kBuiltin:
+    case Expr::Kind::kTest:
       return EvalBuiltin(expr, nullptr);
-    case Kind::kMap:
+    case Expr::Kind::kMap:
       return EvalMap(expr, nullptr);
-    case Kind::kSelect:
-    case Kind::kReject:
+    case Expr::Kind::kSelect:
+    case Expr::Kind::kReject:
       return EvalSelect(expr, nullptr);
-    case Kind::kCall:
+    case Expr::Kind::kCall:
       return EvalCall(expr);
   }
   return Value();
@@ -81,9 +77,9 @@ Result<std::vector<Value>> Renderer::EvalAll(const Expr& expr) {
 
 Result<Value> Renderer::EvalSimple(const Expr& expr) {
   ASSIGN_OR_RETURN(std::vector<Value> values, EvalAll(expr));
-  if (expr.kind == Kind::kList) return Value::List(std::move(values));
-  if (expr.kind == Kind::kTuple) return Value::Tuple(std::move(values));
-  if (expr.kind == Kind::kBinary) return Binary(expr.name, values[0], values[1], budget_);
+  if (expr.kind == Expr::Kind::kList) return Value::List(std::move(values));
+  if (expr.kind == Expr::Kind::kTuple) return Value::Tuple(std::move(values));
+  if (expr.kind == Expr::Kind::kBinary) return Binary(expr.name, values[0], values[1], budget_);
   if (values[0].is(Value::Kind::kNamespace)) {
     const Dict& names = namespaces_[static_cast<size_t>(values[0].index())];
     if (values[1].is_string()) RETURN_IF_ERROR(budget_.SpendOn(values[1]));
@@ -141,14 +137,14 @@ Result<Value> Renderer::EvalSlice(const Expr& expr) {
 Result<Value> Renderer::EvalNegate(const Expr& expr) {
   ASSIGN_OR_RETURN(const Value value, Eval(*expr.args[0]));
   line_ = expr.line;
-  const bool negate = expr.kind == Kind::kNegate;
+  const bool negate = expr.kind == Expr::Kind::kNegate;
   if (value.is(Value::Kind::kFloat)) return Value::Float(negate ? -value.number() : value.number());
   if (!negate && value.is_integral()) return Value::Int(value.integer());
   return Binary("-", Value::Int(0), value, budget_);
 }
 
 Result<Value> Renderer::EvalLogic(const Expr& expr) {
-  if (expr.kind == Kind::kConditional) {
+  if (expr.kind == Expr::Kind::kConditional) {
     ASSIGN_OR_RETURN(const Value condition, Eval(*expr.args[1]));
     if (Truthy(condition)) return Eval(*expr.args[0]);
     if (expr.args[2] != nullptr) return Eval(*expr.args[2]);
@@ -156,8 +152,8 @@ Result<Value> Renderer::EvalLogic(const Expr& expr) {
   }
   ASSIGN_OR_RETURN(const Value left, Eval(*expr.args[0]));
   const bool truth = Truthy(left);
-  if (expr.kind == Kind::kNot) return Value::Bool(!truth);
-  if (truth == (expr.kind == Kind::kOr)) return left;
+  if (expr.kind == Expr::Kind::kNot) return Value::Bool(!truth);
+  if (truth == (expr.kind == Expr::Kind::kOr)) return left;
   return Eval(*expr.args[1]);
 }
 
@@ -190,8 +186,9 @@ Result<Value> Renderer::EvalBuiltin(const Expr& expr, const Value* input) {
 
 Result<Value> Renderer::EvalOn(const Expr& expr, const Value& input) {
   RETURN_IF_ERROR(budget_.Spend(1));
-  if (expr.kind == Kind::kMap) return EvalMap(expr, &input);
-  if (expr.kind == Kind::kSelect || expr.kind == Kind::kReject) return EvalSelect(expr, &input);
+  if (expr.kind == Expr::Kind::kMap) return EvalMap(expr, &input);
+  if (expr.kind == Expr::Kind::kSelect || expr.kind == Expr::Kind::kReject)
+    return EvalSelect(expr, &input);
   return EvalBuiltin(expr, &input);
 }
 
@@ -241,7 +238,7 @@ Result<Value> Renderer::EvalSelect(const Expr& expr, const Value* input) {
     if (expr.inner != nullptr) {
       ASSIGN_OR_RETURN(judged, EvalOn(*expr.inner, judged));
     }
-    if (Truthy(judged) == (expr.kind == Kind::kSelect)) out.push_back(item);
+    if (Truthy(judged) == (expr.kind == Expr::Kind::kSelect)) out.push_back(item);
   }
   return Value::Of(Sequence::Flavor::kIterator, std::move(out));
 }

@@ -7,8 +7,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Token::Kind;
-
 constexpr std::string_view kCompareOps[] = {"==", "!=", "<", "<=", ">", ">="};
 
 // std::vector's initializer list cannot hold what only moves.
@@ -38,8 +36,8 @@ Result<ExprPtr> Parser::ParseTuple(bool conditional) {
   if (!IsOp(",")) return first;
   std::vector<ExprPtr> items = Args(std::move(first));
   while (TakeOp(",")) {
-    const bool ends =
-        now().kind == Kind::kVariableEnd || now().kind == Kind::kBlockEnd || IsOp(")");
+    const bool ends = now().kind == Token::Kind::kVariableEnd ||
+                      now().kind == Token::Kind::kBlockEnd || IsOp(")");
     if (ends) break;
     ASSIGN_OR_RETURN(ExprPtr item, one());
     items.push_back(std::move(item));
@@ -106,7 +104,7 @@ Result<ExprPtr> Parser::ParseCompare() {
       ops.emplace_back(*op);
     } else if (IsName("in")) {
       ops.emplace_back("in");
-    } else if (IsName("not") && after().kind == Kind::kName && after().text == "in") {
+    } else if (IsName("not") && after().kind == Token::Kind::kName && after().text == "in") {
       ops.emplace_back("not in");
       ++at_;
     } else {
@@ -174,12 +172,12 @@ Result<ExprPtr> Parser::ParsePrimary() {
     RETURN_IF_ERROR(ExpectOp(")"));
     return out;
   }
-  if (token.kind == Kind::kString) {
+  if (token.kind == Token::Kind::kString) {
     std::string text;
-    while (now().kind == Kind::kString) text += tokens_[at_++].text;
+    while (now().kind == Token::Kind::kString) text += tokens_[at_++].text;
     return literal(Value::String(text));
   }
-  if (token.kind == Kind::kInt) {
+  if (token.kind == Token::Kind::kInt) {
     ++at_;
     int64_t value = 0;
     const char* end = token.text.data() + token.text.size();
@@ -190,7 +188,7 @@ Result<ExprPtr> Parser::ParsePrimary() {
     }
     return literal(Value::Int(value));
   }
-  if (token.kind == Kind::kFloat) {
+  if (token.kind == Token::Kind::kFloat) {
     ++at_;
     double value = 0;
     const char* end = token.text.data() + token.text.size();
@@ -198,7 +196,7 @@ Result<ExprPtr> Parser::ParsePrimary() {
     if (!fits) return ErrorAt(token.line, "expected a float of 64 bits, found " + token.text);
     return literal(Value::Float(value));
   }
-  if (token.kind != Kind::kName) return Unexpected("an expression");
+  if (token.kind != Token::Kind::kName) return Unexpected("an expression");
   ++at_;
   if (token.text == "true" || token.text == "True") return literal(Value::Bool(true));
   if (token.text == "false" || token.text == "False") return literal(Value::Bool(false));
@@ -249,7 +247,7 @@ Result<ExprPtr> Parser::ParsePostfix(ExprPtr object) {
   while (true) {
     const int line = now().line;
     if (TakeOp(".")) {
-      if (now().kind == Kind::kInt) {
+      if (now().kind == Token::Kind::kInt) {
         ASSIGN_OR_RETURN(ExprPtr index, ParsePrimary());
         ASSIGN_OR_RETURN(object,
                          Make(Expr::Kind::kItem, line, Args(std::move(object), std::move(index))));

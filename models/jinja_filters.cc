@@ -8,7 +8,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Value::Kind;
 using Flavor = Sequence::Flavor;
 
 // A text that says the same as `source` in other characters.
@@ -118,7 +117,7 @@ Result<Value> IntFilter(Call& call) {
     if (parsed.ec == std::errc() && parsed.ptr == end) return Value::Int(value);
     parsed = std::from_chars(text.data(), end, number);
     if (parsed.ec != std::errc() || parsed.ptr != end || std::isinf(number)) return absent;
-  } else if (input.is(Kind::kFloat)) {
+  } else if (input.is(Value::Kind::kFloat)) {
     number = input.number();
   } else {
     return absent;
@@ -145,7 +144,7 @@ Result<Value> FloatFilter(Call& call) {
 
 Result<Value> AbsFilter(Call& call) {
   const Value& input = call.input();
-  if (input.is(Kind::kFloat)) return Value::Float(std::fabs(input.number()));
+  if (input.is(Value::Kind::kFloat)) return Value::Float(std::fabs(input.number()));
   if (!input.is_integral()) {
     return InvalidArgument("abs expects a number, found " + TypeName(input));
   }

@@ -8,34 +8,32 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Value::Kind;
-
 class JsonWriter {
  public:
   explicit JsonWriter(const JsonStyle& style) : style_(style) {}
 
   Result<void> Write(const Value& value) {
     switch (value.kind()) {
-      case Kind::kNone:
-      case Kind::kBool:
-      case Kind::kInt:
-      case Kind::kFloat:
+      case Value::Kind::kNone:
+      case Value::Kind::kBool:
+      case Value::Kind::kInt:
+      case Value::Kind::kFloat:
         out += Scalar(value);
         return {};
-      case Kind::kString:
+      case Value::Kind::kString:
         out += JsonString(value.text().bytes, style_.ensure_ascii);
         return {};
-      case Kind::kDict:
+      case Value::Kind::kDict:
         return WriteDict(value.dict());
-      case Kind::kSequence:
+      case Value::Kind::kSequence:
         if (value.is_list()) return WriteList(value.sequence()->items);
         break;
-      case Kind::kUndefined:
-      case Kind::kLoop:
-      case Kind::kNamespace:
-      case Kind::kMacro:
-      case Kind::kFunction:
-      case Kind::kMethod:
+      case Value::Kind::kUndefined:
+      case Value::Kind::kLoop:
+      case Value::Kind::kNamespace:
+      case Value::Kind::kMacro:
+      case Value::Kind::kFunction:
+      case Value::Kind::kMethod:
         break;
     }
     return InvalidArgument("tojson: expected a plain value, found " + TypeName(value));
@@ -46,8 +44,8 @@ class JsonWriter {
  private:
   static std::string Scalar(const Value& value) {
     if (value.is_none()) return "null";
-    if (value.is(Kind::kBool)) return value.boolean() ? "true" : "false";
-    if (value.is(Kind::kInt)) return std::to_string(value.integer());
+    if (value.is(Value::Kind::kBool)) return value.boolean() ? "true" : "false";
+    if (value.is(Value::Kind::kInt)) return std::to_string(value.integer());
     if (std::isnan(value.number())) return "NaN";
     if (std::isinf(value.number())) return value.number() < 0 ? "-Infinity" : "Infinity";
     return FloatRepr(value.number());

@@ -7,8 +7,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Token::Kind;
-
 bool IsDigit(char c) { return c >= '0' && c <= '9'; }
 bool IsNameStart(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; }
 
@@ -33,14 +31,16 @@ class Lexer {
 
   Result<std::vector<Token>> Run() {
     while (pos_ < source_.size()) RETURN_IF_ERROR(Next());
-    Emit(Kind::kEnd, "");
+    Emit(Token::Kind::kEnd, "");
     return std::move(tokens_);
   }
 
  private:
   std::string_view rest(size_t at) const { return std::string_view(source_).substr(at); }
   bool At(std::string_view text) const { return rest(pos_).starts_with(text); }
-  void Emit(Kind kind, std::string text) { tokens_.push_back({kind, std::move(text), line_}); }
+  void Emit(Token::Kind kind, std::string text) {
+    tokens_.push_back({kind, std::move(text), line_});
+  }
 
   void Advance(size_t to) {
     line_ += static_cast<int>(std::count(source_.begin() + static_cast<ptrdiff_t>(pos_),
@@ -75,7 +75,7 @@ class Lexer {
         text = text.substr(0, line_begin);
       }
     }
-    if (!text.empty()) Emit(Kind::kData, std::string(text));
+    if (!text.empty()) Emit(Token::Kind::kData, std::string(text));
   }
 
   char SignAt(size_t at) const {
@@ -86,7 +86,7 @@ class Lexer {
   Result<void> Next() {
     const size_t tag = FindTag();
     if (tag == source_.size()) {
-      Emit(Kind::kData, source_.substr(pos_));
+      Emit(Token::Kind::kData, source_.substr(pos_));
       Advance(tag);
       return {};
     }
@@ -98,7 +98,7 @@ class Lexer {
     if (type == '%') {
       if (const size_t after = AfterRawTag("raw", false)) return Raw(after);
     }
-    Emit(type == '{' ? Kind::kVariableBegin : Kind::kBlockBegin, "");
+    Emit(type == '{' ? Token::Kind::kVariableBegin : Token::Kind::kBlockBegin, "");
     return Expression(type == '{');
   }
 
@@ -160,7 +160,7 @@ class Lexer {
       }
       if (open.empty()) {
         if (const size_t after = AfterEnd(pos_, is_variable ? "}}" : "%}", !is_variable)) {
-          Emit(is_variable ? Kind::kVariableEnd : Kind::kBlockEnd, "");
+          Emit(is_variable ? Token::Kind::kVariableEnd : Token::Kind::kBlockEnd, "");
           Advance(after);
           return {};
         }
@@ -176,7 +176,7 @@ class Lexer {
     if (c == '"' || c == '\'') return StringLiteral();
     for (const std::string_view op : {"//", "**", "==", "!=", ">=", "<="}) {
       if (!At(op)) continue;
-      Emit(Kind::kOperator, std::string(op));
+      Emit(Token::Kind::kOperator, std::string(op));
       Advance(pos_ + 2);
       return {};
     }
@@ -185,7 +185,7 @@ class Lexer {
                                 ReprString(rest(pos_).substr(0, CharLength(rest(pos_)))));
     }
     RETURN_IF_ERROR(Balance(c, open));
-    Emit(Kind::kOperator, std::string(1, c));
+    Emit(Token::Kind::kOperator, std::string(1, c));
     Advance(pos_ + 1);
     return {};
   }
@@ -211,7 +211,7 @@ class Lexer {
       return ErrorAt(line_, "expected a name of at most " + std::to_string(kNameBytes) +
                                 " bytes, found " + std::to_string(end - pos_));
     }
-    Emit(Kind::kName, source_.substr(pos_, end - pos_));
+    Emit(Token::Kind::kName, source_.substr(pos_, end - pos_));
     Advance(end);
     return {};
   }
@@ -245,7 +245,7 @@ class Lexer {
     }
     std::string text = source_.substr(pos_, end - pos_);
     std::erase(text, '_');
-    Emit(is_float ? Kind::kFloat : Kind::kInt, std::move(text));
+    Emit(is_float ? Token::Kind::kFloat : Token::Kind::kInt, std::move(text));
     Advance(end);
     return {};
   }
@@ -266,7 +266,7 @@ class Lexer {
       return ErrorAt(first_line, std::string("expected ") + quote +
                                      " to end the string, found the end of the template");
     }
-    Emit(Kind::kString, std::move(out));
+    Emit(Token::Kind::kString, std::move(out));
     Advance(at + 1);
     return {};
   }

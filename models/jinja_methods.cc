@@ -9,7 +9,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Value::Kind;
 using Flavor = Sequence::Flavor;
 
 Error NoMethod(const Call& call, std::string_view method) {
@@ -254,7 +253,7 @@ Result<Value> RemoveMethod(Call& call) {
 
 template <Flavor kFlavor>
 Result<Value> DictView(Call& call) {
-  if (!call.input().is(Kind::kDict)) return NoMethod(call, "items, keys or values");
+  if (!call.input().is(Value::Kind::kDict)) return NoMethod(call, "items, keys or values");
   std::vector<Value> out;
   for (const auto& [key, value] : call.input().dict().items()) {
     RETURN_IF_ERROR(call.budget.Spend(1));
@@ -266,7 +265,7 @@ Result<Value> DictView(Call& call) {
 }
 
 Result<Value> GetMethod(Call& call) {
-  if (!call.input().is(Kind::kDict)) return NoMethod(call, "get");
+  if (!call.input().is(Value::Kind::kDict)) return NoMethod(call, "get");
   if (const Value* found = call.input().dict().Find(call.arg(1))) return *found;
   return call.has(2) ? call.arg(2) : Value::None();
 }

@@ -8,7 +8,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Value::Kind;
 using Flavor = Sequence::Flavor;
 
 Error NoOperator(std::string_view op, const Value& a, const Value& b) {
@@ -104,7 +103,7 @@ Result<Value> Repeat(const Value& what, int64_t count, Budget& budget) {
 }
 
 // The places that object[range] visits in something of `size` elements.
-Result<std::vector<size_t>> Places(int64_t size, const std::optional<int64_t> (&range)[3]) {
+Result<std::vector<size_t>> PlacesIn(int64_t size, const std::optional<int64_t> (&range)[3]) {
   const int64_t step = range[2].value_or(1);
   if (step == 0) return InvalidArgument("expected a slice step other than 0");
   const int64_t low = step > 0 ? 0 : -1;
@@ -142,7 +141,7 @@ Value ItemAt(const Value& object, int64_t at) {
 }
 
 bool HasMethod(const Value& object, std::string_view name) {
-  if (object.is(Kind::kDict)) {
+  if (object.is(Value::Kind::kDict)) {
     for (const std::string_view known : {"items", "keys", "values", "get", "copy", "pop", "update",
                                          "clear", "setdefault", "popitem", "fromkeys"}) {
       if (name == known) return true;
@@ -196,8 +195,8 @@ Result<bool> Compare(std::string_view op, const Value& a, const Value& b, Budget
   RETURN_IF_ERROR(budget.Spend(std::min(a.extent().weight, b.extent().weight)));
   if (op == "==") return Equal(a, b);
   if (op == "!=") return !Equal(a, b);
-  const bool either_nan = (a.is(Kind::kFloat) && std::isnan(a.number())) ||
-                          (b.is(Kind::kFloat) && std::isnan(b.number()));
+  const bool either_nan = (a.is(Value::Kind::kFloat) && std::isnan(a.number())) ||
+                          (b.is(Value::Kind::kFloat) && std::isnan(b.number()));
   const Result<int> order = Order(a, b);
   if (!order.ok()) return NoOperator(op, a, b);
   if (either_nan) return false;
@@ -212,12 +211,12 @@ Result<bool> Contains(const Value& container, const Value& item, Budget& budget)
     RETURN_IF_ERROR(budget.SpendOn(container));
     return FindPart(container.text().bytes, item.text().bytes) != std::string::npos;
   }
-  if (container.is(Kind::kDict)) {
+  if (container.is(Value::Kind::kDict)) {
     if (item.is_string()) RETURN_IF_ERROR(budget.SpendOn(item));
     return container.dict().Find(item) != nullptr;
   }
   if (container.is_undefined()) return false;
-  if (!container.is(Kind::kSequence)) return NoOperator("in", item, container);
+  if (!container.is(Value::Kind::kSequence)) return NoOperator("in", item, container);
   const int64_t most = item.extent().weight;  // of one comparison
   for (const Value& one : container.sequence()->items) {
     RETURN_IF_ERROR(budget.Spend(std::min(most, one.extent().weight)));
@@ -234,11 +233,11 @@ Result<Value> GetItem(const Value& object, const Value& key, Budget& budget) {
   }
   const bool indexed = object.is_string() || object.is_list();
   if (indexed && key.is_integral()) return ItemAt(object, key.integer());
-  if (object.is(Kind::kDict)) {
+  if (object.is(Value::Kind::kDict)) {
     if (const Value* found = object.dict().Find(key)) return *found;
   }
   if (key.is_string()) {
-    if (HasMethod(object, key.text().bytes)) return Value::Reference(Kind::kMethod, 0);
+    if (HasMethod(object, key.text().bytes)) return Value::Reference(Value::Kind::kMethod, 0);
     constexpr size_t kShownBytes = 100;
     const std::string_view name = key.text().bytes;
     return Value::Undefined(TypeName(object) + " has no " +
@@ -249,8 +248,8 @@ Result<Value> GetItem(const Value& object, const Value& key, Budget& budget) {
 
 Result<Value> GetAttribute(const Value& object, const std::string& name) {
   if (object.is_undefined()) return InvalidArgument(object.why_undefined());
-  if (HasMethod(object, name)) return Value::Reference(Kind::kMethod, 0);
-  if (object.is(Kind::kDict)) {
+  if (HasMethod(object, name)) return Value::Reference(Value::Kind::kMethod, 0);
+  if (object.is(Value::Kind::kDict)) {
     if (const Value* found = object.dict().Find(name)) return *found;
   }
   return Value::Undefined(TypeName(object) + " has no attribute " + ReprString(name));
@@ -278,7 +277,7 @@ Result<Value> Slice(const Value& object, const std::optional<int64_t> (&range)[3
   if (object.is_string()) {
     RETURN_IF_ERROR(budget.Spend(1 + static_cast<int64_t>(object.text().bytes.size() / 16)));
     const std::vector<size_t> offsets = CharOffsets(object.text().bytes);
-    ASSIGN_OR_RETURN(const auto places, Places(static_cast<int64_t>(offsets.size()) - 1, range));
+    ASSIGN_OR_RETURN(const auto places, PlacesIn(static_cast<int64_t>(offsets.size()) - 1, range));
     if (places.empty()) return Value::String("");
     if (range[2].value_or(1) == 1) {
       return Value::String(object.text().Sub(offsets[places[0]], offsets[places.back() + 1]));
@@ -291,7 +290,7 @@ Result<Value> Slice(const Value& object, const std::optional<int64_t> (&range)[3
   if (!object.is_list()) return Value::Undefined(TypeName(object) + " has no slices");
   const auto& items = object.sequence()->items;
   RETURN_IF_ERROR(budget.Spend(static_cast<int64_t>(items.size())));
-  ASSIGN_OR_RETURN(const auto places, Places(static_cast<int64_t>(items.size()), range));
+  ASSIGN_OR_RETURN(const auto places, PlacesIn(static_cast<int64_t>(items.size()), range));
   std::vector<Value> out;
   for (const size_t i : places) out.push_back(items[i]);
   return Value::Of(object.sequence()->flavor, std::move(out));
@@ -301,7 +300,7 @@ Result<std::shared_ptr<const std::vector<Value>>> Iterate(const Value& value, Bu
   using Items = std::shared_ptr<const std::vector<Value>>;
   auto out = std::make_shared<std::vector<Value>>();
   if (value.is_undefined()) return Items(out);
-  if (value.is(Kind::kSequence)) {
+  if (value.is(Value::Kind::kSequence)) {
     Sequence& sequence = *value.sequence();
     if (sequence.flavor == Flavor::kIterator && std::exchange(sequence.consumed, true)) {
       return Items(out);
@@ -316,7 +315,7 @@ Result<std::shared_ptr<const std::vector<Value>>> Iterate(const Value& value, Bu
     }
     return Items(out);
   }
-  if (!value.is(Kind::kDict)) {
+  if (!value.is(Value::Kind::kDict)) {
     return InvalidArgument("expected something to iterate over, found " + TypeName(value));
   }
   RETURN_IF_ERROR(budget.Spend(static_cast<int64_t>(value.dict().items().size())));
@@ -327,8 +326,8 @@ Result<std::shared_ptr<const std::vector<Value>>> Iterate(const Value& value, Bu
 Result<int64_t> Length(const Value& value) {
   if (value.is_undefined()) return 0;
   if (value.is_string()) return CountChars(value.text().bytes);
-  if (value.is(Kind::kDict)) return static_cast<int64_t>(value.dict().items().size());
-  if (value.is(Kind::kSequence) && value.sequence()->flavor != Flavor::kIterator) {
+  if (value.is(Value::Kind::kDict)) return static_cast<int64_t>(value.dict().items().size());
+  if (value.is(Value::Kind::kSequence) && value.sequence()->flavor != Flavor::kIterator) {
     return static_cast<int64_t>(value.sequence()->items.size());
   }
   return InvalidArgument("expected something with a length, found " + TypeName(value));

@@ -5,28 +5,26 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Token::Kind;
-
 std::string Describe(const Token& token) {
   switch (token.kind) {
-    case Kind::kData:
+    case Token::Kind::kData:
       return "text";
-    case Kind::kVariableBegin:
+    case Token::Kind::kVariableBegin:
       return "{{";
-    case Kind::kVariableEnd:
+    case Token::Kind::kVariableEnd:
       return "}}";
-    case Kind::kBlockBegin:
+    case Token::Kind::kBlockBegin:
       return "{%";
-    case Kind::kBlockEnd:
+    case Token::Kind::kBlockEnd:
       return "%}";
-    case Kind::kString:
+    case Token::Kind::kString:
       return "a string";
-    case Kind::kName:
-    case Kind::kInt:
-    case Kind::kFloat:
-    case Kind::kOperator:
+    case Token::Kind::kName:
+    case Token::Kind::kInt:
+    case Token::Kind::kFloat:
+    case Token::Kind::kOperator:
       return token.text;
-    case Kind::kEnd:
+    case Token::Kind::kEnd:
       break;
   }
   return "the end of the template";
@@ -35,11 +33,11 @@ std::string Describe(const Token& token) {
 }  // namespace
 
 bool Parser::IsOp(std::string_view text) const {
-  return now().kind == Kind::kOperator && now().text == text;
+  return now().kind == Token::Kind::kOperator && now().text == text;
 }
 
 bool Parser::IsName(std::string_view text) const {
-  return now().kind == Kind::kName && now().text == text;
+  return now().kind == Token::Kind::kName && now().text == text;
 }
 
 bool Parser::TakeOp(std::string_view text) {
@@ -64,7 +62,7 @@ Result<void> Parser::ExpectOp(std::string_view text) {
 }
 
 Result<std::string> Parser::ExpectName(std::string_view what) {
-  if (now().kind != Kind::kName) return Unexpected(what);
+  if (now().kind != Token::Kind::kName) return Unexpected(what);
   return tokens_[at_++].text;
 }
 
@@ -75,7 +73,7 @@ Result<void> Parser::CheckDepth(int depth) const {
 }
 
 Result<void> Parser::EndBlock() {
-  if (now().kind != Kind::kBlockEnd) return Unexpected("%}");
+  if (now().kind != Token::Kind::kBlockEnd) return Unexpected("%}");
   ++at_;
   return {};
 }
@@ -96,13 +94,13 @@ Result<Body> Parser::ParseBody(std::initializer_list<std::string_view> ends) {
   RETURN_IF_ERROR(CheckDepth(depth_));
   Body body;
   const int first_line = now().line;
-  while (now().kind != Kind::kEnd) {
+  while (now().kind != Token::Kind::kEnd) {
     const Token token = tokens_[at_++];
-    if (token.kind == Kind::kData) {
+    if (token.kind == Token::Kind::kData) {
       body.push_back({.kind = Stmt::Kind::kText, .line = token.line, .text = token.text});
-    } else if (token.kind == Kind::kVariableBegin) {
+    } else if (token.kind == Token::Kind::kVariableBegin) {
       ASSIGN_OR_RETURN(ExprPtr expr, ParseTuple(true));
-      if (now().kind != Kind::kVariableEnd) return Unexpected("}}");
+      if (now().kind != Token::Kind::kVariableEnd) return Unexpected("}}");
       ++at_;
       body.push_back({.kind = Stmt::Kind::kPrint, .line = token.line});
       body.back().exprs.push_back(std::move(expr));
@@ -173,7 +171,7 @@ Result<std::vector<Stmt::Target>> Parser::ParseTargets(bool attributes, bool& un
   const bool parenthesized = TakeOp("(");
   unpack = false;
   do {
-    if (!out.empty() && now().kind != Kind::kName) break;  // a comma at the end
+    if (!out.empty() && now().kind != Token::Kind::kName) break;  // a comma at the end
     ASSIGN_OR_RETURN(std::string name, ExpectName("a name to assign to"));
     for (const std::string_view reserved : {"true", "false", "none", "True", "False", "None"}) {
       if (name == reserved) return ErrorAt(now().line, "cannot assign to " + name);
@@ -248,7 +246,7 @@ Result<Stmt> Parser::ParseSet(int line) {
     ASSIGN_OR_RETURN(filters, ParseFilters(std::move(filters)));
   }
   out.exprs.push_back(std::move(filters));
-  if (now().kind != Kind::kBlockEnd) return Unexpected("= or %}");
+  if (now().kind != Token::Kind::kBlockEnd) return Unexpected("= or %}");
   ++at_;
   ASSIGN_OR_RETURN(Body body, ParseClosedBody("endset"));
   out.bodies.push_back(std::move(body));
@@ -303,7 +301,7 @@ Result<Stmt> Parser::ParseCallBlock(int line) {
 
 Result<Stmt> Parser::ParseWith(int line) {
   Stmt out{.kind = Stmt::Kind::kScope, .line = line};
-  while (now().kind != Kind::kBlockEnd) {
+  while (now().kind != Token::Kind::kBlockEnd) {
     if (!out.targets.empty()) RETURN_IF_ERROR(ExpectOp(","));
     ASSIGN_OR_RETURN(std::string name, ExpectName("a name to assign to"));
     assigned_.insert(name);

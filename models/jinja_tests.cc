@@ -6,7 +6,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Value::Kind;
 using Flavor = Sequence::Flavor;
 
 template <bool (*kTest)(const Value&)>
@@ -14,27 +13,29 @@ Result<Value> OfValue(Call& call) {
   return Value::Bool(kTest(call.input()));
 }
 
-template <Kind kKind>
+template <Value::Kind kKind>
 Result<Value> OfKind(Call& call) {
   return Value::Bool(call.input().is(kKind));
 }
 
 bool IsDefined(const Value& value) { return !value.is_undefined(); }
 bool IsNumber(const Value& value) { return value.is_number(); }
-bool IsTrue(const Value& value) { return value.is(Kind::kBool) && value.boolean(); }
-bool IsFalse(const Value& value) { return value.is(Kind::kBool) && !value.boolean(); }
+bool IsTrue(const Value& value) { return value.is(Value::Kind::kBool) && value.boolean(); }
+bool IsFalse(const Value& value) { return value.is(Value::Kind::kBool) && !value.boolean(); }
 
 bool IsIterable(const Value& value) {
-  return value.is_undefined() || value.is_string() || value.is(Kind::kSequence) ||
-         value.is(Kind::kDict) || value.is(Kind::kLoop);
+  return value.is_undefined() || value.is_string() || value.is(Value::Kind::kSequence) ||
+         value.is(Value::Kind::kDict) || value.is(Value::Kind::kLoop);
 }
 
 bool IsSequence(const Value& value) {
-  return value.is_undefined() || value.is_string() || value.is_list() || value.is(Kind::kDict);
+  return value.is_undefined() || value.is_string() || value.is_list() ||
+         value.is(Value::Kind::kDict);
 }
 
 bool IsCallable(const Value& value) {
-  return value.is(Kind::kMacro) || value.is(Kind::kFunction) || value.is(Kind::kMethod);
+  return value.is(Value::Kind::kMacro) || value.is(Value::Kind::kFunction) ||
+         value.is(Value::Kind::kMethod);
 }
 
 constexpr char kEq[] = "==", kNe[] = "!=", kLt[] = "<", kLe[] = "<=", kGt[] = ">",
@@ -60,7 +61,7 @@ Result<Value> DivisibleTest(Call& call) { return Remainder(call, call.arg(1), 0)
 
 const Signature* FindTest(std::string_view name) {
   static const std::vector<Signature> kTests = {
-      {"boolean", {}, 0, OfKind<Kind::kBool>},
+      {"boolean", {}, 0, OfKind<Value::Kind::kBool>},
       {"callable", {}, 0, OfValue<IsCallable>},
       {"defined", {}, 0, OfValue<IsDefined>},
       {"divisibleby", {"num"}, 1, DivisibleTest},
@@ -69,30 +70,30 @@ const Signature* FindTest(std::string_view name) {
       {"equalto", {"other"}, 1, Compares<kEq>},
       {"even", {}, 0, EvenTest},
       {"false", {}, 0, OfValue<IsFalse>},
-      {"float", {}, 0, OfKind<Kind::kFloat>},
+      {"float", {}, 0, OfKind<Value::Kind::kFloat>},
       {"ge", {"other"}, 1, Compares<kGe>},
       {">=", {"other"}, 1, Compares<kGe>},
       {"greaterthan", {"other"}, 1, Compares<kGt>},
       {"gt", {"other"}, 1, Compares<kGt>},
       {">", {"other"}, 1, Compares<kGt>},
       {"in", {"seq"}, 1, Compares<kIn>},
-      {"integer", {}, 0, OfKind<Kind::kInt>},
+      {"integer", {}, 0, OfKind<Value::Kind::kInt>},
       {"iterable", {}, 0, OfValue<IsIterable>},
       {"le", {"other"}, 1, Compares<kLe>},
       {"<=", {"other"}, 1, Compares<kLe>},
       {"lessthan", {"other"}, 1, Compares<kLt>},
       {"lt", {"other"}, 1, Compares<kLt>},
       {"<", {"other"}, 1, Compares<kLt>},
-      {"mapping", {}, 0, OfKind<Kind::kDict>},
+      {"mapping", {}, 0, OfKind<Value::Kind::kDict>},
       {"ne", {"other"}, 1, Compares<kNe>},
       {"!=", {"other"}, 1, Compares<kNe>},
-      {"none", {}, 0, OfKind<Kind::kNone>},
+      {"none", {}, 0, OfKind<Value::Kind::kNone>},
       {"number", {}, 0, OfValue<IsNumber>},
       {"odd", {}, 0, OddTest},
       {"sequence", {}, 0, OfValue<IsSequence>},
-      {"string", {}, 0, OfKind<Kind::kString>},
+      {"string", {}, 0, OfKind<Value::Kind::kString>},
       {"true", {}, 0, OfValue<IsTrue>},
-      {"undefined", {}, 0, OfKind<Kind::kUndefined>},
+      {"undefined", {}, 0, OfKind<Value::Kind::kUndefined>},
   };
   const auto found = std::find_if(kTests.begin(), kTests.end(),
                                   [&](const Signature& test) { return test.name == name; });

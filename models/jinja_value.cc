@@ -8,8 +8,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Kind = Value::Kind;
-
 constexpr int64_t kWeightMax = std::numeric_limits<int64_t>::max() / 4;
 
 Result<void> AppendRepr(const Value& value, std::string* out);
@@ -57,33 +55,33 @@ Result<void> AppendSequence(const Sequence& sequence, std::string* out) {
 // Appends repr(value), as inside a printed list.
 Result<void> AppendRepr(const Value& value, std::string* out) {
   switch (value.kind()) {
-    case Kind::kUndefined:
+    case Value::Kind::kUndefined:
       *out += "Undefined";
       return {};
-    case Kind::kNone:
+    case Value::Kind::kNone:
       *out += "None";
       return {};
-    case Kind::kBool:
+    case Value::Kind::kBool:
       *out += value.boolean() ? "True" : "False";
       return {};
-    case Kind::kInt:
+    case Value::Kind::kInt:
       *out += std::to_string(value.integer());
       return {};
-    case Kind::kFloat:
+    case Value::Kind::kFloat:
       *out += FloatRepr(value.number());
       return {};
-    case Kind::kString:
+    case Value::Kind::kString:
       *out += ReprString(value.text().bytes);
       return {};
-    case Kind::kSequence:
+    case Value::Kind::kSequence:
       return AppendSequence(*value.sequence(), out);
-    case Kind::kDict:
+    case Value::Kind::kDict:
       return AppendDict(value.dict(), out);
-    case Kind::kLoop:
-    case Kind::kNamespace:
-    case Kind::kMacro:
-    case Kind::kFunction:
-    case Kind::kMethod:
+    case Value::Kind::kLoop:
+    case Value::Kind::kNamespace:
+    case Value::Kind::kMacro:
+    case Value::Kind::kFunction:
+    case Value::Kind::kMethod:
       break;
   }
   return InvalidArgument("cannot print a " + TypeName(value) + "; expected a plain value");
@@ -169,25 +167,26 @@ Value Value::Tuple(std::vector<Value> items) {
 
 Value Value::Of(Dict dict) { return Value(Data(std::make_shared<const Dict>(std::move(dict)))); }
 
-Kind Value::kind() const {
-  constexpr Kind kKinds[] = {Kind::kUndefined, Kind::kNone,  Kind::kBool,
-                             Kind::kInt,       Kind::kFloat, Kind::kString,
-                             Kind::kSequence,  Kind::kDict,  Kind::kLoop};
+Value::Kind Value::kind() const {
+  constexpr Value::Kind kKinds[] = {
+      Value::Kind::kUndefined, Value::Kind::kNone,  Value::Kind::kBool,
+      Value::Kind::kInt,       Value::Kind::kFloat, Value::Kind::kString,
+      Value::Kind::kSequence,  Value::Kind::kDict,  Value::Kind::kLoop};
   const Index* index = std::get_if<Index>(&data_);
   return index != nullptr ? index->kind : kKinds[data_.index()];
 }
 
 bool Value::is_list() const {
-  return is(Kind::kSequence) && (sequence()->flavor == Sequence::Flavor::kList ||
-                                 sequence()->flavor == Sequence::Flavor::kTuple);
+  return is(Value::Kind::kSequence) && (sequence()->flavor == Sequence::Flavor::kList ||
+                                        sequence()->flavor == Sequence::Flavor::kTuple);
 }
 
 int64_t Value::integer() const {
-  return is(Kind::kBool) ? static_cast<int64_t>(boolean()) : std::get<int64_t>(data_);
+  return is(Value::Kind::kBool) ? static_cast<int64_t>(boolean()) : std::get<int64_t>(data_);
 }
 
 double Value::number() const {
-  return is(Kind::kFloat) ? std::get<double>(data_) : static_cast<double>(integer());
+  return is(Value::Kind::kFloat) ? std::get<double>(data_) : static_cast<double>(integer());
 }
 
 std::string Value::why_undefined() const {
@@ -199,41 +198,41 @@ Extent Value::extent() const {
   if (is_string()) {
     return {1 + static_cast<int64_t>(text().bytes.size() / 64), 1, text().any_untrusted()};
   }
-  if (is(Kind::kSequence)) return sequence()->extent;
-  if (is(Kind::kDict)) return dict().extent();
+  if (is(Value::Kind::kSequence)) return sequence()->extent;
+  if (is(Value::Kind::kDict)) return dict().extent();
   return {};
 }
 
 std::string TypeName(const Value& value) {
   switch (value.kind()) {
-    case Kind::kUndefined:
+    case Value::Kind::kUndefined:
       return "Undefined";
-    case Kind::kNone:
+    case Value::Kind::kNone:
       return "None";
-    case Kind::kBool:
+    case Value::Kind::kBool:
       return "bool";
-    case Kind::kInt:
+    case Value::Kind::kInt:
       return "int";
-    case Kind::kFloat:
+    case Value::Kind::kFloat:
       return "float";
-    case Kind::kString:
+    case Value::Kind::kString:
       return "str";
-    case Kind::kSequence: {
+    case Value::Kind::kSequence: {
       constexpr const char* kNames[] = {"list",      "tuple",       "iterator",
                                         "dict_keys", "dict_values", "dict_items"};
       return kNames[static_cast<size_t>(value.sequence()->flavor)];
     }
-    case Kind::kDict:
+    case Value::Kind::kDict:
       return "dict";
-    case Kind::kLoop:
+    case Value::Kind::kLoop:
       return "loop";
-    case Kind::kNamespace:
+    case Value::Kind::kNamespace:
       return "namespace";
-    case Kind::kMacro:
+    case Value::Kind::kMacro:
       return "macro";
-    case Kind::kFunction:
+    case Value::Kind::kFunction:
       return "function";
-    case Kind::kMethod:
+    case Value::Kind::kMethod:
       return "method";
   }
   return "unknown";
@@ -243,8 +242,8 @@ bool Truthy(const Value& value) {
   if (value.is_undefined() || value.is_none()) return false;
   if (value.is_number()) return value.number() != 0;
   if (value.is_string()) return !value.text().bytes.empty();
-  if (value.is(Kind::kDict)) return !value.dict().items().empty();
-  if (!value.is(Kind::kSequence)) return true;
+  if (value.is(Value::Kind::kDict)) return !value.dict().items().empty();
+  if (!value.is(Value::Kind::kSequence)) return true;
   const Sequence& sequence = *value.sequence();
   return sequence.flavor == Sequence::Flavor::kIterator || !sequence.items.empty();
 }
@@ -253,19 +252,19 @@ bool Equal(const Value& a, const Value& b) {
   if (a.is_number() && b.is_number()) return Number(a) == Number(b);
   if (a.kind() != b.kind()) return false;
   switch (a.kind()) {
-    case Kind::kUndefined:
-    case Kind::kNone:
+    case Value::Kind::kUndefined:
+    case Value::Kind::kNone:
       return true;
-    case Kind::kString:
+    case Value::Kind::kString:
       return a.text().bytes == b.text().bytes;
-    case Kind::kSequence: {
+    case Value::Kind::kSequence: {
       const Sequence& x = *a.sequence();
       const Sequence& y = *b.sequence();
       if (x.flavor == Sequence::Flavor::kIterator) return &x == &y;
       return x.flavor == y.flavor &&
              std::equal(x.items.begin(), x.items.end(), y.items.begin(), y.items.end(), Equal);
     }
-    case Kind::kDict: {
+    case Value::Kind::kDict: {
       const auto& items = a.dict().items();
       return items.size() == b.dict().items().size() &&
              std::all_of(items.begin(), items.end(), [&](const auto& item) {
@@ -273,16 +272,16 @@ bool Equal(const Value& a, const Value& b) {
                return other != nullptr && Equal(item.second, *other);
              });
     }
-    case Kind::kLoop:
+    case Value::Kind::kLoop:
       return a.loop() == b.loop();
-    case Kind::kNamespace:
-    case Kind::kMacro:
-    case Kind::kFunction:
-    case Kind::kMethod:
+    case Value::Kind::kNamespace:
+    case Value::Kind::kMacro:
+    case Value::Kind::kFunction:
+    case Value::Kind::kMethod:
       return a.index() == b.index();
-    case Kind::kBool:
-    case Kind::kInt:
-    case Kind::kFloat:
+    case Value::Kind::kBool:
+    case Value::Kind::kInt:
+    case Value::Kind::kFloat:
       break;
   }
   return false;

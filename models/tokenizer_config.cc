@@ -3,14 +3,13 @@
 #include <charconv>
 #include <nlohmann/json.hpp>
 
+#include "models/added_tokens.h"
 #include "models/files.h"
 
 namespace innerq {
 namespace {
 
 using nlohmann::json;
-
-constexpr int32_t kMaxTokenId = (1 << 20) - 1;
 
 // A flag that may be absent or null.
 Result<std::optional<bool>> ReadFlag(const json& file, const char* key) {

@@ -13,7 +13,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kMaxTokenId = (1 << 20) - 1;
 constexpr size_t kMaxAddedTokenBytes = 1000;
 // Bounds of a file: what real ones have, several times over. A value takes up to 100 bytes here.
 constexpr int64_t kMaxDepth = 32;

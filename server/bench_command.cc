@@ -20,7 +20,7 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 using Format = EvalColumn::Format;
 
 constexpr uint64_t kSeed = 1;  // of weights and tokens
@@ -237,7 +237,8 @@ EvalRow RowOf(const BenchPlan& plan, const Measured& measured, const Measurement
                 run.bytes_per_token,
                 static_cast<double>(run.cache_bytes)};
   const int64_t weight_bytes = measured.model.step_weight_bytes;
-  Json details = {{"step_weight_bytes", weight_bytes}, {"step_cache_bytes", run.step_cache_bytes}};
+  OrderedJson details = {{"step_weight_bytes", weight_bytes},
+                         {"step_cache_bytes", run.step_cache_bytes}};
   if (measured.read_bandwidth) {
     const double floor =
         (static_cast<double>(weight_bytes) + run.step_cache_bytes) / *measured.read_bandwidth;
@@ -261,21 +262,22 @@ EvalReport MakeReport(const BenchPlan& plan, const BenchArgs& args, const Measur
                     .scope = ""};
   report.scope = Scope(plan, args, measured, report.model);
   const ModelRunnerOptions& runner = plan.options.runner;
-  report.settings = Json{{"weights", WeightsOf(plan)},
-                         {"prompt", args.prompt},
-                         {"generate", args.generate},
-                         {"runs", args.runs},
-                         {"max_batch_tokens", runner.engine.max_batch_tokens},
-                         {"deterministic", runner.backend.deterministic}}
+  report.settings = OrderedJson{{"weights", WeightsOf(plan)},
+                                {"prompt", args.prompt},
+                                {"generate", args.generate},
+                                {"runs", args.runs},
+                                {"max_batch_tokens", runner.engine.max_batch_tokens},
+                                {"deterministic", runner.backend.deterministic}}
                         .dump();
   const auto& bandwidth = measured.read_bandwidth;
-  report.details = Json{{"version", version},
-                        {"threads", model.threads},
-                        {"layers", plan.model.num_layers},
-                        {"layers_of_model", plan.layers_of_model},
-                        {"parameters", model.parameters},
-                        {"weight_bytes", model.weight_bytes},
-                        {"read_bytes_per_second", bandwidth ? Json(*bandwidth) : Json(nullptr)}}
+  report.details = OrderedJson{{"version", version},
+                               {"threads", model.threads},
+                               {"layers", plan.model.num_layers},
+                               {"layers_of_model", plan.layers_of_model},
+                               {"parameters", model.parameters},
+                               {"weight_bytes", model.weight_bytes},
+                               {"read_bytes_per_second",
+                                bandwidth ? OrderedJson(*bandwidth) : OrderedJson(nullptr)}}
                        .dump();
   report.columns = {{"batch", "batch", Format::kInteger},
                     {"depth", "depth", Format::kInteger},

@@ -15,7 +15,7 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
 std::string Join(const std::string& path, const std::string& key) {
   return path.empty() ? key : path + "." + key;
@@ -40,7 +40,7 @@ size_t EditDistance(std::string_view a, std::string_view b) {
   return row.back();
 }
 
-Error UnknownKey(const std::string& path, const std::string& key, const Json& properties) {
+Error UnknownKey(const std::string& path, const std::string& key, const OrderedJson& properties) {
   std::string message = "unknown key";
   size_t best = 3;  // more edits are no typing error
   for (const auto& [name, unused] : properties.items()) {
@@ -53,7 +53,7 @@ Error UnknownKey(const std::string& path, const std::string& key, const Json& pr
   return At(Join(path, key), message);
 }
 
-bool HasType(const Json& value, std::string_view type) {
+bool HasType(const OrderedJson& value, std::string_view type) {
   if (type == "object") return value.is_object();
   if (type == "array") return value.is_array();
   if (type == "string") return value.is_string();
@@ -63,13 +63,14 @@ bool HasType(const Json& value, std::string_view type) {
 }
 
 // A value as messages show it: not at all if it may be a secret.
-std::string Shown(const Json& schema, const Json& value) {
+std::string Shown(const OrderedJson& schema, const OrderedJson& value) {
   return schema.value("writeOnly", false)
              ? "what is given"
-             : value.dump(-1, ' ', false, Json::error_handler_t::replace);
+             : value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
 }
 
-Result<void> CheckNumber(const Json& schema, const Json& value, const std::string& path) {
+Result<void> CheckNumber(const OrderedJson& schema, const OrderedJson& value,
+                         const std::string& path) {
   const double number = value.get<double>();
   const bool low = schema.contains("minimum") && !(number >= schema["minimum"].get<double>());
   const bool high = schema.contains("maximum") && !(number <= schema["maximum"].get<double>());
@@ -89,7 +90,8 @@ bool Matches(const std::string& text, const std::string& pattern) {
   return matches;
 }
 
-Result<void> CheckString(const Json& schema, const std::string& text, const std::string& path) {
+Result<void> CheckString(const OrderedJson& schema, const std::string& text,
+                         const std::string& path) {
   if (text.size() < schema.value("minLength", size_t{0})) return At(path, "must not be empty");
   if (schema.contains("pattern") && !Matches(text, schema["pattern"].get<std::string>())) {
     return At(path,
@@ -101,14 +103,14 @@ Result<void> CheckString(const Json& schema, const std::string& text, const std:
   return {};
 }
 
-Result<void> Check(const Json& schema, Json& value, const std::string& path);
+Result<void> Check(const OrderedJson& schema, OrderedJson& value, const std::string& path);
 
-Result<void> CheckObject(const Json& schema, Json& value, const std::string& path) {
-  const Json& properties = schema.at("properties");
+Result<void> CheckObject(const OrderedJson& schema, OrderedJson& value, const std::string& path) {
+  const OrderedJson& properties = schema.at("properties");
   for (const auto& [key, unused] : value.items()) {
     if (!properties.contains(key)) return UnknownKey(path, key, properties);
   }
-  for (const Json& key : schema.value("required", Json::array())) {
+  for (const OrderedJson& key : schema.value("required", OrderedJson::array())) {
     if (!value.contains(key)) return At(Join(path, key), "is required");
   }
   for (const auto& [key, property] : properties.items()) {
@@ -116,7 +118,7 @@ Result<void> CheckObject(const Json& schema, Json& value, const std::string& pat
       if (property.contains("default")) {
         value[key] = property["default"];
       } else if (property.value("type", "") == "object") {
-        value[key] = Json::object();
+        value[key] = OrderedJson::object();
       } else {
         continue;
       }
@@ -127,16 +129,16 @@ Result<void> CheckObject(const Json& schema, Json& value, const std::string& pat
 }
 
 // Checks one value and fills in the defaults below it.
-Result<void> Check(const Json& schema, Json& value, const std::string& path) {
+Result<void> Check(const OrderedJson& schema, OrderedJson& value, const std::string& path) {
   const std::string type = schema.value("type", "");
   if (!type.empty() && !HasType(value, type)) {
     return At(path, "expected " + type + ", not " + Shown(schema, value));
   }
   if (schema.contains("enum")) {
-    const Json& choices = schema["enum"];
+    const OrderedJson& choices = schema["enum"];
     if (std::find(choices.begin(), choices.end(), value) == choices.end()) {
       std::string list;
-      for (const Json& choice : choices) list += (list.empty() ? "" : ", ") + choice.dump();
+      for (const OrderedJson& choice : choices) list += (list.empty() ? "" : ", ") + choice.dump();
       return At(path, "expected one of " + list + ", not " + value.dump());
     }
   }
@@ -154,11 +156,11 @@ Result<void> Check(const Json& schema, Json& value, const std::string& path) {
   return {};
 }
 
-Result<Json> Parse(std::string_view text) {
+Result<OrderedJson> Parse(std::string_view text) {
   if (const auto valid = CheckJson(text, IndexStyle::kDots); !valid) {
     return At(valid.error().param, valid.error().message);
   }
-  return Json::parse(text);
+  return OrderedJson::parse(text);
 }
 
 std::vector<std::string> SplitPath(std::string_view path) {
@@ -172,7 +174,7 @@ std::vector<std::string> SplitPath(std::string_view path) {
 }
 
 // Applies "a.b.c=value".
-Result<void> Override(const Json& schema, Json& config, const std::string& text) {
+Result<void> Override(const OrderedJson& schema, OrderedJson& config, const std::string& text) {
   if (const std::string valid = ReplaceInvalidUtf8(text); valid != text) {
     return InvalidArgument("--set needs UTF-8, not \"" + valid + "\"");
   }
@@ -182,13 +184,13 @@ Result<void> Override(const Json& schema, Json& config, const std::string& text)
   }
   const std::string path = text.substr(0, equals);
   const std::string literal = text.substr(equals + 1);
-  Json* target = &config;
-  const Json* rule = &schema;
+  OrderedJson* target = &config;
+  const OrderedJson* rule = &schema;
   std::string at;
   for (const std::string& key : SplitPath(path)) {
     const std::string parent = std::exchange(at, Join(at, key));
     if (rule->contains("items")) {
-      if (target->is_null()) *target = Json::array();
+      if (target->is_null()) *target = OrderedJson::array();
       size_t index = 0;
       const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), index);
       if (error != std::errc() || end != key.data() + key.size() || !target->is_array() ||
@@ -200,15 +202,15 @@ Result<void> Override(const Json& schema, Json& config, const std::string& text)
       rule = &(*rule)["items"];
     } else {
       if (!rule->contains("properties")) return At(at, parent + " has no keys");
-      const Json& properties = (*rule)["properties"];
+      const OrderedJson& properties = (*rule)["properties"];
       if (!properties.contains(key)) return UnknownKey(parent, key, properties);
-      if (target->is_null()) *target = Json::object();
+      if (target->is_null()) *target = OrderedJson::object();
       if (!target->is_object()) return At(parent, "expected object");
       target = &(*target)[key];
       rule = &properties[key];
     }
   }
-  Json value = Json::parse(literal, nullptr, /*allow_exceptions=*/false);
+  OrderedJson value = OrderedJson::parse(literal, nullptr, /*allow_exceptions=*/false);
   // A model called 7 or a range of 3 layers is text, whatever it looks like.
   if (value.is_discarded() || (rule->value("type", "") == "string" && !value.is_string())) {
     *target = literal;
@@ -226,12 +228,12 @@ Result<void> Override(const Json& schema, Json& config, const std::string& text)
 
 Result<std::string> ApplySchema(std::string_view schema_text, std::string_view config_text,
                                 const std::vector<std::string>& overrides) {
-  ASSIGN_OR_RETURN(const Json schema, Parse(schema_text));
-  ASSIGN_OR_RETURN(Json config, Parse(config_text));
+  ASSIGN_OR_RETURN(const OrderedJson schema, Parse(schema_text));
+  ASSIGN_OR_RETURN(OrderedJson config, Parse(config_text));
   if (!config.is_object()) return InvalidArgument("a configuration must be a JSON object");
   for (const std::string& text : overrides) RETURN_IF_ERROR(Override(schema, config, text));
   RETURN_IF_ERROR(Check(schema, config, ""));
-  return config.dump(2, ' ', false, Json::error_handler_t::replace);
+  return config.dump(2, ' ', false, OrderedJson::error_handler_t::replace);
 }
 
 Result<int64_t> ParseSize(std::string_view text) {

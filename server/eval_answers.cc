@@ -15,7 +15,7 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 using Format = EvalColumn::Format;
 
 // Prompts and when an answer has said enough.
@@ -36,7 +36,7 @@ struct Answers {
 };
 
 // An answer as it comes.
-struct Answer {
+struct Reply {
   TextStream stream;
   std::string text;
   int64_t tokens = 0;
@@ -45,7 +45,7 @@ struct Answer {
 Result<Answers> Ask(const Evaluation& evaluation, size_t cache, const Questions& questions,
                     const std::function<void(int64_t)>& answered) {
   std::vector<Request> requests;
-  std::vector<Answer> replies;
+  std::vector<Reply> replies;
   int64_t longest = 0;
   for (const std::vector<int32_t>& prompt : questions.prompts) {
     Request& request = requests.emplace_back();
@@ -68,7 +68,7 @@ Result<Answers> Ask(const Evaluation& evaluation, size_t cache, const Questions&
   ASSIGN_OR_RETURN(auto runner, evaluation.RunnerFor(cache, at_once, longest));
   const KvLayout layout = runner->layout();
   const TokenSink take = [&](size_t index, const TokenEvent& event) {
-    Answer& answer = replies[index];
+    Reply& answer = replies[index];
     ++answer.tokens;
     if (event.is_stop) return true;
     answer.text += answer.stream.Push(event.token_id);
@@ -259,11 +259,11 @@ Result<EvalReport> EvaluateProblems(const Evaluation& evaluation, const ProblemA
       "\"as reference\": the same number as with {}",
       report.model, report.device, problems.size(), shots.size(), args.chat ? ", as chat" : "",
       evaluation.caches[0].name);
-  const Json settings = {{"problems", problems.size()},
-                         {"shots", shots.size()},
-                         {"chat", args.chat},
-                         {"max_tokens", args.max_tokens},
-                         {"reference", evaluation.caches[0].name}};
+  const OrderedJson settings = {{"problems", problems.size()},
+                                {"shots", shots.size()},
+                                {"chat", args.chat},
+                                {"max_tokens", args.max_tokens},
+                                {"reference", evaluation.caches[0].name}};
   report.settings = settings.dump();
   report.columns = {{"accuracy", "right", Format::kPercent},
                     {"as_reference", "as reference", Format::kPercent},
@@ -286,7 +286,7 @@ Result<EvalReport> EvaluateProblems(const Evaluation& evaluation, const ProblemA
     row.effective_bits = all[cache].effective_bits;
     row.values = {static_cast<double>(right) / count, static_cast<double>(same) / count,
                   static_cast<double>(ended) / count, all[cache].mean_tokens};
-    row.details = Json{{"right", right}, {"problems", problems.size()}}.dump();
+    row.details = OrderedJson{{"right", right}, {"problems", problems.size()}}.dump();
   }
   return report;
 }
@@ -300,9 +300,9 @@ Result<EvalReport> EvaluateRecall(const Evaluation& evaluation, const RecallArgs
       "recall of {} on {}: {} needles, {} for each length (t: tokens) and depth (%); found: the "
       "code is in the answer; \"quantized\": of those needles that the cache holds quantized",
       report.model, report.device, recall.trials.size(), args.trials);
-  const Json settings = {{"lengths", args.lengths},       {"depths", args.depths},
-                         {"trials", args.trials},         {"seed", args.seed},
-                         {"max_tokens", args.max_tokens}, {"chat", args.chat}};
+  const OrderedJson settings = {{"lengths", args.lengths},       {"depths", args.depths},
+                                {"trials", args.trials},         {"seed", args.seed},
+                                {"max_tokens", args.max_tokens}, {"chat", args.chat}};
   report.settings = settings.dump();
   report.columns = {{"found", "found", Format::kPercent},
                     {"found_quantized", "quantized", Format::kPercent}};
@@ -330,7 +330,7 @@ Result<EvalReport> EvaluateRecall(const Evaluation& evaluation, const RecallArgs
       row.values.push_back(ShareFound(recall.trials, answers,
                                       [=](const Trial& trial) { return trial.length == length; }));
     }
-    Json grid = Json::array();
+    OrderedJson grid = OrderedJson::array();
     for (const int64_t depth : args.depths) {
       row.values.push_back(ShareFound(recall.trials, answers,
                                       [=](const Trial& trial) { return trial.depth == depth; }));
@@ -341,7 +341,7 @@ Result<EvalReport> EvaluateRecall(const Evaluation& evaluation, const RecallArgs
         grid.push_back({{"length", length}, {"depth", depth}, {"found", *found}});
       }
     }
-    row.details = Json{
+    row.details = OrderedJson{
         {"needles_quantized", std::count_if(recall.trials.begin(), recall.trials.end(), quantized)},
         {"grid",
          std::move(

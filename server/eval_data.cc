@@ -13,7 +13,7 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
 constexpr std::string_view kMark = "####";
 
@@ -35,7 +35,7 @@ bool Blank(std::string_view text) {
 // A line of a JSONL file that is not blank.
 struct Line {
   std::string where;  // "file:12"
-  Json json;          // an object
+  OrderedJson json;   // an object
 };
 
 Result<std::vector<Line>> ReadLines(const std::filesystem::path& path, int64_t limit) {
@@ -51,7 +51,7 @@ Result<std::vector<Line>> ReadLines(const std::filesystem::path& path, int64_t l
     if (const auto valid = CheckJson(line, IndexStyle::kDots); !valid) {
       return InvalidArgument(where + ": " + valid.error().message);
     }
-    Json json = Json::parse(line);
+    OrderedJson json = OrderedJson::parse(line);
     if (!json.is_object()) return InvalidArgument(where + ": expected a JSON object");
     lines.push_back({where, std::move(json)});
     if (static_cast<int64_t>(lines.size()) == limit) break;
@@ -61,7 +61,7 @@ Result<std::vector<Line>> ReadLines(const std::filesystem::path& path, int64_t l
 }
 
 // The text of a key, or nullopt.
-std::optional<std::string> TextOf(const Json& json, const char* key) {
+std::optional<std::string> TextOf(const OrderedJson& json, const char* key) {
   const auto found = json.find(key);
   if (found == json.end() || !found->is_string()) return std::nullopt;
   return found->get<std::string>();

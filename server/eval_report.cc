@@ -11,7 +11,7 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
 std::string Cell(std::optional<double> value, EvalColumn::Format format) {
   if (!value) return "";
@@ -32,8 +32,8 @@ std::string Cell(std::optional<double> value, EvalColumn::Format format) {
   return "";
 }
 
-std::string Dump(const Json& json, int indent) {
-  return json.dump(indent, ' ', false, Json::error_handler_t::replace);
+std::string Dump(const OrderedJson& json, int indent) {
+  return json.dump(indent, ' ', false, OrderedJson::error_handler_t::replace);
 }
 
 }  // namespace
@@ -70,23 +70,24 @@ std::string FormatTable(const EvalReport& report) {
 }
 
 std::string FormatJson(const EvalReport& report) {
-  Json caches = Json::array();
+  OrderedJson caches = OrderedJson::array();
   for (const EvalRow& row : report.rows) {
-    Json json = {{"cache", row.cache},
-                 {"sealed_bits", row.sealed_bits},
-                 {"effective_bits", row.effective_bits}};
+    OrderedJson json = {{"cache", row.cache},
+                        {"sealed_bits", row.sealed_bits},
+                        {"effective_bits", row.effective_bits}};
     for (size_t i = 0; i < report.columns.size(); ++i) {
-      json[report.columns[i].key] = row.values[i] ? Json(*row.values[i]) : Json(nullptr);
+      json[report.columns[i].key] =
+          row.values[i] ? OrderedJson(*row.values[i]) : OrderedJson(nullptr);
     }
-    json.update(Json::parse(row.details));
+    json.update(OrderedJson::parse(row.details));
     caches.push_back(std::move(json));
   }
-  Json json = {{"task", report.task},
-               {"model", report.model},
-               {"device", report.device},
-               {"scope", report.scope},
-               {"settings", Json::parse(report.settings)}};
-  json.update(Json::parse(report.details));
+  OrderedJson json = {{"task", report.task},
+                      {"model", report.model},
+                      {"device", report.device},
+                      {"scope", report.scope},
+                      {"settings", OrderedJson::parse(report.settings)}};
+  json.update(OrderedJson::parse(report.details));
   json["caches"] = std::move(caches);
   return Dump(json, 2) + "\n";
 }

@@ -11,12 +11,12 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 using Format = EvalColumn::Format;
 
 constexpr int64_t kDefaultContext = 2048;
 
-Json ToJson(const ScoreSummary& summary) {
+OrderedJson ToJson(const ScoreSummary& summary) {
   return {{"tokens", summary.tokens},
           {"mean_nll", summary.mean_nll},
           {"perplexity", summary.perplexity},
@@ -29,7 +29,7 @@ Json ToJson(const ScoreSummary& summary) {
 }
 
 // Likelihoods alone: no reference was compared.
-Json ToPlainJson(const ScoreSummary& summary) {
+OrderedJson ToPlainJson(const ScoreSummary& summary) {
   return {{"tokens", summary.tokens},
           {"mean_nll", summary.mean_nll},
           {"perplexity", summary.perplexity}};
@@ -123,11 +123,11 @@ Result<Scored> ScoreWindows(const Evaluation& evaluation, const std::string& tas
       "positions from {}",
       task, scored.report.model, scored.report.device, texts.size(), windows.size(), context,
       SummarizeFrom(scored.scores[0], args.skip).all.tokens, args.skip);
-  const Json settings = {{"documents", texts.size()},
-                         {"windows", windows.size()},
-                         {"context", context},
-                         {"skip", args.skip},
-                         {"reference", evaluation.caches[0].name}};
+  const OrderedJson settings = {{"documents", texts.size()},
+                                {"windows", windows.size()},
+                                {"context", context},
+                                {"skip", args.skip},
+                                {"reference", evaluation.caches[0].name}};
   scored.report.settings = settings.dump();
   return scored;
 }
@@ -157,9 +157,9 @@ Result<EvalReport> EvaluatePerplexity(const Evaluation& evaluation, const Scorin
     row.values = {summaries.all.perplexity, summaries.all.perplexity / reference - 1,
                   If(summaries.sealed, summaries.sealed.perplexity),
                   If(summaries.sealed, summaries.sealed.perplexity / same - 1)};
-    row.details =
-        Json{{"all", ToPlainJson(summaries.all)}, {"quantized", ToPlainJson(summaries.sealed)}}
-            .dump();
+    row.details = OrderedJson{{"all", ToPlainJson(summaries.all)},
+                              {"quantized", ToPlainJson(summaries.sealed)}}
+                      .dump();
   }
   return report;
 }
@@ -196,7 +196,7 @@ Result<EvalReport> EvaluateDivergence(const Evaluation& evaluation, const Scorin
                   If(sealed, sealed.kl_mean),
                   If(sealed, sealed.top1_agreement),
                   all.perplexity};
-    row.details = Json{{"all", ToJson(all)}, {"quantized", ToJson(sealed)}}.dump();
+    row.details = OrderedJson{{"all", ToJson(all)}, {"quantized", ToJson(sealed)}}.dump();
   }
   return report;
 }
@@ -309,11 +309,11 @@ EvalReport LongAnswerReport(const Evaluation& evaluation, const LongAnswerArgs& 
       args.temperature == 0
           ? "; \"same for\": tokens until the first that the cache would not have chosen"
           : "");
-  const Json settings = {{"prompts", num_prompts},
-                         {"tokens", args.tokens},
-                         {"temperature", args.temperature},
-                         {"seed", args.seed},
-                         {"reference", evaluation.caches[0].name}};
+  const OrderedJson settings = {{"prompts", num_prompts},
+                                {"tokens", args.tokens},
+                                {"temperature", args.temperature},
+                                {"seed", args.seed},
+                                {"reference", evaluation.caches[0].name}};
   report.settings = settings.dump();
   report.columns = {{"kl_mean", "KL mean", Format::kSmall},
                     {"kl_p99", "99th pct", Format::kSmall},
@@ -339,14 +339,14 @@ EvalRow LongAnswerRow(const CacheScores& scores, const LongAnswerArgs& args,
   for (const auto& [begin, end] : Stretches(args.tokens, kMaxColumns)) {
     row.values.push_back(SummarizeAnswers(scores, texts, begin, end).kl_mean);
   }
-  Json stretches = Json::array();
+  OrderedJson stretches = OrderedJson::array();
   for (const auto& [begin, end] : Stretches(args.tokens, kMaxStretches)) {
-    Json stretch = ToJson(SummarizeAnswers(scores, texts, begin, end));
+    OrderedJson stretch = ToJson(SummarizeAnswers(scores, texts, begin, end));
     stretch["begin"] = begin;
     stretch["end"] = end;
     stretches.push_back(std::move(stretch));
   }
-  row.details = Json{{"all", ToJson(all)}, {"by_position", std::move(stretches)}}.dump();
+  row.details = OrderedJson{{"all", ToJson(all)}, {"by_position", std::move(stretches)}}.dump();
   return row;
 }
 

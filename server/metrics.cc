@@ -9,7 +9,7 @@ namespace innerq {
 namespace {
 
 // A label's value: backslash, quote and line feed are escaped.
-std::string Escape(std::string_view text) {
+std::string EscapeLabel(std::string_view text) {
   std::string escaped;
   for (const char c : text) {
     if (c == '\\' || c == '"') escaped += '\\';
@@ -162,7 +162,7 @@ void RenderCache(const CacheInfo& cache, const EngineStats& stats, Writer* out) 
 }  // namespace
 
 Metrics::Metrics(std::string model_name, const CacheInfo& cache)
-    : labels_("model_name=\"" + Escape(model_name) + "\""),
+    : labels_("model_name=\"" + EscapeLabel(model_name) + "\""),
       cache_(cache),
       first_token_({0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,  0.25, 0.5,
                     0.75,  1.0,   2.5,  5.0,  7.5,  10.0, 20.0, 40.0, 80.0, 160.0}),

@@ -51,9 +51,9 @@ bool Contains(std::span<const std::string_view> names, std::string_view name) {
 constexpr unsigned kCompletions = 1, kChat = 2, kBoth = kCompletions | kChat;
 
 // Reads one request.
-class Parser : public RequestParser<Json> {
+class OpenAiParser : public RequestParser<Json> {
  public:
-  explicit Parser(bool chat) { out_.chat = chat; }
+  explicit OpenAiParser(bool chat) { out_.chat = chat; }
 
   std::variant<ApiRequest, ApiError> Run(std::string_view body) {
     Json json;
@@ -80,40 +80,40 @@ class Parser : public RequestParser<Json> {
     return true;
   }
 
-  static std::span<const Entry<Parser>> Entries() {
-    static constexpr Entry<Parser> kEntries[] = {
-        {"model", kBoth, &Parser::Model},
-        {"prompt", kCompletions, &Parser::Prompt},
-        {"messages", kChat, &Parser::Conversation},
-        {"n", kBoth, &Parser::N},
-        {"best_of", kCompletions, &Parser::BestOf},
-        {"max_tokens", kBoth, &Parser::MaxTokens},
-        {"max_completion_tokens", kChat, &Parser::MaxTokens},
-        {"min_tokens", kBoth, &Parser::MinTokens},
-        {"temperature", kBoth, &Parser::Sampling},
-        {"top_p", kBoth, &Parser::Sampling},
-        {"min_p", kBoth, &Parser::Sampling},
-        {"repetition_penalty", kBoth, &Parser::Sampling},
-        {"presence_penalty", kBoth, &Parser::Sampling},
-        {"frequency_penalty", kBoth, &Parser::Sampling},
-        {"top_k", kBoth, &Parser::TopK},
-        {"seed", kBoth, &Parser::Seed},
-        {"logit_bias", kBoth, &Parser::LogitBias},
-        {"logprobs", kCompletions, &Parser::NumLogprobs},
-        {"logprobs", kChat, &Parser::Logprobs},
-        {"top_logprobs", kChat, &Parser::TopLogprobs},
-        {"stop", kBoth, &Parser::Stop},
-        {"stop_token_ids", kBoth, &Parser::StopTokenIds},
-        {"ignore_eos", kBoth, &Parser::Flag},
-        {"echo", kCompletions, &Parser::Flag},
-        {"include_stop_str_in_output", kBoth, &Parser::Flag},
-        {"skip_special_tokens", kBoth, &Parser::Flag},
-        {"add_special_tokens", kCompletions, &Parser::Flag},
-        {"parse_special", kCompletions, &Parser::Flag},
-        {"stream", kBoth, &Parser::Flag},
-        {"stream_options", kBoth, &Parser::StreamOptions},
-        {"cache_salt", kBoth, &Parser::CacheSalt},
-        {"user", kBoth, &Parser::User},
+  static std::span<const Entry<OpenAiParser>> Entries() {
+    static constexpr Entry<OpenAiParser> kEntries[] = {
+        {"model", kBoth, &OpenAiParser::Model},
+        {"prompt", kCompletions, &OpenAiParser::Prompt},
+        {"messages", kChat, &OpenAiParser::Conversation},
+        {"n", kBoth, &OpenAiParser::N},
+        {"best_of", kCompletions, &OpenAiParser::BestOf},
+        {"max_tokens", kBoth, &OpenAiParser::MaxTokens},
+        {"max_completion_tokens", kChat, &OpenAiParser::MaxTokens},
+        {"min_tokens", kBoth, &OpenAiParser::MinTokens},
+        {"temperature", kBoth, &OpenAiParser::Sampling},
+        {"top_p", kBoth, &OpenAiParser::Sampling},
+        {"min_p", kBoth, &OpenAiParser::Sampling},
+        {"repetition_penalty", kBoth, &OpenAiParser::Sampling},
+        {"presence_penalty", kBoth, &OpenAiParser::Sampling},
+        {"frequency_penalty", kBoth, &OpenAiParser::Sampling},
+        {"top_k", kBoth, &OpenAiParser::TopK},
+        {"seed", kBoth, &OpenAiParser::Seed},
+        {"logit_bias", kBoth, &OpenAiParser::LogitBias},
+        {"logprobs", kCompletions, &OpenAiParser::NumLogprobs},
+        {"logprobs", kChat, &OpenAiParser::Logprobs},
+        {"top_logprobs", kChat, &OpenAiParser::TopLogprobs},
+        {"stop", kBoth, &OpenAiParser::Stop},
+        {"stop_token_ids", kBoth, &OpenAiParser::StopTokenIds},
+        {"ignore_eos", kBoth, &OpenAiParser::Flag},
+        {"echo", kCompletions, &OpenAiParser::Flag},
+        {"include_stop_str_in_output", kBoth, &OpenAiParser::Flag},
+        {"skip_special_tokens", kBoth, &OpenAiParser::Flag},
+        {"add_special_tokens", kCompletions, &OpenAiParser::Flag},
+        {"parse_special", kCompletions, &OpenAiParser::Flag},
+        {"stream", kBoth, &OpenAiParser::Flag},
+        {"stream_options", kBoth, &OpenAiParser::StreamOptions},
+        {"cache_salt", kBoth, &OpenAiParser::CacheSalt},
+        {"user", kBoth, &OpenAiParser::User},
     };
     return kEntries;
   }
@@ -342,7 +342,7 @@ class Parser : public RequestParser<Json> {
 }  // namespace
 
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat) {
-  return Parser(chat).Run(body);
+  return OpenAiParser(chat).Run(body);
 }
 
 std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most) {
@@ -354,6 +354,6 @@ std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most)
                          "more than " + std::to_string(most) + " choices in all");
 }
 
-std::vector<std::string_view> ApiParameterNames(bool chat) { return Parser::Names(chat); }
+std::vector<std::string_view> ApiParameterNames(bool chat) { return OpenAiParser::Names(chat); }
 
 }  // namespace innerq

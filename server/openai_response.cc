@@ -9,13 +9,13 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
 // JSON has no infinities; OpenAI prints this for what cannot happen.
 double Logprob(float value) { return std::max(static_cast<double>(value), -9999.0); }
 
-Json ChatToken(const std::string& bytes, float logprob) {
-  Json list = Json::array();
+OrderedJson ChatToken(const std::string& bytes, float logprob) {
+  OrderedJson list = OrderedJson::array();
   for (const char c : bytes) list.push_back(static_cast<uint8_t>(c));
   return {{"token", ReplaceInvalidUtf8(bytes)},
           {"logprob", Logprob(logprob)},
@@ -36,9 +36,9 @@ std::string CompletionToken(const std::string& bytes) {
 
 // The most likely tokens and always the chosen one, which has the key that it has in `tokens`. A
 // token that would take the key of another (both spell the same text) goes by its id.
-Json CompletionTop(const TokenText& token) {
+OrderedJson CompletionTop(const TokenText& token) {
   const std::string chosen = CompletionToken(token.bytes);
-  Json top = Json::object();
+  OrderedJson top = OrderedJson::object();
   for (const TokenText::Alternative& other : token.top) {
     if (other.id == token.id) {
       top[chosen] = Logprob(*token.logprob);
@@ -52,12 +52,13 @@ Json CompletionTop(const TokenText& token) {
   return top;
 }
 
-Json CompletionLogprobs(const std::vector<TokenText>& tokens) {
-  Json texts = Json::array(), values = Json::array(), tops = Json::array(), offsets = Json::array();
+OrderedJson CompletionLogprobs(const std::vector<TokenText>& tokens) {
+  OrderedJson texts = OrderedJson::array(), values = OrderedJson::array(),
+              tops = OrderedJson::array(), offsets = OrderedJson::array();
   for (const TokenText& token : tokens) {
     texts.push_back(CompletionToken(token.bytes));
-    values.push_back(token.logprob ? Json(Logprob(*token.logprob)) : Json(nullptr));
-    tops.push_back(token.logprob ? CompletionTop(token) : Json(nullptr));
+    values.push_back(token.logprob ? OrderedJson(Logprob(*token.logprob)) : OrderedJson(nullptr));
+    tops.push_back(token.logprob ? CompletionTop(token) : OrderedJson(nullptr));
     offsets.push_back(token.offset);
   }
   return {{"tokens", std::move(texts)},
@@ -66,11 +67,11 @@ Json CompletionLogprobs(const std::vector<TokenText>& tokens) {
           {"text_offset", std::move(offsets)}};
 }
 
-Json ChatLogprobs(const std::vector<TokenText>& tokens) {
-  Json content = Json::array();
+OrderedJson ChatLogprobs(const std::vector<TokenText>& tokens) {
+  OrderedJson content = OrderedJson::array();
   for (const TokenText& token : tokens) {
-    Json entry = ChatToken(token.bytes, token.logprob.value_or(0));
-    entry["top_logprobs"] = Json::array();
+    OrderedJson entry = ChatToken(token.bytes, token.logprob.value_or(0));
+    entry["top_logprobs"] = OrderedJson::array();
     for (const TokenText::Alternative& top : token.top) {
       entry["top_logprobs"].push_back(ChatToken(top.bytes, top.logprob));
     }
@@ -79,37 +80,37 @@ Json ChatLogprobs(const std::vector<TokenText>& tokens) {
   return {{"content", std::move(content)}, {"refusal", nullptr}};
 }
 
-Json Logprobs(const AnswerHead& head, const std::vector<TokenText>& tokens) {
+OrderedJson Logprobs(const AnswerHead& head, const std::vector<TokenText>& tokens) {
   if (!head.logprobs) return nullptr;
   return head.chat ? ChatLogprobs(tokens) : CompletionLogprobs(tokens);
 }
 
-Json UsageObject(const Usage& usage) {
+OrderedJson UsageObject(const Usage& usage) {
   return {{"prompt_tokens", usage.prompt_tokens},
           {"completion_tokens", usage.completion_tokens},
           {"total_tokens", usage.prompt_tokens + usage.completion_tokens},
           {"prompt_tokens_details", {{"cached_tokens", usage.cached_tokens}}}};
 }
 
-Json Head(const AnswerHead& head, bool chunk) {
+OrderedJson Head(const AnswerHead& head, bool chunk) {
   const char* const object =
       head.chat ? (chunk ? "chat.completion.chunk" : "chat.completion") : "text_completion";
   return {{"id", head.id}, {"object", object}, {"created", head.created}, {"model", head.model}};
 }
 
 // Texts are valid UTF-8 but for the client's own strings, which are echoed with U+FFFD.
-std::string Dump(const Json& json) {
-  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+std::string Dump(const OrderedJson& json) {
+  return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
 }
 
-std::string Chunk(const AnswerHead& head, Json choice, const Usage& usage) {
-  Json json = Head(head, true);
-  json["choices"] = Json::array({std::move(choice)});
+std::string Chunk(const AnswerHead& head, OrderedJson choice, const Usage& usage) {
+  OrderedJson json = Head(head, true);
+  json["choices"] = OrderedJson::array({std::move(choice)});
   if (head.include_usage) json["usage"] = head.continuous_usage ? UsageObject(usage) : nullptr;
   return Dump(json);
 }
 
-Json Model(std::string_view id, int64_t created, int64_t max_context) {
+OrderedJson Model(std::string_view id, int64_t created, int64_t max_context) {
   return {{"id", id},
           {"object", "model"},
           {"created", created},
@@ -121,10 +122,10 @@ Json Model(std::string_view id, int64_t created, int64_t max_context) {
 
 std::string AnswerJson(const AnswerHead& head, const std::vector<AnswerChoice>& choices,
                        const Usage& usage) {
-  Json json = Head(head, false);
-  json["choices"] = Json::array();
+  OrderedJson json = Head(head, false);
+  json["choices"] = OrderedJson::array();
   for (const AnswerChoice& choice : choices) {
-    Json entry = {{"index", json["choices"].size()}};
+    OrderedJson entry = {{"index", json["choices"].size()}};
     if (head.chat) {
       entry["message"] = {
           {"role", "assistant"}, {"content", choice.piece.text}, {"refusal", nullptr}};
@@ -150,7 +151,7 @@ std::string RoleChunkJson(const AnswerHead& head, int64_t index, const Usage& us
 
 std::string TextChunkJson(const AnswerHead& head, int64_t index, const AnswerPiece& piece,
                           const Usage& usage) {
-  Json choice = {{"index", index}};
+  OrderedJson choice = {{"index", index}};
   if (head.chat) {
     choice["delta"] = {{"content", piece.text}};
   } else {
@@ -163,9 +164,9 @@ std::string TextChunkJson(const AnswerHead& head, int64_t index, const AnswerPie
 
 std::string EndChunkJson(const AnswerHead& head, int64_t index, std::string_view finish_reason,
                          const Usage& usage) {
-  Json choice = {{"index", index}};
+  OrderedJson choice = {{"index", index}};
   if (head.chat) {
-    choice["delta"] = Json::object();
+    choice["delta"] = OrderedJson::object();
   } else {
     choice["text"] = "";
   }
@@ -175,8 +176,8 @@ std::string EndChunkJson(const AnswerHead& head, int64_t index, std::string_view
 }
 
 std::string UsageChunkJson(const AnswerHead& head, const Usage& usage) {
-  Json json = Head(head, true);
-  json["choices"] = Json::array();
+  OrderedJson json = Head(head, true);
+  json["choices"] = OrderedJson::array();
   json["usage"] = UsageObject(usage);
   return Dump(json);
 }
@@ -186,7 +187,8 @@ std::string ModelJson(std::string_view id, int64_t created, int64_t max_context)
 }
 
 std::string ModelListJson(std::string_view id, int64_t created, int64_t max_context) {
-  return Dump({{"object", "list"}, {"data", Json::array({Model(id, created, max_context)})}});
+  return Dump(
+      {{"object", "list"}, {"data", OrderedJson::array({Model(id, created, max_context)})}});
 }
 
 }  // namespace innerq

@@ -12,25 +12,25 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
 // The schema has checked types, ranges and choices: these read what is known to be valid.
 
-QuantMode ReadMode(const Json& json) {
+QuantMode ReadMode(const OrderedJson& json) {
   const std::string name = json.get<std::string>();
   if (name == "symmetric") return QuantMode::kSymmetric;
   return name == "asymmetric" ? QuantMode::kAsymmetric : QuantMode::kHybrid;
 }
 
-QuantAxis ReadAxis(const Json& json) {
+QuantAxis ReadAxis(const OrderedJson& json) {
   return json.get<std::string>() == "inner" ? QuantAxis::kInner : QuantAxis::kOuter;
 }
 
-QuantCodec ReadCodec(const Json& json) {
+QuantCodec ReadCodec(const OrderedJson& json) {
   return json.get<std::string>() == "paper" ? QuantCodec::kPaper : QuantCodec::kFitted;
 }
 
-QuantSpec ReadSpec(const Json& json) {
+QuantSpec ReadSpec(const OrderedJson& json) {
   return {.bits = json.at("bits").get<int>(),
           .mode = ReadMode(json.at("mode")),
           .axis = ReadAxis(json.at("axis")),
@@ -38,7 +38,7 @@ QuantSpec ReadSpec(const Json& json) {
           .codec = ReadCodec(json.at("codec"))};
 }
 
-QuantOverride ReadQuantOverride(const Json& json) {
+QuantOverride ReadQuantOverride(const OrderedJson& json) {
   QuantOverride result;
   if (json.contains("bits")) result.bits = json["bits"].get<int>();
   if (json.contains("mode")) result.mode = ReadMode(json["mode"]);
@@ -48,7 +48,7 @@ QuantOverride ReadQuantOverride(const Json& json) {
   return result;
 }
 
-Result<KvLayerOverride> ReadLayer(const Json& json, const std::string& path) {
+Result<KvLayerOverride> ReadLayer(const OrderedJson& json, const std::string& path) {
   KvLayerOverride layer;
   const std::string range = json.at("range").get<std::string>();
   const char* const end = range.data() + range.size();
@@ -66,7 +66,7 @@ Result<KvLayerOverride> ReadLayer(const Json& json, const std::string& path) {
   return layer;
 }
 
-Result<KvCacheOptions> ReadKvCache(const Json& json) {
+Result<KvCacheOptions> ReadKvCache(const OrderedJson& json) {
   KvCacheOptions options;
   ASSIGN_OR_RETURN(options.memory_bytes, ParseSize(json.at("memory").get<std::string>()));
   options.page_tokens = json.at("page_tokens").get<int64_t>();
@@ -77,7 +77,7 @@ Result<KvCacheOptions> ReadKvCache(const Json& json) {
   options.key = ReadSpec(json.at("key"));
   options.value = ReadSpec(json.at("value"));
   options.normalize_keys = json["key"].at("normalize") == "prompt";
-  const Json& layers = json.at("layers");
+  const OrderedJson& layers = json.at("layers");
   for (size_t i = 0; i < layers.size(); ++i) {
     ASSIGN_OR_RETURN(KvLayerOverride layer,
                      ReadLayer(layers[i], "kv_cache.layers." + std::to_string(i)));
@@ -86,7 +86,7 @@ Result<KvCacheOptions> ReadKvCache(const Json& json) {
   return options;
 }
 
-Result<BackendOptions> ReadBackend(const Json& json) {
+Result<BackendOptions> ReadBackend(const OrderedJson& json) {
   const BackendOptions options{.device = json.at("device").get<std::string>(),
                                .variant = json.at("variant").get<std::string>(),
                                .threads = json.at("threads").get<int>(),
@@ -105,7 +105,7 @@ Result<BackendOptions> ReadBackend(const Json& json) {
   return options;
 }
 
-Result<EngineOptions> ReadScheduler(const Json& json) {
+Result<EngineOptions> ReadScheduler(const OrderedJson& json) {
   const EngineOptions options{.max_sequences = json.at("max_sequences").get<int64_t>(),
                               .max_batch_tokens = json.at("max_batch_tokens").get<int64_t>(),
                               .max_queue = json.at("max_queue").get<int64_t>(),
@@ -128,7 +128,8 @@ std::optional<WeightFormat> ReadDtype(const std::string& name) {
 }
 
 // Reads a size in [low, high] bytes.
-Result<int64_t> ReadSize(const Json& json, const std::string& path, int64_t low, int64_t high) {
+Result<int64_t> ReadSize(const OrderedJson& json, const std::string& path, int64_t low,
+                         int64_t high) {
   ASSIGN_OR_RETURN(const int64_t bytes, ParseSize(json.get<std::string>()));
   if (bytes >= low && bytes <= high) return bytes;
   return InvalidArgument(path + ": " + json.get<std::string>() + " is not between " +
@@ -136,13 +137,13 @@ Result<int64_t> ReadSize(const Json& json, const std::string& path, int64_t low,
                          path);
 }
 
-Result<ServerOptions> ReadServer(const Json& json) {
+Result<ServerOptions> ReadServer(const OrderedJson& json) {
   ServerOptions options;
   options.host = json.at("host").get<std::string>();
   options.port = json.at("port").get<int>();
   options.api_keys = json.at("api_keys").get<std::vector<std::string>>();
   options.api_key_file = json.at("api_key_file").get<std::string>();
-  const Json& limits = json.at("key_limits");
+  const OrderedJson& limits = json.at("key_limits");
   options.key_limits = {.requests_per_minute = limits.at("requests_per_minute").get<int64_t>(),
                         .concurrent_requests = limits.at("concurrent_requests").get<int64_t>()};
   const bool limited =
@@ -217,9 +218,9 @@ Result<void> FindPaths(const std::filesystem::path& directory, Options* options)
 
 Result<Options> ParseOptions(std::string_view text, const std::vector<std::string>& overrides) {
   ASSIGN_OR_RETURN(const std::string checked, ApplySchema(kConfigSchema, text, overrides));
-  const Json json = Json::parse(checked);
+  const OrderedJson json = OrderedJson::parse(checked);
   Options options;
-  const Json& model = json.at("model");
+  const OrderedJson& model = json.at("model");
   options.model.path = model.at("path").get<std::string>();
   options.model.alias = model.at("alias").get<std::string>();
   if (options.model.alias.empty()) options.model.alias = DirectoryName(options.model.path);
@@ -232,7 +233,7 @@ Result<Options> ParseOptions(std::string_view text, const std::vector<std::strin
   const KvCacheOptions& cache = options.runner.kv_cache;
   options.runner.engine.exact_prefill = cache.exact_prefill;
   options.runner.engine.prefix_cache = cache.prefix_cache && !cache.exact_prefill;
-  const Json& self_check = json.at("self_check");
+  const OrderedJson& self_check = json.at("self_check");
   options.self_check = {.enabled = self_check.at("enabled").get<bool>(),
                         .seconds = self_check.at("seconds").get<double>(),
                         .warn_kl = self_check.at("warn_kl").get<double>()};

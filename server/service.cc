@@ -11,7 +11,7 @@
 namespace innerq {
 namespace {
 
-HttpResponse Json(std::string body, int status = 200) {
+HttpResponse JsonResponse(std::string body, int status = 200) {
   return {.status = status, .body = std::move(body)};
 }
 
@@ -64,7 +64,7 @@ void Service::Open(Parts parts) {
 HttpResponse Service::Ready() const {
   if (!open_) return Unavailable("The model is still loading.");
   if (!engine_->ready()) return Unavailable("The server takes no new requests.");
-  return Json("{\"status\": \"ready\"}");
+  return JsonResponse("{\"status\": \"ready\"}");
 }
 
 std::vector<HttpRoute> Service::Routes() {
@@ -86,11 +86,12 @@ std::vector<HttpRoute> Service::Routes() {
       return access_.Admit(request, std::chrono::steady_clock::now());
     };
   };
-  add("GET", "/health", [](const HttpRequest&) { return Json("{\"status\": \"ok\"}"); });
+  add("GET", "/health", [](const HttpRequest&) { return JsonResponse("{\"status\": \"ok\"}"); });
   add("GET", "/ready", [this](const HttpRequest&) { return Ready(); });
-  add("GET", "/version",
-      [this](const HttpRequest&) { return Json("{\"version\": " + QuoteJson(version_) + "}"); });
-  add("GET", "/openapi.json", [](const HttpRequest&) { return Json(kOpenApi); });
+  add("GET", "/version", [this](const HttpRequest&) {
+    return JsonResponse("{\"version\": " + QuoteJson(version_) + "}");
+  });
+  add("GET", "/openapi.json", [](const HttpRequest&) { return JsonResponse(kOpenApi); });
   add_open("GET", "/metrics", [this](const HttpRequest&) {
     return HttpResponse{.content_type = "text/plain; version=0.0.4; charset=utf-8",
                         .body = metrics_->Render(engine_->Stats())};

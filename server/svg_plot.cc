@@ -16,7 +16,7 @@ constexpr double kLeft = 84, kTop = 48, kBottom = 60;
 constexpr double kLegendLine = 18, kLegendIndent = 36;
 constexpr double kCharWidth = 7;  // of most characters at 12 pixels, generously
 
-std::string Escape(std::string_view text) {
+std::string EscapeXml(std::string_view text) {
   std::string escaped;
   for (const char c : text) {
     switch (c) {
@@ -97,8 +97,8 @@ std::string TickText(const Axis& axis, double tick) {
 
 void AppendText(std::string& svg, double x, double y, std::string_view attributes,
                 std::string_view text) {
-  svg +=
-      fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\"{}>{}</text>\n", x, y, attributes, Escape(text));
+  svg += fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\"{}>{}</text>\n", x, y, attributes,
+                     EscapeXml(text));
 }
 
 void AppendAxes(std::string& svg, const Axis& x, const Axis& y) {

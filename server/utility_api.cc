@@ -8,18 +8,18 @@
 namespace innerq {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
-HttpResponse JsonAnswer(const Json& json) {
-  return {.body = json.dump(-1, ' ', false, Json::error_handler_t::replace)};
+HttpResponse JsonAnswer(const OrderedJson& json) {
+  return {.body = json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace)};
 }
 
-Json TemplateSource(const ApiModel& model) {
-  return model.chat_template ? Json(model.chat_template->source()) : Json();
+OrderedJson TemplateSource(const ApiModel& model) {
+  return model.chat_template ? OrderedJson(model.chat_template->source()) : OrderedJson();
 }
 
 // The text of a special token, null if there is none.
-Json SpecialToken(const Tokenizer& tokenizer, const std::optional<int32_t>& id) {
+OrderedJson SpecialToken(const Tokenizer& tokenizer, const std::optional<int32_t>& id) {
   if (!id) return nullptr;
   return tokenizer.TokenBytes(*id, /*first=*/false, /*special=*/true);
 }
@@ -152,7 +152,9 @@ HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
 
 HttpResponse UtilityApi::TokenizerInfo() const {
   const Tokenizer& tokenizer = *model_.tokenizer;
-  const auto id = [](const std::optional<int32_t>& token) { return token ? Json(*token) : Json(); };
+  const auto id = [](const std::optional<int32_t>& token) {
+    return token ? OrderedJson(*token) : OrderedJson();
+  };
   return JsonAnswer({{"vocab_size", tokenizer.vocab_size()},
                      {"model_max_length", engine_->options().max_context},
                      {"add_bos_token", !tokenizer.Encode("", {}).empty()},
@@ -167,15 +169,15 @@ HttpResponse UtilityApi::TokenizerInfo() const {
 HttpResponse UtilityApi::Props() const {
   const EngineOptions& options = engine_->options();
   const SamplingParams sampling;
-  const Json params = {{"temperature", sampling.temperature},
-                       {"top_k", sampling.top_k},
-                       {"top_p", sampling.top_p},
-                       {"min_p", sampling.min_p},
-                       {"repeat_penalty", sampling.repetition_penalty},
-                       {"presence_penalty", sampling.presence_penalty},
-                       {"frequency_penalty", sampling.frequency_penalty},
-                       {"ignore_eos", false},
-                       {"stream", false}};
+  const OrderedJson params = {{"temperature", sampling.temperature},
+                              {"top_k", sampling.top_k},
+                              {"top_p", sampling.top_p},
+                              {"min_p", sampling.min_p},
+                              {"repeat_penalty", sampling.repetition_penalty},
+                              {"presence_penalty", sampling.presence_penalty},
+                              {"frequency_penalty", sampling.frequency_penalty},
+                              {"ignore_eos", false},
+                              {"stream", false}};
   const Tokenizer& tokenizer = *model_.tokenizer;
   return JsonAnswer(
       {{"default_generation_settings", {{"n_ctx", options.max_context}, {"params", params}}},
@@ -197,7 +199,7 @@ HttpResponse UtilityApi::Props() const {
          {"max_queue", options.max_queue},
          {"max_context", options.max_context}}},
        {"kv_cache",
-        {{"configuration", Json::parse(props_.kv_cache)},
+        {{"configuration", OrderedJson::parse(props_.kv_cache)},
          {"capacity_tokens", cache_.capacity_tokens},
          {"bits_per_element", cache_.sealed_bits},
          {"bits_per_element_with_windows", cache_.effective_bits},
@@ -207,7 +209,7 @@ HttpResponse UtilityApi::Props() const {
 
 HttpResponse UtilityApi::Slots() const {
   const EngineOptions& options = engine_->options();
-  Json slots = Json::array();
+  OrderedJson slots = OrderedJson::array();
   for (const RunningRequest& running : engine_->Running()) {
     slots.push_back(
         {{"id", slots.size()},

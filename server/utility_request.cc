@@ -17,9 +17,9 @@ constexpr unsigned kDetokenize = Bit(UtilityEndpoint::kDetokenize);
 constexpr unsigned kApplyTemplate = Bit(UtilityEndpoint::kApplyTemplate);
 
 // Reads one request.
-class Parser : public RequestParser<Json> {
+class UtilityParser : public RequestParser<Json> {
  public:
-  explicit Parser(UtilityEndpoint endpoint) : endpoint_(endpoint) {}
+  explicit UtilityParser(UtilityEndpoint endpoint) : endpoint_(endpoint) {}
 
   std::variant<UtilityRequest, ApiError> Run(std::string_view body) {
     Json json;
@@ -36,19 +36,19 @@ class Parser : public RequestParser<Json> {
   }
 
  private:
-  static std::span<const Entry<Parser>> Entries() {
-    static constexpr Entry<Parser> kEntries[] = {
-        {"model", kTokenize | kDetokenize | kApplyTemplate, &Parser::Model},
-        {"prompt", kTokenize, &Parser::Text},
-        {"content", kTokenize, &Parser::Text},
-        {"messages", kTokenize | kApplyTemplate, &Parser::Conversation},
-        {"tokens", kDetokenize, &Parser::Tokens},
-        {"add_special_tokens", kTokenize, &Parser::AddSpecial},
-        {"add_special", kTokenize, &Parser::AddSpecial},
-        {"parse_special", kTokenize, &Parser::ParseSpecial},
-        {"add_generation_prompt", kTokenize | kApplyTemplate, &Parser::AddGenerationPrompt},
-        {"return_token_strs", kTokenize, &Parser::ReturnTokenStrs},
-        {"with_pieces", kTokenize, &Parser::WithPieces},
+  static std::span<const Entry<UtilityParser>> Entries() {
+    static constexpr Entry<UtilityParser> kEntries[] = {
+        {"model", kTokenize | kDetokenize | kApplyTemplate, &UtilityParser::Model},
+        {"prompt", kTokenize, &UtilityParser::Text},
+        {"content", kTokenize, &UtilityParser::Text},
+        {"messages", kTokenize | kApplyTemplate, &UtilityParser::Conversation},
+        {"tokens", kDetokenize, &UtilityParser::Tokens},
+        {"add_special_tokens", kTokenize, &UtilityParser::AddSpecial},
+        {"add_special", kTokenize, &UtilityParser::AddSpecial},
+        {"parse_special", kTokenize, &UtilityParser::ParseSpecial},
+        {"add_generation_prompt", kTokenize | kApplyTemplate, &UtilityParser::AddGenerationPrompt},
+        {"return_token_strs", kTokenize, &UtilityParser::ReturnTokenStrs},
+        {"with_pieces", kTokenize, &UtilityParser::WithPieces},
     };
     return kEntries;
   }
@@ -146,11 +146,11 @@ class Parser : public RequestParser<Json> {
 
 std::variant<UtilityRequest, ApiError> ParseUtilityRequest(std::string_view body,
                                                            UtilityEndpoint endpoint) {
-  return Parser(endpoint).Run(body);
+  return UtilityParser(endpoint).Run(body);
 }
 
 std::vector<std::string_view> UtilityParameterNames(UtilityEndpoint endpoint) {
-  return Parser::Names(endpoint);
+  return UtilityParser::Names(endpoint);
 }
 
 }  // namespace innerq

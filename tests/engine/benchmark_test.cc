@@ -4,31 +4,15 @@
 
 #include <cmath>
 
+#include "tests/engine/engine_test_util.h"
 #include "tests/engine/llama_step_model.h"
 
 namespace innerq {
 namespace {
 
-ModelRunnerOptions TinyOptions() {
-  ModelRunnerOptions options;
-  options.backend.threads = 1;
-  options.kv_cache.memory_bytes = int64_t{8} << 20;
-  options.engine.max_sequences = 4;
-  options.engine.max_batch_tokens = 64;
-  return options;
-}
-
 std::unique_ptr<ModelRunner> TinyRunner(const ModelRunnerOptions& options = TinyOptions()) {
   return ModelRunner::CreateRandom(TinyLlama(), /*seed=*/11, options).value();
 }
-
-KvCacheOptions HalfPrecision() {
-  KvCacheOptions options;
-  options.key.bits = options.value.bits = 16;
-  return options;
-}
-
-bool GoOn(int64_t) { return true; }
 
 TEST(Benchmark, RandomWeightsAreThoseOfTheirSeed) {
   ForwardBatch batch;

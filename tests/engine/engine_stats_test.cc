@@ -63,9 +63,7 @@ TEST(EngineStats, PhasesAreThoseThatARequestWentThrough) {
 }
 
 TEST(EngineStats, GroupsOfEverySealedPageAreCountedPerLayer) {
-  const auto checkpoint =
-      Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama")
-          .value();  // 2 layers, 2 key/value heads of 64, context 256
+  const auto checkpoint = TinyCheckpoint();
   for (const QuantCodec codec : {QuantCodec::kPaper, QuantCodec::kFitted}) {
     ModelRunnerOptions options;
     options.kv_cache.memory_bytes = int64_t{8} << 20;

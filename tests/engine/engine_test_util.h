@@ -4,7 +4,6 @@
 
 #include <chrono>
 #include <condition_variable>
-#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -13,19 +12,39 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/kv_cache.h"
+#include "engine/model_runner.h"
 #include "engine/sampler.h"
 #include "gtest/gtest.h"
 #include "models/checkpoint.h"
 #include "tests/engine/hash_model.h"
+#include "tests/models/test_files.h"
 
 namespace innerq {
 
-// 2 layers, 2 key/value heads of 64, vocabulary 128, context 256.
 inline std::shared_ptr<const Checkpoint> TinyCheckpoint() {
-  return Checkpoint::Open(std::filesystem::path(INNERQ_SOURCE_DIR) /
-                          "tests/models/golden/tiny_llama")
-      .value();
+  return Checkpoint::Open(TinyLlamaDirectory()).value();
 }
+
+inline KvCacheOptions HalfPrecision(int64_t memory_bytes = KvCacheOptions().memory_bytes) {
+  KvCacheOptions options;
+  options.key.bits = options.value.bits = 16;
+  options.memory_bytes = memory_bytes;
+  return options;
+}
+
+// For one thread and little memory.
+inline ModelRunnerOptions TinyOptions() {
+  ModelRunnerOptions options;
+  options.backend.threads = 1;
+  options.kv_cache.memory_bytes = int64_t{8} << 20;
+  options.engine.max_sequences = 4;
+  options.engine.max_batch_tokens = 64;
+  return options;
+}
+
+// Progress that stops nothing.
+inline bool GoOn(int64_t) { return true; }
 
 constexpr std::chrono::seconds kLong(60);  // only a defect makes a test wait so long
 

@@ -15,16 +15,11 @@
 namespace innerq {
 namespace {
 
-KvCacheOptions HalfPrecision() {
-  KvCacheOptions options;
-  options.key.bits = options.value.bits = 16;
-  options.memory_bytes = int64_t{8} << 20;
-  return options;
-}
+constexpr int64_t kMemory = int64_t{8} << 20;
 
 KvCacheOptions ThreeBits() {
   KvCacheOptions options;
-  options.memory_bytes = int64_t{8} << 20;
+  options.memory_bytes = kMemory;
   return options;
 }
 
@@ -44,8 +39,6 @@ std::vector<int32_t> RandomTokens(int64_t count, uint32_t seed) {
   for (int32_t& token : tokens) token = static_cast<int32_t>(random() % 128);
   return tokens;
 }
-
-bool GoOn(int64_t) { return true; }
 
 using Runners = std::vector<std::unique_ptr<ModelRunner>>;
 
@@ -70,7 +63,7 @@ TEST(Evaluate, EqualCachesDivergeByExactlyNothing) {
 
 TEST(Evaluate, AQuantizedCacheDivergesWhereItsPagesAreReadAndNowhereElse) {
   Runners runners;
-  runners.push_back(TinyRunner(HalfPrecision()));
+  runners.push_back(TinyRunner(HalfPrecision(kMemory)));
   runners.push_back(runners[0]->WithCache(ThreeBits(), {.max_context = 256}).value());
   const std::vector<EvalText> texts = {{.tokens = RandomTokens(256, 3)}};
   const auto scores = ScoreTexts(runners, texts, /*compare=*/true, GoOn).value();
@@ -239,7 +232,7 @@ TEST(Evaluate, AsksAgainWhereTheQueueIsShorterThanWhatMayRun) {
 }
 
 TEST(Evaluate, FurtherCachesHaveThePagesThatTheirSequencesNeed) {
-  const auto runner = TinyRunner(HalfPrecision());
+  const auto runner = TinyRunner(HalfPrecision(kMemory));
   for (const int bits : {2, 3, 8, 16}) {
     for (const bool exact : {false, true}) {
       for (const int64_t context : {2, 31, 33, 160, 161, 256}) {
@@ -333,7 +326,7 @@ TEST(Evaluate, Stories260KOnTinyStoriesIsWhatOthersMeasure) {
   }
   ModelRunnerOptions options;
   options.backend.threads = 1;
-  options.kv_cache = HalfPrecision();
+  options.kv_cache = HalfPrecision(kMemory);
   Runners runners;
   runners.push_back(ModelRunner::Create(Checkpoint::Open(directory).value(), options).value());
   const auto scores = ScoreTexts(runners, texts, /*compare=*/false, GoOn).value();

@@ -73,7 +73,7 @@ struct Outcome {
   int64_t preemptions = 0;
 };
 
-struct Schedule {
+struct NamedSchedule {
   const char* name;
   int64_t max_batch_tokens;
   int num_neighbours;
@@ -82,7 +82,7 @@ struct Schedule {
 };
 
 Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOptions& cache,
-              const Schedule& run) {
+              const NamedSchedule& run) {
   const KvLayout layout =
       KvLayout::Create(ResolveKvCacheSpec(cache, TinyLlama()).value(), CodeOrder::kRowMajor)
           .value();
@@ -191,13 +191,13 @@ TEST_P(ExactnessOfCaches, LogitsDoNotDependOnNeighboursChunksOrPreemption) {
   const std::vector<float>& first = alone.record.logits.begin()->second;
   const auto [low, high] = std::minmax_element(first.begin(), first.end());
   ASSERT_GT(*high - *low, 0.1f) << "the logits are too flat to tell anything";
-  for (const Schedule& run : {Schedule{"16 neighbours", 512, 16, false},
-                              {"chunks of 1", 1, 0, false},
-                              {"chunks of 32", 32, 0, false},
-                              {"chunks of 33", 33, 0, false},
-                              {"16 neighbours, 33 rows", 33, 16, false},
-                              {"32 rows with logits", 512, 0, false, 32},
-                              {"preempted", 512, 16, true}}) {
+  for (const NamedSchedule& run : {NamedSchedule{"16 neighbours", 512, 16, false},
+                                   {"chunks of 1", 1, 0, false},
+                                   {"chunks of 32", 32, 0, false},
+                                   {"chunks of 33", 33, 0, false},
+                                   {"16 neighbours, 33 rows", 33, 16, false},
+                                   {"32 rows with logits", 512, 0, false, 32},
+                                   {"preempted", 512, 16, true}}) {
     SCOPED_TRACE(run.name);
     const Outcome other = Serve(variant, format, cache, run);
     ExpectSameEvents(other.events, alone.events);

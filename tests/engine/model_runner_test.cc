@@ -9,14 +9,6 @@
 namespace innerq {
 namespace {
 
-ModelRunnerOptions TinyOptions() {
-  ModelRunnerOptions options;
-  options.kv_cache.memory_bytes = int64_t{8} << 20;
-  options.engine.max_sequences = 4;
-  options.engine.max_batch_tokens = 64;
-  return options;
-}
-
 TEST(ModelRunner, ReportsWhatCameUp) {
   ModelRunnerOptions options = TinyOptions();
   options.dtype = WeightFormat::kF32;
@@ -83,7 +75,7 @@ TEST(ModelRunner, ExplainsWhatItCannotDo) {
 
 // Real kernels, and weights of which one token's are not finite.
 TEST(ModelRunner, ATokenThatCannotBeCachedEndsItsRequestAlone) {
-  const auto tiny = std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
+  const auto tiny = TinyLlamaDirectory();
   const TemporaryDirectory directory;
   std::string config = ReadAll(tiny / "config.json");
   const std::string tied = R"("tie_word_embeddings": true)";

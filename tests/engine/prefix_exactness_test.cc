@@ -26,7 +26,7 @@ bool SameBits(std::span<const float> a, std::span<const float> b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
 }
 
-struct Shape {
+struct CacheShape {
   bool quantized;
   int64_t recent_tokens;
   bool norms;
@@ -37,7 +37,7 @@ struct Shape {
 // under several salts; some are scored, some leave. Every row is compared with the oracle's.
 class Crowd {
  public:
-  Crowd(const Shape& shape, uint32_t seed)
+  Crowd(const CacheShape& shape, uint32_t seed)
       : layout_(TestLayout(shape.quantized, shape.recent_tokens, shape.norms, shape.sink_tokens)),
         random_(seed) {
     // Even seeds: pools that hold one sequence of the longest kind and little more.
@@ -141,8 +141,8 @@ class Crowd {
 };
 
 TEST(PrefixCache, RandomCrowdsGetTheLogitsOfAnEngineWithoutACache) {
-  const Shape shapes[] = {{true, 96, true, 32},  {true, 32, true, 32}, {true, 32, true, 0},
-                          {true, 64, false, 32}, {true, 32, true, 64}, {false, 96, true, 32}};
+  const CacheShape shapes[] = {{true, 96, true, 32},  {true, 32, true, 32}, {true, 32, true, 0},
+                               {true, 64, false, 32}, {true, 32, true, 64}, {false, 96, true, 32}};
 #if defined(INNERQ_SANITIZED)
   constexpr int64_t kSeeds = 6;
 #else

@@ -221,10 +221,10 @@ class Simulation {
   std::vector<int64_t> finish_order_;
 };
 
-constexpr PageCounts kPlenty{1000, 1000, 100};
+constexpr PageCounts kAmple{1000, 1000, 100};
 
 TEST(Scheduler, FillsAStepWithDecodesAndTheRestWithPrefill) {
-  Simulation simulation({8, 64, kPlenty}, TestLayout());
+  Simulation simulation({8, 64, kAmple}, TestLayout());
   simulation.Add(10, 50);
   simulation.Add(10, 50);
   EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 10}, {1, 10}}));
@@ -238,7 +238,7 @@ TEST(Scheduler, FillsAStepWithDecodesAndTheRestWithPrefill) {
 }
 
 TEST(Scheduler, StreamOfNewPromptsDoesNotStarveAnOldPrefill) {
-  Simulation simulation({8, 64, kPlenty}, TestLayout());
+  Simulation simulation({8, 64, kAmple}, TestLayout());
   simulation.Add(640, 1);
   for (int i = 0; i < 10; ++i) {
     simulation.Add(5, 1);
@@ -247,7 +247,7 @@ TEST(Scheduler, StreamOfNewPromptsDoesNotStarveAnOldPrefill) {
 }
 
 TEST(Scheduler, APromptIsScoredByNoMoreRowsThanMayHaveLogits) {
-  Simulation simulation({8, 64, kPlenty, /*max_logit_rows=*/20}, TestLayout());
+  Simulation simulation({8, 64, kAmple, /*max_logit_rows=*/20}, TestLayout());
   simulation.Add(10, 50);
   EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 10}}));
   simulation.Add(90, 5, /*scores=*/true);
@@ -260,7 +260,7 @@ TEST(Scheduler, APromptIsScoredByNoMoreRowsThanMayHaveLogits) {
 }
 
 TEST(Scheduler, APromptWithoutAnAnswerIsComputedUpToItsLastToken) {
-  Simulation simulation({8, 64, kPlenty}, TestLayout());
+  Simulation simulation({8, 64, kAmple}, TestLayout());
   simulation.Add(1, 0, /*scores=*/true);
   EXPECT_TRUE(simulation.scheduler().empty()) << "there is nothing to score";
   simulation.Add(10, 0);
@@ -271,7 +271,7 @@ TEST(Scheduler, APromptWithoutAnAnswerIsComputedUpToItsLastToken) {
 }
 
 TEST(Scheduler, RunsNoMoreThanMaxSequences) {
-  Simulation simulation({3, 64, kPlenty}, TestLayout());
+  Simulation simulation({3, 64, kAmple}, TestLayout());
   for (int i = 0; i < 5; ++i) simulation.Add(4, 3);
   EXPECT_EQ(simulation.Step().size(), 3u);
   EXPECT_EQ(simulation.scheduler().waiting().size(), 2u);

@@ -14,7 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-double LogSoftmax(const std::vector<float>& logits, int32_t id) {
+double LogSoftmaxAt(const std::vector<float>& logits, int32_t id) {
   const double largest = *std::max_element(logits.begin(), logits.end());
   double sum = 0;
   for (const float logit : logits) sum += std::exp(logit - largest);
@@ -43,8 +43,7 @@ std::vector<TokenEvent> Scores(const std::filesystem::path& directory,
 
 // Logits agree to 1e-3 (tests/models/golden_test.cc), and a log-softmax at most doubles that.
 TEST(Scoring, TinyLlamaGivesTheLogProbabilitiesOfTransformers) {
-  const auto directory =
-      std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
+  const auto directory = TinyLlamaDirectory();
   const json golden = json::parse(ReadAll(directory / "logits.json"));
   const auto tokens = golden["token_ids"].get<std::vector<int32_t>>();
   for (const int64_t max_batch_tokens : {512, 7}) {
@@ -57,9 +56,9 @@ TEST(Scoring, TinyLlamaGivesTheLogProbabilitiesOfTransformers) {
       const auto logits = golden["logits"][i].get<std::vector<float>>();
       const TokenEvent& score = scores[position];
       EXPECT_EQ(score.token_id, tokens[position + 1]);
-      EXPECT_NEAR(score.logprob, LogSoftmax(logits, score.token_id), 2e-3);
+      EXPECT_NEAR(score.logprob, LogSoftmaxAt(logits, score.token_id), 2e-3);
       ASSERT_EQ(score.top.size(), 1u);
-      EXPECT_NEAR(score.top[0].logprob, LogSoftmax(logits, score.top[0].token_id), 2e-3);
+      EXPECT_NEAR(score.top[0].logprob, LogSoftmaxAt(logits, score.top[0].token_id), 2e-3);
       ++num_compared;
     }
     EXPECT_GE(num_compared, 3u);
@@ -79,7 +78,7 @@ TEST(Scoring, Stories260KGivesTheGoldenLogProbabilities) {
     prompt.push_back(token);
     const TokenEvent score = Scores(directory, prompt, 512).back();
     EXPECT_EQ(score.token_id, token);
-    EXPECT_NEAR(score.logprob, LogSoftmax(logits, token), 2e-3 * 17.5);
+    EXPECT_NEAR(score.logprob, LogSoftmaxAt(logits, token), 2e-3 * 17.5);
   }
   tokens.resize(1);  // the beginning of a sequence, which the golden continuation follows
   const auto greedy = golden["greedy_continuation_ids"].get<std::vector<int32_t>>();

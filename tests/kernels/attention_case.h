@@ -18,6 +18,10 @@ namespace innerq {
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int32_t kNormId = 1;  // of two slots
 
+constexpr QuantMode kSym = QuantMode::kSymmetric, kAsym = QuantMode::kAsymmetric,
+                    kHybrid = QuantMode::kHybrid;
+constexpr QuantAxis kIn = QuantAxis::kInner, kOut = QuantAxis::kOuter;
+
 struct Case {
   std::string name;
   QuantSpec key, value;

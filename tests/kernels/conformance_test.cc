@@ -18,7 +18,7 @@
 #include "tests/kernels/forwarding_backend.h"
 #include "tests/kernels/host_mirror.h"
 
-namespace innerq::testing {
+namespace innerq::conformance {
 namespace {
 
 constexpr uint64_t kSeed = 20260223;
@@ -1074,4 +1074,4 @@ TEST(ConformanceSuite, CatchesEveryDamageInEveryCaseOfTheCache) {
 }
 
 }  // namespace
-}  // namespace innerq::testing
+}  // namespace innerq::conformance

@@ -26,9 +26,6 @@ QuantSpec Spec(int bits, QuantMode mode, QuantAxis axis, int group_size,
   return {bits, mode, axis, group_size, codec};
 }
 
-constexpr QuantMode kSym = QuantMode::kSymmetric, kAsym = QuantMode::kAsymmetric,
-                    kHybrid = QuantMode::kHybrid;
-constexpr QuantAxis kIn = QuantAxis::kInner, kOut = QuantAxis::kOuter;
 constexpr QuantCodec kPaper = QuantCodec::kPaper;
 
 std::vector<Case> AllCases() {

@@ -16,7 +16,7 @@
 namespace innerq {
 namespace {
 
-constexpr uint64_t kSeed = 20260722;
+constexpr uint64_t kMatMulSeed = 20260722;
 constexpr double kU = 0x1p-24;  // unit roundoff of F32
 constexpr int64_t kMaxRows = 600;
 constexpr int64_t kMaxInputs = 2100;
@@ -135,7 +135,7 @@ class MatMulOfVariant : public ::testing::TestWithParam<std::string> {};
 // Products of several sizes, plain and with bias and residual, on one backend.
 void CheckSizes(Backend& backend, const std::vector<int64_t>& ms, const std::vector<int64_t>& ns,
                 const std::vector<int64_t>& ks) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kMatMulSeed);
   for (const WeightFormat format : kFormats) {
     for (const int64_t n : ns) {
       for (const int64_t k : ks) {
@@ -169,7 +169,7 @@ TEST_P(MatMulOfVariant, IsWithinRoundingOfDoubleSumsAcrossCacheBlocksAndTasks) {
 }
 
 TEST_P(MatMulOfVariant, GivesARowTheSameBitsForEveryNumberOfRowsAndThreads) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kMatMulSeed);
   const auto one_thread = MakeBackend(GetParam(), 1);
   const auto two_threads = MakeBackend(GetParam(), 2);
   const int64_t m = 512, n = 80;
@@ -193,7 +193,7 @@ TEST_P(MatMulOfVariant, GivesARowTheSameBitsForEveryNumberOfRowsAndThreads) {
 }
 
 TEST_P(MatMulOfVariant, KeepsANonFiniteRowToItself) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kMatMulSeed);
   const auto backend = MakeBackend(GetParam(), 2);
   const int64_t m = 33, n = 40, k = 72;
   for (const WeightFormat format : kFormats) {
@@ -214,7 +214,7 @@ TEST_P(MatMulOfVariant, KeepsANonFiniteRowToItself) {
 }
 
 TEST_P(MatMulOfVariant, StacksPartsOfAnyTypeAndTheirBiases) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kMatMulSeed);
   const auto backend = MakeBackend(GetParam(), 2);
   const int64_t m = 5, k = 48, rows[3] = {20, 7, 30}, n = 57;
   std::vector<float> w = Normal(random, n * k), bias = Normal(random, n);
@@ -261,7 +261,7 @@ TEST(MatMul, OfANondeterministicBackendIsWithinRoundingOfDoubleSums) {
 
 TEST(MatMul, OfANondeterministicBackendRepeatsItselfAfterManySizes) {
   const auto backend = MakeBackend("auto", 1, false);
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kMatMulSeed);
   const int64_t n = 40, k = 64, most = 70;  // more sizes than oneDNN's plans that are kept
   const std::vector<float> x = Normal(random, most * k);
   const Weight weight = Pack(*backend, Normal(random, n * k), n, k, WeightFormat::kF32);

@@ -10,13 +10,11 @@
 #include <vector>
 
 #include "kernels/float16.h"
+#include "tests/kernels/attention_case.h"
 
 namespace innerq {
 namespace {
 
-constexpr QuantMode kSym = QuantMode::kSymmetric, kAsym = QuantMode::kAsymmetric,
-                    kHybrid = QuantMode::kHybrid;
-constexpr QuantAxis kIn = QuantAxis::kInner, kOut = QuantAxis::kOuter;
 constexpr CodeOrder kOrders[] = {CodeOrder::kRowMajor, CodeOrder::kPanel16,
                                  CodeOrder::kMmaFragment};
 

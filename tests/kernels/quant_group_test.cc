@@ -17,7 +17,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr uint64_t kSeed = 20260301;
+constexpr uint64_t kGroupSeed = 20260301;
 constexpr int kGroup = 32;
 constexpr QuantMode kModes[] = {QuantMode::kSymmetric, QuantMode::kAsymmetric, QuantMode::kHybrid};
 constexpr QuantCodec kCodecs[] = {QuantCodec::kPaper, QuantCodec::kFitted};
@@ -64,7 +64,7 @@ std::vector<float> Normal(std::mt19937_64& random, int n) {
 // Groups that differ in kind: Gaussian, with an outlier, shifted, one-sided, constant, two values,
 // as small as F16's subnormals, as large as F16 goes.
 std::vector<std::vector<float>> HardGroups(int n) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kGroupSeed);
   std::vector<std::vector<float>> groups;
   for (int i = 0; i < 16; ++i) {
     std::vector<float> x = Normal(random, n);
@@ -177,7 +177,7 @@ TEST(QuantGroup, PaperCodecEqualsTheAuthorsQuantizer) {
 }
 
 TEST(QuantGroup, FittedErrorIsNoLargerThanPaperErrorInAnyGroup) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kGroupSeed);
   std::vector<std::vector<float>> groups = HardGroups(kGroup);
   for (int i = 0; i < 2000; ++i) groups.push_back(Normal(random, kGroup));
   for (const int bits : {2, 3, 4, 8}) {
@@ -200,7 +200,7 @@ TEST(QuantGroup, FittedErrorIsNoLargerThanPaperErrorInAnyGroup) {
 
 // Noise-to-signal power of Gaussian groups.
 double NoiseToSignal(const QuantSpec& spec) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kGroupSeed);
   double noise = 0, signal = 0;
   for (int i = 0; i < 4000; ++i) {
     const std::vector<float> x = Normal(random, kGroup);
@@ -232,7 +232,7 @@ TEST(QuantGroup, NoiseOfGaussianGroupsIsAsDocumented) {
 // Normalized keys of channels whose norms c spread over two octaves, their errors weighted by c^2:
 // what the fit without weights loses is what it spends on channels that matter little.
 TEST(QuantGroup, WeightsLowerTheErrorThatTheyWeigh) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kGroupSeed);
   std::vector<float> weights, ones(kGroup, 1.0f);
   for (int i = 0; i < kGroup; ++i) weights.push_back(std::exp2(static_cast<float>(i % 5) - 2.0f));
   const auto weighted_error = [&](const std::vector<float>& x, const std::vector<float>& decoded) {
@@ -333,7 +333,7 @@ TEST(QuantGroup, LanesGiveTheBitsOfSingleGroups) {
 }
 
 TEST(QuantGroup, CodesReadBackAsWrittenAndLeaveTheirNeighbours) {
-  std::mt19937_64 random(kSeed);
+  std::mt19937_64 random(kGroupSeed);
   constexpr int64_t kCodes = 67;
   for (const int bits : {2, 3, 4, 8}) {
     const auto bytes = static_cast<size_t>((kCodes * bits + 7) / 8);

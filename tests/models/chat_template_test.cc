@@ -390,22 +390,22 @@ TEST(ChatTemplateTest, AutoRunsTheModelsOwnTemplate) {
 
 TEST(ChatTemplateTest, ToolsGoToTheTemplateForThem) {
   const ChatOptions tools{.tools = R"([{"name": "f", "list": [1, 2.5, null, true, "\u00e9"]}])"};
-  const std::string json = R"([{"name": "f", "list": [1, 2.5, null, true, "\u00e9"]}])";
+  const std::string list = R"([{"name": "f", "list": [1, 2.5, null, true, "\u00e9"]}])";
   const std::string print = "{{ tools | tojson(ensure_ascii=true) if tools else 'no tools' }}";
   const std::string user = "{{ messages[0].content }}";
   const ModelDirectory one(Files{{"chat_template.jinja", user + print}});
   EXPECT_EQ(one.Hi(), "hino tools");
-  EXPECT_EQ(one.Hi(tools), "hi" + json);
+  EXPECT_EQ(one.Hi(tools), "hi" + list);
   const ModelDirectory two(Files{{"chat_template.jinja", user},
                                  {"additional_chat_templates/tool_use.jinja", user + "T" + print}});
   EXPECT_EQ(two.Hi(), "hi");
-  EXPECT_EQ(two.Hi(tools), "hiT" + json);
+  EXPECT_EQ(two.Hi(tools), "hiT" + list);
   const ModelDirectory listed(Files{
       {"tokenizer_config.json",
        R"({"chat_template": [{"name": "tool_use", "template": )" + Quoted(user + "L" + print) +
            R"(}, {"name": "default", "template": )" + Quoted(user) + "}]}"}});
   EXPECT_EQ(listed.Hi(), "hi");
-  EXPECT_EQ(listed.Hi(tools), "hiL" + json);
+  EXPECT_EQ(listed.Hi(tools), "hiL" + list);
   // Text of tools is not trusted, and JSON that no one could read is refused.
   const auto chat = *one.LoadTemplate();
   const auto segments = chat->Render({{"user", "hi"}}, tools);

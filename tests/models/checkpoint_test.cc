@@ -17,10 +17,6 @@ constexpr char kConfig[] = R"({"architectures": ["LlamaForCausalLM"], "hidden_si
   "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4,
   "max_position_embeddings": 64})";
 
-std::filesystem::path TinyLlama() {
-  return std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
-}
-
 // A directory with a valid config.json, to put tensor files in.
 class CheckpointTest : public testing::Test {
  protected:
@@ -205,8 +201,8 @@ TEST_F(CheckpointTest, NamesBothFilesWhenNeitherIsThere) {
 class LlamaLoadTest : public testing::Test {
  protected:
   void SetUp() override {
-    config_ = json::parse(ReadAll(TinyLlama() / "config.json"));
-    const auto checkpoint = Checkpoint::Open(TinyLlama());
+    config_ = json::parse(ReadAll(TinyLlamaDirectory() / "config.json"));
+    const auto checkpoint = Checkpoint::Open(TinyLlamaDirectory());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.error().message;
     tensors_ = StoredTensors(**checkpoint);
     expected_ = Logits();
@@ -297,7 +293,7 @@ TEST_F(LlamaLoadTest, RefusesBiasesThatWouldGoUnused) {
 
 TEST_F(LlamaLoadTest, AsksForTheMemoryOfAStepBeforeItReadsWeights) {
   const auto backend = CreateBackend({.device = "cpu", .threads = 1}).value();
-  const auto checkpoint = Checkpoint::Open(TinyLlama()).value();
+  const auto checkpoint = Checkpoint::Open(TinyLlamaDirectory()).value();
   int64_t packed = 0;
   const auto note = [&](int64_t done, int64_t) {
     packed = done;

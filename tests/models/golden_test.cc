@@ -16,10 +16,6 @@ using nlohmann::json;
 
 constexpr int64_t kMaxRows = 256;
 
-std::filesystem::path TinyLlama() {
-  return std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
-}
-
 std::vector<BackendOptions> AllBackends() {
   std::vector<BackendOptions> all = {{.device = "reference"}, {.device = "cuda"}};
   for (const std::string& variant : CpuVariants()) {
@@ -78,8 +74,8 @@ class GoldenTest : public testing::TestWithParam<BackendOptions> {
 // a value lands on the other side of a rounding boundary. In transformers itself F64 against F32
 // arithmetic moves these logits (up to 5.2) by 2.7e-4 that way, and no rounding at all by 3.7e-3.
 TEST_P(GoldenTest, TinyLlamaMatchesTransformersForEveryChunkSize) {
-  ASSERT_NO_FATAL_FAILURE(Load(TinyLlama()));
-  const json golden = json::parse(ReadAll(TinyLlama() / "logits.json"));
+  ASSERT_NO_FATAL_FAILURE(Load(TinyLlamaDirectory()));
+  const json golden = json::parse(ReadAll(TinyLlamaDirectory() / "logits.json"));
   const auto tokens = golden["token_ids"].get<std::vector<int32_t>>();
   for (const int64_t chunk : {int64_t{1000}, int64_t{32}, int64_t{7}, int64_t{1}}) {
     const auto logits = Run(tokens, chunk, UniformCacheSpec(model_->config()));
@@ -162,7 +158,7 @@ TEST_P(GoldenTest, Stories260KGeneratesTheGoldenSixtyTokensGreedily) {
 
 // Visibility is a matter of position alone, so the same bits come out however a prompt is cut.
 TEST_P(GoldenTest, QuantizedCacheGivesTheSameBitsForEveryChunkSize) {
-  ASSERT_NO_FATAL_FAILURE(Load(TinyLlama()));
+  ASSERT_NO_FATAL_FAILURE(Load(TinyLlamaDirectory()));
   std::vector<int32_t> tokens;
   for (int32_t i = 0; i < 240; ++i) tokens.push_back((i * 37 + i * i / 3) % 128);
   const QuantSpec three_bits{.bits = 3};
@@ -179,7 +175,7 @@ TEST_P(GoldenTest, QuantizedCacheGivesTheSameBitsForEveryChunkSize) {
 }
 
 TEST_P(GoldenTest, SequencesOfOneStepDoNotDisturbEachOther) {
-  ASSERT_NO_FATAL_FAILURE(Load(TinyLlama()));
+  ASSERT_NO_FATAL_FAILURE(Load(TinyLlamaDirectory()));
   std::vector<int32_t> first, second;
   for (int32_t i = 0; i < 70; ++i) first.push_back((i * 31 + 5) % 128);
   for (int32_t i = 0; i < 40; ++i) second.push_back((i * 17 + 9) % 128);

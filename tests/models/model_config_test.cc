@@ -111,8 +111,7 @@ TEST_F(ModelConfigTest, ReadsLinearScalingUnderBothOfItsNames) {
 }
 
 TEST_F(ModelConfigTest, InverseFrequenciesEqualTransformersInAllThreeBands) {
-  const auto directory =
-      std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
+  const auto directory = TinyLlamaDirectory();
   const auto config = ReadModelConfig(directory);
   ASSERT_TRUE(config.ok()) << config.error().message;
   const json golden = json::parse(ReadAll(directory / "logits.json"))["inverse_frequencies"];

@@ -26,6 +26,12 @@ inline std::filesystem::path SharedPath(const std::string& relative) {
   return base / relative;
 }
 
+// Random weights of a small Llama 3.2: 2 layers, 2 key/value heads of 64, vocabulary 128, context
+// 256.
+inline std::filesystem::path TinyLlamaDirectory() {
+  return std::filesystem::path(INNERQ_SOURCE_DIR) / "tests/models/golden/tiny_llama";
+}
+
 // Skips the test, by name, if the shared data is not there.
 #define SKIP_WITHOUT(path)                                                       \
   if (!std::filesystem::exists(path)) {                                          \
@@ -61,8 +67,15 @@ class TemporaryDirectory {
 };
 
 // JSON that is valid, but nests so deep that nothing may recurse over it: a frame of 32 bytes a
-// level would already overflow 8 MiB of stack.
-inline std::string DeepJson() { return std::string(300'000, '[') + std::string(300'000, ']'); }
+// level would already overflow 8 MiB of stack, one of 128 bytes under a sanitizer.
+inline std::string DeepJson() {
+#if defined(INNERQ_SANITIZED)
+  constexpr size_t kLevels = 70'000;
+#else
+  constexpr size_t kLevels = 300'000;
+#endif
+  return std::string(kLevels, '[') + std::string(kLevels, ']');
+}
 
 // A safetensors file: header size, header, data.
 inline std::string Safetensors(const std::string& header, const std::string& data) {

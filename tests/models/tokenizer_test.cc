@@ -9,17 +9,12 @@
 #include <sstream>
 
 #include "tests/models/test_files.h"
+#include "tests/models/tokenizer_test_util.h"
 
 namespace innerq {
 namespace {
 
 using nlohmann::json;
-using Ids = std::vector<int32_t>;
-
-constexpr EncodeOptions kPlain{.add_bos = false, .parse_special = false};
-constexpr EncodeOptions kSpecial{.add_bos = false, .parse_special = true};
-
-std::filesystem::path Llama2() { return SharedPath("assets/tokenizers/llama2"); }
 
 std::filesystem::path Demo() { return std::filesystem::path(INNERQ_SOURCE_DIR) / "models/demo"; }
 

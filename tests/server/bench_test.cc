@@ -24,8 +24,7 @@ ConfigSource Source() {
 // With a model whose two layers sanitizers run thousands of tokens of.
 ConfigSource TinySource() {
   ConfigSource source = Source();
-  source.overrides.push_back("model.path=" + std::string(INNERQ_SOURCE_DIR) +
-                             "/tests/models/golden/tiny_llama");
+  source.overrides.push_back("model.path=" + TinyLlamaDirectory().string());
   return source;
 }
 

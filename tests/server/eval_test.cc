@@ -9,7 +9,7 @@
 #include "server/eval_data.h"
 #include "tests/models/test_files.h"
 
-namespace innerq {
+namespace innerq::eval_test {
 namespace {
 
 using Json = nlohmann::json;
@@ -316,4 +316,4 @@ TEST(Eval, AnInterruptedRunLeavesNoFileAndAFullDiskIsAnError) {
 }
 
 }  // namespace
-}  // namespace innerq
+}  // namespace innerq::eval_test
