@@ -84,6 +84,12 @@ step "logits do not depend on neighbours, chunks or preemption; golden logits"
 run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 5 || failed=1
 "$out/models_test" --gtest_filter='Backends/GoldenTest.*/cuda' || failed=1
 
+step "greedy text of the demo model, device against CPU"
+for mode in true false; do
+  python3 tests/gpu/greedy_text.py $out/innerq configs/demo.json cpu \
+    cuda,backend.deterministic=$mode || failed=1
+done
+
 for tool in memcheck racecheck; do
   step "compute-sanitizer $tool"
   if command -v compute-sanitizer >/dev/null; then
