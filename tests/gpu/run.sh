@@ -7,8 +7,8 @@
 #   tests/gpu/run.sh check      only checks and measurements, with what build left in build/cuda/gpu
 # build gathers the programs there, stripped, with the libraries that they load, so that the folder can
 # be carried to a machine that cannot build. For Debian 12 or Ubuntu 24.04; ten minutes with 16 cores.
-# Peers are measured where they are: PyTorch's attention with a python3 that has torch, InnerQ's
-# published kernels if PUBLISHED names a clone of github.com/mthcom/innerq for the build.
+# Peers are measured where they are: PyTorch's attention and Hugging Face transformers with a python3 that
+# has them, InnerQ's published kernels if PUBLISHED names a clone of github.com/mthcom/innerq for the build.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -130,6 +130,10 @@ model=(innerq bench -c configs/innerq_base.json --set backend.device=cuda --set 
 timeout 240 "$out/${model[@]}" --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
 timeout 240 "$out/${model[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 --generate 64 --runs 1 ||
   failed=1
+
+step "the same 64 sequences in Hugging Face transformers"
+timeout 240 python3 tests/gpu/peer_transformers.py --layers 8 --batch 64 --depth 8064 --prompt 64 \
+  --generate 64 --runs 1 || failed=1
 
 step "done, $([[ $failed == 0 ]] && echo "all passed" || echo "with failures"); kept in $log"
 exit $failed
