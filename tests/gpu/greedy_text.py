@@ -6,17 +6,17 @@ FIRST and SECOND say in what the two servers differ: settings with commas betwee
 bare word is a backend.device: `cpu cuda`, `cpu cpu,backend.variant=avx2`. Exit code 0: they agree;
 1: they do not. Standard library only.
 
-Half of the prompts are held-out problems, half are held-out texts of 2,000 tokens, most of which lie
-in sealed pages. Each is answered greedily, first without log-probabilities (of which a device may
+Half of the prompts are held-out problems, half are held-out texts of 2,000 tokens, most of which
+lie in sealed pages. Each is answered greedily, first without log-probabilities (then a device may
 give its largest logits alone), then with those of the best five tokens of each position, which must
 not change the answer. Up to the first token that differs both devices have read the same tokens, so
 up to there their logits differ by rounding alone.
 
-The devices' disagreement at such a position is how far they differ, in nats, in the difference of two
-tokens' logits: of the first device's best two, and where the answers part, of the two tokens that
-were chosen. There each device prefers its own, and the disagreement is the sum of both gaps. So one
-bound serves both: it holds for every position, and where answers part it says that they do at a near
-tie. See MOST and most_rms.
+The devices' disagreement at such a position is how far they differ, in nats, in the difference of
+two tokens' logits: of the first device's best two, and where the answers part, of the two tokens
+that were chosen. There each device prefers its own, and the disagreement is the sum of both gaps.
+So one bound serves both: it holds for every position, and where answers part it says that they do
+at a near tie. See MOST and most_rms.
 """
 import argparse
 import concurrent.futures
@@ -34,8 +34,9 @@ sys.path.insert(0, str(ROOT / "tests" / "client"))
 from server_process import model_id, serve  # pylint: disable=wrong-import-position
 
 TOP = 5
-# Of one position, in nats: twice the most that is seen of kernels which are known to agree. What is
-# above most_rms is where an element lies so near to the bound of two codes that it gets another one.
+# Of one position, in nats: twice the most that is seen of kernels which are known to agree. What
+# is above most_rms is where an element lies so near to the border of two codes that it gets the
+# other one.
 #     greedy_text.py build/release/innerq configs/demo.json cpu cpu,backend.variant=avx2
 # printed 0.214 with AMX as the best variant.
 MOST = 0.43
@@ -96,8 +97,9 @@ class Comparison:
             plain = answer(server, request)
             answers.append(answer(server, {**request, "logprobs": TOP}))
             for key in ("text", "finish_reason"):
-                assert answers[-1][key] == plain[key], (
-                    f"with log-probabilities another {key}: {answers[-1][key]!r}, not {plain[key]!r}")
+                found = answers[-1][key]
+                assert found == plain[key], (
+                    f"with log-probabilities another {key}: {found!r}, not {plain[key]!r}")
         # The token that stops an answer is one of its tokens, so none is the beginning of another.
         logprobs = [each["logprobs"] for each in answers]
         for *tokens, first, second in zip(*(each["tokens"] for each in logprobs),

@@ -5,11 +5,11 @@
         [--depth 8064] [--prompt 64] [--generate 64] [--runs 1] [--cache static dynamic]
         [--attention sdpa] [--device cuda] [--json FILE]
 
-The load is that of `innerq bench` with the same options: `batch` sequences, each with `depth` tokens
-in the cache, then prompts of `prompt` random tokens, then `generate` greedy steps of one token each.
-"prefill t/s" is of the prompts over their time, "decode t/s" of the steps over theirs, "total t/s" of
-both over both; medians of several runs, after one that is not measured. A step ends when its tokens
-are on the host. What is at `depth` is not timed: here it is random keys and values.
+The load is that of `innerq bench` with the same options: `batch` sequences, each with `depth`
+tokens in the cache, then prompts of `prompt` random tokens, then `generate` greedy steps of one
+token each. "prefill t/s" is of the prompts over their time, "decode t/s" of the steps over theirs,
+"total t/s" of both over both; medians of several runs, after one that is not measured. A step ends
+when its tokens are on the host. What is at `depth` is not timed: here it is random keys and values.
 
 Caches are transformers' own, BF16: static (allocated once and written in place; attention goes over
 all of it, with a mask) or dynamic (copied to a longer one in each step; no mask in decode). All

@@ -86,7 +86,7 @@ run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 5 || failed=1
 
 step "greedy text of the demo model, device against CPU"
 for mode in true false; do
-  python3 tests/gpu/greedy_text.py $out/innerq configs/demo.json cpu \
+  timeout 240 python3 tests/gpu/greedy_text.py $out/innerq configs/demo.json cpu \
     cuda,backend.deterministic=$mode || failed=1
 done
 
@@ -125,15 +125,21 @@ timeout 120 $out/matmul_gpu_bench || failed=1
 
 step "a whole model: one sequence, then 64 of 8192 tokens through a quarter of its layers"
 model=(innerq bench -c configs/innerq_base.json --set backend.device=cuda --set backend.deterministic=false
-       --set scheduler.max_batch_tokens=2048 --shape llama-3.1-8b
-       --cache configs/fp16.json --cache configs/innerq_base.json)
-timeout 240 "$out/${model[@]}" --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
-timeout 240 "$out/${model[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 --generate 64 --runs 1 ||
-  failed=1
+       --set scheduler.max_batch_tokens=2048 --shape llama-3.1-8b)
+caches=(--cache configs/fp16.json --cache configs/innerq_base.json)
+timeout 240 "$out/${model[@]}" "${caches[@]}" --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
+timeout 240 "$out/${model[@]}" "${caches[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 \
+  --generate 64 --runs 1 || failed=1
 
 step "the same 64 sequences in Hugging Face transformers"
 timeout 240 python3 tests/gpu/peer_transformers.py --layers 8 --batch 64 --depth 8064 --prompt 64 \
   --generate 64 --runs 1 || failed=1
+
+step "kernels of decode steps of two layers, and of attention over 32768 tokens of 8 sequences"
+timeout 120 python3 tests/gpu/kernel_times.py "$out/${model[@]}" --layers 2 --batch 1 \
+  --cache configs/innerq_base.json --prompt 1 --generate 8 --runs 1 || failed=1
+timeout 120 python3 tests/gpu/kernel_times.py $out/attention_gpu_bench tokens=32768 batch=8 \
+  model=32x8x128 cache=innerq_base behind= || failed=1
 
 step "done, $([[ $failed == 0 ]] && echo "all passed" || echo "with failures"); kept in $log"
 exit $failed
