@@ -37,7 +37,6 @@
 namespace innerq::cuda {
 
 constexpr int kSide = 32;                    // of a square
-constexpr int kMostSharedBytes = 99 * 1024;  // that a block may have on sm_120; others have more
 constexpr int kHalfBits = 16;                // of a side that is not quantized
 constexpr int kStages = 2;  // of a team's ring of sealed strips: one is attended, one on its way
 constexpr float kWeightUnit = 0x1p14f;
