@@ -515,7 +515,7 @@ Result<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options
                            "backend.threads");
   }
   ASSIGN_OR_RETURN(CudaDevice device, OpenDevice());
-  ASSIGN_OR_RETURN(std::unique_ptr<LaunchQueue> queue, LaunchQueue::Create());
+  ASSIGN_OR_RETURN(std::unique_ptr<LaunchQueue> queue, LaunchQueue::Create(options.warn));
   std::unique_ptr<CublasMatMul> cublas;
   if (!options.deterministic) {
     ASSIGN_OR_RETURN(cublas, CublasMatMul::Create());
