@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -264,6 +265,9 @@ struct BackendOptions {
   std::string variant = "auto";  // auto, or one of CpuVariants()
   int threads = 0;               // of the CPU; 0: one per available core
   bool deterministic = true;     // rows of MatMul independent of M, on every variant
+  // Is told, in words for a person, of what works as it should but not as well as it could. By the
+  // thread that calls the backend; may be empty.
+  std::function<void(std::string_view)> warn{};
 };
 
 // Plain loops with double sums: the specification of every operation.

@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <optional>
+#include <string_view>
 
 #include "server/progress_bar.h"
 
@@ -63,14 +65,20 @@ Result<std::vector<int32_t>> StopTokens(const ModelParts& model) {
   return ids;
 }
 
-// The runner's options with a bar that shows how far it has come.
-ModelRunnerOptions WithProgress(const Options& options, const std::function<bool()>& interrupted,
-                                ProgressBar* bar) {
+// The runner's options with a bar that shows how far it has come, and warnings on standard error
+// where they do not go to a log.
+ModelRunnerOptions WithReports(const Options& options, const std::function<bool()>& interrupted,
+                               ProgressBar* bar) {
   ModelRunnerOptions runner_options = options.runner;
   runner_options.progress = [&interrupted, bar](int64_t done, int64_t total) {
     bar->Show(done, total);
     return !interrupted();
   };
+  if (!runner_options.backend.warn) {
+    runner_options.backend.warn = [](std::string_view text) {
+      fmt::print(stderr, "innerq: warning: {}\n", text);
+    };
+  }
   return runner_options;
 }
 
@@ -110,8 +118,7 @@ Result<std::unique_ptr<ModelRunner>> LoadWeights(const Options& options,
                                                  std::shared_ptr<const Checkpoint> checkpoint,
                                                  const std::function<bool()>& interrupted) {
   ProgressBar bar("loading weights");
-  auto runner =
-      ModelRunner::Create(std::move(checkpoint), WithProgress(options, interrupted, &bar));
+  auto runner = ModelRunner::Create(std::move(checkpoint), WithReports(options, interrupted, &bar));
   if (runner) return runner;
   Error error = runner.error();
   if (error.code == ErrorCode::kResourceExhausted && error.param.empty()) {
@@ -125,7 +132,7 @@ Result<std::unique_ptr<ModelRunner>> MakeRandomWeights(const Options& options,
                                                        const ModelConfig& shape, uint64_t seed,
                                                        const std::function<bool()>& interrupted) {
   ProgressBar bar("making weights");
-  return ModelRunner::CreateRandom(shape, seed, WithProgress(options, interrupted, &bar));
+  return ModelRunner::CreateRandom(shape, seed, WithReports(options, interrupted, &bar));
 }
 
 Result<LoadedModel> LoadModel(const Options& options) {

@@ -91,9 +91,10 @@ void PrintExample(const std::string& url, const std::string& model) {
 
 int ServeCommand(const ConfigSource& source, const std::string& version) {
   Signals signals;
-  const auto options = LoadOptions(source.file, source.overrides);
+  auto options = LoadOptions(source.file, source.overrides);
   if (!options) return ReportError(options.error());
   ConfigureLog(options->log);
+  options->runner.backend.warn = [](std::string_view text) { spdlog::warn("{}", text); };
 
   const ServerOptions& server = options->server;
   const auto keys = LoadApiKeys(server);

@@ -1,19 +1,8 @@
 // Attention on tensor cores, prefill and decode, over caches in CodeOrder::kMmaFragment; see
 // attention_plan.h for how the work is cut.
 //
-// D head dimension, N group size, T page_tokens. A strip of 32 tokens is D/32 squares of 32 x 32
-// elements of K, and as many of V. A square is the B operand of mma.m16n8k16, four tiles of eight
-// columns and two steps of sixteen rows, in the order that FragmentIndex gives it: lane 4g + i has
-// what it needs in whole words, and its sums are those of row g and of the eight outer places from
-// 8i on. So a lane's scores of K are the weights that it needs as an operand for V, and neither
-// crosses lanes.
-//
-// Codes enter unscaled, as exact integers: masked out of their word they are subnormal halves,
-// code * 2^(at - 24), and the places of a row that meet codes at bit `at` are taken times 2^-at
-// (TileCodeBit). A symmetric group's zero is implied: it is what the sum starts from. The group's
-// scale multiplies the finished sum over a square (InnerQ, arXiv 2602.23200):
-//   score = sum_g  s_g * (q_g . k_g) + z_g * sum(q_g)
-//   out_c = sum_g  s_g * (p_g . v_g) + z_g * sum(p_g)
+// D head dimension. A strip of 32 tokens is D/32 squares of K and as many of V, see
+// attention_square.cuh; how rows meet keys is prepared in attention_queries.cuh.
 //
 // Rows. A warp has 16 rows, or 8 in decode and in caches of 16 bits, M = 16 of a product. Queries
 // and weights are first brought, by a power of two, to where their largest is in [2^14, 2^15).
@@ -30,113 +19,21 @@
 // operations on a row.
 #pragma once
 
+#include "kernels/cuda/attention_queries.cuh"
+#include "kernels/cuda/attention_square.cuh"
 #include "kernels/cuda/attention_tile.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/strip_index.h"
 
 namespace innerq::cuda {
 
-constexpr int kSide = 32;                    // of a square
-constexpr int kMostSharedBytes = 99 * 1024;  // that a block may have on sm_120; others have more
-constexpr int kHalfBits = 16;                // of a side that is not quantized
 constexpr int kStages = 2;  // of a team's ring of sealed strips: one is attended, one on its way
 constexpr float kWeightUnit = 0x1p14f;
-constexpr float kCodeUnit = 0x1p-24f;  // of subnormal halves
 
 constexpr int kStrips = static_cast<int>(kSegmentStrips);
 constexpr int kPartStrips = kStrips / kMmaTeams;
 
 static_assert(kStripTokens == kSide && kStrips % kMmaTeams == 0);
-
-// What a lane brings to a square: the A operands of both steps.
-using Operand = uint32_t[2][4];
-
-// log2(size / 32) of a size in {32, 64, 128}.
-__device__ inline int Log2Of32s(int64_t size) { return size == 128 ? 2 : size == 64 ? 1 : 0; }
-
-// The power of two that a row's elements are taken times where they meet the codes of register
-// `pair`, whatever the tile.
-template <int kBits>
-__device__ constexpr float PairUnit(int pair) {
-  return kBits == kHalfBits ? 1.0f : 1.0f / static_cast<float>(1 << TileCodeBit(kBits, pair));
-}
-
-// One square: out_r[j] += scale[j] * (start_r + row r . codes of outer place 8i + j), in kCodeUnit.
-// `scales`: those of the lane's eight places. `start`: of rows g, g, g + 8, g + 8.
-template <int kBits, int kRows>
-__device__ void MultiplyCodes(const uint32_t* codes, const uint16_t* scales,
-                              const float (&start)[4], const Operand& rows,
-                              float* const (&out)[kRows]) {
-  uint32_t words[kBits];
-  LoadLaneWords<kBits>(codes, static_cast<int>(threadIdx.x % kWarpSize), words);
-  const auto factors = *reinterpret_cast<const Words<4>*>(scales);
-#pragma unroll
-  for (int tile = 0; tile < 4; ++tile) {
-    uint32_t b[4];
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) b[pair] = TileCodes<kBits>(words, tile, pair);
-    float sums[4];
-    Multiply(rows[0], b[0], b[1], start, sums);
-    MultiplyAdd(rows[1], b[2], b[3], sums);
-    const float2 scale = HalvesToFloats(factors.word[tile]);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float* to = out[r] + 2 * tile;
-      to[0] = fmaf(scale.x, sums[2 * r], to[0]);
-      to[1] = fmaf(scale.y, sums[2 * r + 1], to[1]);
-    }
-  }
-}
-
-// out[j] += zero[j] * sum, for the lane's eight places.
-__device__ inline void AddZeros(const uint16_t* zeros, float sum, float* out) {
-  const auto words = *reinterpret_cast<const Words<4>*>(zeros);
-#pragma unroll
-  for (int tile = 0; tile < 4; ++tile) {
-    const float2 zero = HalvesToFloats(words.word[tile]);
-    out[2 * tile] = fmaf(zero.x, sum, out[2 * tile]);
-    out[2 * tile + 1] = fmaf(zero.y, sum, out[2 * tile + 1]);
-  }
-}
-
-// One square of F16, straight from global memory: out_r[j] += unit * (row r . elements of outer
-// place 8i + j). `from`: the lane's eight elements of tile 0; those of the next tile lie `stride`
-// further. Only the first `num_elements` of each eight count, whatever the bytes of the others.
-// `rows`: rows g and what rounding took from them, then the same of rows g + 8.
-template <int kRows>
-__device__ void MultiplyHalves(const uint16_t* from, int stride, int num_elements,
-                               const Operand (&rows)[kRows], float unit,
-                               float* const (&out)[kRows]) {
-#pragma unroll
-  for (int tile = 0; tile < 4; ++tile) {
-    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(from + tile * stride));
-    uint32_t b[4] = {eight.x, eight.y, eight.z, eight.w};
-    if (num_elements < 8) {
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const int left = num_elements - 2 * pair;
-        b[pair] &= left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0u;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float sums[4] = {};
-      MultiplyAdd(rows[r][0], b[0], b[1], sums);
-      MultiplyAdd(rows[r][1], b[2], b[3], sums);
-      float* to = out[r] + 2 * tile;
-      to[0] = fmaf(unit, sums[0] + sums[2], to[0]);
-      to[1] = fmaf(unit, sums[1] + sums[3], to[1]);
-    }
-  }
-}
-
-// Two neighbouring elements of a row, and what rounding takes from them, in the registers of an
-// operand for rows g and g + 8.
-__device__ inline void PackSplit(float a, float b, uint32_t* to) {
-  to[0] = PackHalves(a, b);
-  const float2 taken = HalvesToFloats(to[0]);
-  to[1] = PackHalves(a - taken.x, b - taken.y);
-}
 
 // What one thread needs to attend strips of its block's tile. Lane 4g + i of a warp has its rows g
 // and, where there are 16, g + 8; of the sums over V it has channels 8i to 8i + 7 of every 32 while
@@ -179,10 +76,11 @@ class MmaAttention {
         page_bytes_(static_cast<uint32_t>(args.layout.sealed_page_bytes())),
         stages_(shared + (kTeamed ? warp_ * at_.team_bytes : 0)),
         zero_(static_cast<uint32_t>(args.layout.page_tokens) & 1u),
-        forms_(shared + at_.queries + (kTeamed ? 0 : warp_ * Shape().query_bytes())) {
+        queries_(shared + at_.queries + (kTeamed ? 0 : warp_ * Shape().query_bytes())) {
     BeginCopies();
-    if (!kTeamed || warp_ == 0) PrepareQueries<kHalfBits>(false);
-    if (!kTeamed || warp_ == 1) PrepareQueries<kKeyBits>(true);
+    const WarpRows rows{args_, tile_, kv_head_, first_row_};
+    if (!kTeamed || warp_ == 0) queries_.template Prepare<kHalfBits>(rows, zero_, false);
+    if (!kTeamed || warp_ == 1) queries_.template Prepare<kKeyBits>(rows, zero_, true);
     __syncthreads();
   }
 
@@ -430,107 +328,6 @@ class MmaAttention {
     }
   }
 
-  // --- queries ---
-
-  // x, as the compiler does not know. Products take four registers in a row, for which it would
-  // otherwise copy the same value before each of them.
-  __device__ uint32_t InAnotherRegister(uint32_t x) const { return x | zero_; }
-
-  // Two neighbouring elements of row r, in the registers of an operand for rows g and g + 8.
-  // Returns the sum of what they are rounded to: where a zero meets it, rounding must not show.
-  // Where there are no rows g + 8, the elements are there twice: zeros would be moved into place
-  // for every product.
-  __device__ float PackRow(float a, float b, int r, uint32_t* to) const {
-    to[r] = PackHalves(a, b);
-    if constexpr (kRows == 1) to[1] = InAnotherRegister(to[0]);
-    const float2 rounded = HalvesToFloats(to[r]);
-    return rounded.x + rounded.y;
-  }
-
-  // How the warp's rows meet keys is kept in shared memory: operands [D/32][2 steps][32 lanes] of
-  // 16 bytes, of each of a lane's rows where keys are open; what symmetric sums start from
-  // [D/32][8][4], sums over squares in kCodeUnit [D/32][16]; and what turns a product into a score
-  // in units of log2 [16].
-  __device__ const std::byte* Form(bool sealed) const {
-    return forms_ + (sealed ? Shape().open_bytes() : 0);
-  }
-  __device__ static const float* UnitsOf(const std::byte* form, bool sealed) {
-    return reinterpret_cast<const float*>(form +
-                                          (sealed ? Shape().sealed_units() : Shape().open_units()));
-  }
-  __device__ static void LoadOperand(const std::byte* operands, int square, int lane,
-                                     Operand& rows) {
-    const auto* from = reinterpret_cast<const Words<4>*>(operands) + square * 2 * kWarpSize + lane;
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const Words<4> quad = from[step * kWarpSize];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rows[step][i] = quad.word[i];
-    }
-  }
-
-  // Writes the form in which the warp's rows meet open or sealed keys.
-  template <int kBits>
-  __device__ void PrepareQueries(bool sealed) const {
-    constexpr bool kCoded = kBits != kHalfBits;
-    const bool times_norm =
-        sealed && layout_.normalize_keys && tile_.sealed_begin < tile_.sealed_end;
-    const float* norm = args_.kv.key_norms;
-    norm += times_norm ? (tile_.norm_id * layout_.kv_heads + kv_head_) * kDim : 0;
-    std::byte* form = const_cast<std::byte*>(Form(sealed));
-    float* units = const_cast<float*>(UnitsOf(form, sealed));
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool present = row(r) < tile_.num_rows;
-      const float* q = args_.q + RowOffset(args_, tile_, kv_head_, present ? row(r) : 0);
-      float x[kSquares][8];
-      float largest = 0;
-#pragma unroll
-      for (int c = 0; c < kLaneChannels; ++c) {
-        const int d = c / 8 * kSide + first_ + c % 8;
-        float element = present ? q[d] : 0.0f;
-        if (times_norm) element *= norm[d];
-        x[c / 8][c % 8] = element;
-        largest = fmaxf(largest, fabsf(element));
-      }
-      // The power of two, and its inverse, that bring the largest into [2^14, 2^15).
-      const uint32_t exponent = FloatBits(RowMax(largest)) >> 23;
-      const uint32_t bounded = exponent < 15u ? 15u : exponent;
-      const float up = FloatFromBits((268u - bounded) << 23);
-      const float unit = args_.scale * kLog2E * FloatFromBits((bounded - 14u) << 23);
-      units[r * 8 + lane_ / 4] = kCoded ? unit * (1.0f / kCodeUnit) : unit;
-      auto* operands =
-          reinterpret_cast<uint32_t*>(form + (kCoded ? 0 : r * Shape().operand_bytes()));
-#pragma unroll
-      for (int s = 0; s < kSquares; ++s) {
-        float sum = 0;
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const float pair_unit = PairUnit<kBits>(pair);
-          const float a = x[s][2 * pair] * (up * pair_unit);
-          const float b = x[s][2 * pair + 1] * (up * pair_unit);
-          uint32_t* to = operands + ((s * 2 + pair / 2) * kWarpSize + lane_) * 4 + pair % 2 * 2;
-          if constexpr (kCoded) {
-            sum = fmaf(PackRow(a, b, r, to), 1.0f / pair_unit, sum);
-          } else {
-            PackSplit(a, b, to);
-          }
-        }
-        if constexpr (kCoded) {
-          sum = RowSum(sum) * kCodeUnit;
-          constexpr float kImpliedZero = -static_cast<float>(1 << (kBits - 1));
-          const float start = layout_.key.has_zero() ? 0.0f : kImpliedZero * sum;
-          auto* quad = reinterpret_cast<float*>(form + Shape().starts()) + (s * 8 + lane_ / 4) * 4;
-          quad[2 * r] = start;
-          quad[2 * r + 1] = start;
-          if constexpr (kRows == 1) quad[2] = quad[3] = start;  // of rows that are none
-          auto* sums = reinterpret_cast<float*>(form + Shape().sums());
-          sums[s * 16 + r * 8 + lane_ / 4] = sum;
-        }
-      }
-    }
-  }
-
   // --- strips ---
 
   __device__ void AttendSealed(int strip, const std::byte* stage, LaneState& state) const {
@@ -540,7 +337,7 @@ class MmaAttention {
     } else {
       Scores score = {};
       ScoreCodes(stage, score);
-      Finish(strip, UnitsOf(Form(true), true), score);
+      Finish(strip, queries_.UnitsOf(queries_.Form(true), true), score);
       AddCodes(stage, score, state);
     }
   }
@@ -549,7 +346,7 @@ class MmaAttention {
   __device__ void AttendHalves(int strip, const std::byte* keys, const std::byte* values,
                                LaneState& state) const {
     const int t0 = FirstToken(strip);
-    const std::byte* form = Form(kSealed);
+    const std::byte* form = queries_.Form(kSealed);
     const int g = lane_ / 4, outer = g / 2 * 8 + g % 2;  // outer place of the lane's part of tile 0
     Scores score = {};
     // Keys [T][D].
@@ -565,7 +362,7 @@ class MmaAttention {
       }
       MultiplyHalves(key + s * kSide, 2 * kDim, 8, rows, 1.0f, out);
     }
-    Finish(strip, UnitsOf(form, kSealed), score);
+    Finish(strip, queries_.UnitsOf(form, kSealed), score);
     float largest[kRows], weight[kRows][8], sums[kRows];
     Weigh<kHalfBits>(score, state, largest, weight);
     Operand weights[kRows];
@@ -596,7 +393,7 @@ class MmaAttention {
   }
 
   __device__ void ScoreCodes(const std::byte* stage, Scores& score) const {
-    const std::byte* form = Form(true);
+    const std::byte* form = queries_.Form(true);
     const int group_log2 = Log2Of32s(layout_.key.group_size);  // in squares
     const auto* codes = reinterpret_cast<const uint32_t*>(stage);
     const auto* scales = reinterpret_cast<const uint16_t*>(stage + at_.key_scales) + first_;
@@ -691,8 +488,8 @@ class MmaAttention {
       float sum = 0;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        const float two = PackRow(weight[r][2 * pair], weight[r][2 * pair + 1], r,
-                                  weights[pair / 2] + pair % 2 * 2);
+        const float2 pair_weights = {weight[r][2 * pair], weight[r][2 * pair + 1]};
+        const float two = PackRow<kRows>(pair_weights, r, zero_, weights[pair / 2] + pair % 2 * 2);
         sum = fmaf(two, 1.0f / PairUnit<kValueBits>(pair), sum);
       }
       sums[r] = RowSum(sum) * kCodeUnit;
@@ -704,7 +501,7 @@ class MmaAttention {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t bits = FloatBits(implied_zero * sums[kRows == 2 ? i / 2 : 0]);
-      start[i] = FloatFromBits(InAnotherRegister(bits));
+      start[i] = FloatFromBits(InAnotherRegister(bits, zero_));
     }
     const auto* codes = reinterpret_cast<const uint32_t*>(stage + at_.value_codes);
     const auto* scales = reinterpret_cast<const uint16_t*>(stage + at_.value_scales) + first_;
@@ -742,7 +539,7 @@ class MmaAttention {
   const uint32_t page_bytes_;            // of a sealed page
   std::byte* const stages_;              // the team's ring
   const uint32_t zero_;                  // pages are of even sizes
-  std::byte* const forms_;               // of the warp's rows
+  const QueryForms<kDim, kRows> queries_;
   unsigned attended_ = 0;                // of the team's strips
   int pages_ = -1, earlier_pages_ = -1;  // of the 32 strips that are copied, one in each lane
 };

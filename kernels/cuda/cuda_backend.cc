@@ -4,9 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <chrono>
-#include <cstring>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -18,7 +15,8 @@
 #include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/launch_queue.h"
-#include "kernels/float16.h"
+#include "kernels/cuda/pack_rows.h"
+#include "kernels/cuda/read_bandwidth.h"
 
 namespace innerq {
 namespace {
@@ -31,24 +29,7 @@ constexpr int64_t kStateBytes = int64_t{256} << 20;
 constexpr int64_t kMaxItems = 32768;     // of one launch of split attention
 constexpr int64_t kBlocksPerSm = 4;      // of attention on tensor cores, at 3 bits on sm_90
 constexpr int64_t kWarpsPerSm = 16;      // of attention without, whose blocks are warps
-constexpr int64_t kReadBlocksPerSm = 8;  // of 256 threads: as many as a multiprocessor has at once
 constexpr int64_t kSpareBytes = 262144;  // of staging, for small arguments
-
-int64_t ElementBytes(WeightFormat format) { return format == WeightFormat::kF32 ? 4 : 2; }
-
-void WriteElement(WeightFormat format, float x, std::byte* to) {
-  switch (format) {
-    case WeightFormat::kF32:
-      std::memcpy(to, &x, sizeof(x));
-      return;
-    case WeightFormat::kF16:
-    case WeightFormat::kBF16: {
-      const uint16_t bits = format == WeightFormat::kF16 ? F32ToF16(x) : F32ToBF16(x);
-      std::memcpy(to, &bits, sizeof(bits));
-      return;
-    }
-  }
-}
 
 // A product of cuBLASLt on its way to the stream.
 struct CublasLaunch {
@@ -82,33 +63,9 @@ class CudaBackend final : public Backend {
     return static_cast<int64_t>(available);
   }
 
-  // Many launches between two times of the host's clock, so that waiting for them costs little.
   Result<std::optional<double>> MeasureReadBandwidth() override {
-    using Clock = std::chrono::steady_clock;
-    constexpr int64_t kBytes = int64_t{1} << 30;
-    constexpr int kPasses = 8;
-    constexpr int kRounds = 5;
-    ASSIGN_OR_RETURN(Buffer memory, AllocateDevice(kBytes));
-    ASSIGN_OR_RETURN(Buffer all_zero, AllocateDevice(sizeof(uint32_t)));
-    const ReadLaunch launch{.quads = reinterpret_cast<uint4*>(memory.data()),
-                            .num_quads = kBytes / static_cast<int64_t>(sizeof(uint4)),
-                            .all_zero = reinterpret_cast<uint32_t*>(all_zero.data()),
-                            .num_blocks = device_.num_multiprocessors * kReadBlocksPerSm};
     queue_->Flush();
-    const cudaStream_t stream = queue_->stream();
-    RETURN_IF_CUDA_ERROR(LaunchFill(launch, stream), "filling memory");
-    RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream), "reading memory");
-    double fastest = std::numeric_limits<double>::infinity();
-    for (int round = 0; round < kRounds; ++round) {
-      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream), "reading memory");
-      const Clock::time_point begin = Clock::now();
-      for (int pass = 0; pass < kPasses; ++pass) {
-        RETURN_IF_CUDA_ERROR(LaunchRead(launch, stream), "reading memory");
-      }
-      RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream), "reading memory");
-      fastest = std::min(fastest, std::chrono::duration<double>(Clock::now() - begin).count());
-    }
-    return std::optional(static_cast<double>(kPasses * kBytes) / fastest);
+    return cuda::MeasureReadBandwidth(queue_->stream(), device_.num_multiprocessors);
   }
 
   Result<Buffer> Allocate(int64_t bytes) override {
@@ -136,7 +93,7 @@ class CudaBackend final : public Backend {
     queue_->Flush();
     RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(queue_->stream()), "waiting for the device");
     const int64_t rounded_bytes = limits.max_rows * RoundUp(limits.max_features, kMatMulUnit) *
-                                  ElementBytes(WeightFormat::kBF16);
+                                  static_cast<int64_t>(sizeof(uint16_t));
     if (rounded_bytes > rounded_.bytes()) {
       ForgetRounded();
       ASSIGN_OR_RETURN(rounded_, AllocateDevice(rounded_bytes));
@@ -198,13 +155,7 @@ class CudaBackend final : public Backend {
  private:
   Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
                             std::span<const ConstTensorView> bias_parts, Weight* weight) override {
-    const int64_t row_bytes = RoundUp(weight->cols, kMatMulUnit) * ElementBytes(weight->format);
-    ASSIGN_OR_RETURN(weight->data, AllocateDevice(RoundUp(weight->rows, kMatMulUnit) * row_bytes));
-    std::byte* to = weight->data.data();
-    for (const ConstTensorView& part : parts) {
-      RETURN_IF_ERROR(CopyRows(part, weight->format, row_bytes, to));
-      to += part.shape[0] * row_bytes;
-    }
+    ASSIGN_OR_RETURN(weight->data, PackRows(parts, *weight));
     if (bias_parts.empty()) return {};
     std::vector<float> bias;
     for (const ConstTensorView& part : bias_parts) {
@@ -212,32 +163,6 @@ class CudaBackend final : public Backend {
     }
     ASSIGN_OR_RETURN(weight->bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
                                            DType::kF32, Shape{weight->rows}}));
-    return {};
-  }
-
-  // Copies a part's rows [n, K] to the device, `row_bytes` apart, converted to `format`.
-  Result<void> CopyRows(const ConstTensorView& part, WeightFormat format, int64_t row_bytes,
-                        std::byte* to) {
-    const int64_t rows = part.shape[0], cols = part.shape[1];
-    const int64_t width = cols * ElementBytes(format);
-    const bool as_stored = (format == WeightFormat::kF32 && part.dtype == DType::kF32) ||
-                           (format == WeightFormat::kF16 && part.dtype == DType::kF16) ||
-                           (format == WeightFormat::kBF16 && part.dtype == DType::kBF16);
-    const int64_t chunk = as_stored ? rows : std::max<int64_t>(1, (int64_t{1} << 24) / width);
-    std::vector<std::byte> converted;
-    for (int64_t row = 0; row < rows; row += chunk) {
-      const int64_t count = std::min(chunk, rows - row);
-      const std::byte* from = part.data + row * width;
-      if (!as_stored) {
-        converted.resize(static_cast<size_t>(count * width));
-        for (int64_t i = 0; i < count * cols; ++i) {
-          WriteElement(format, ElementAsFloat(part, row * cols + i),
-                       converted.data() + i * ElementBytes(format));
-        }
-        from = converted.data();
-      }
-      RETURN_IF_ERROR(CopyToDevice(from, count, width, row_bytes, to + row * row_bytes));
-    }
     return {};
   }
 
@@ -515,7 +440,7 @@ Result<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options
                            "backend.threads");
   }
   ASSIGN_OR_RETURN(CudaDevice device, OpenDevice());
-  ASSIGN_OR_RETURN(std::unique_ptr<LaunchQueue> queue, LaunchQueue::Create());
+  ASSIGN_OR_RETURN(std::unique_ptr<LaunchQueue> queue, LaunchQueue::Create(options.warn));
   std::unique_ptr<CublasMatMul> cublas;
   if (!options.deterministic) {
     ASSIGN_OR_RETURN(cublas, CublasMatMul::Create());

@@ -9,6 +9,7 @@ namespace innerq::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
+constexpr int kMostSharedBytes = 99 * 1024;  // that a block may have on sm_120; others have more
 
 // F16 bits as F32, exact.
 __device__ inline float HalfToFloat(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }

@@ -1,13 +1,15 @@
 #include "kernels/cuda/launch_queue.h"
 
+#include <optional>
 #include <string>
 #include <utility>
 
 namespace innerq::cuda {
 
-Result<std::unique_ptr<LaunchQueue>> LaunchQueue::Create() {
+Result<std::unique_ptr<LaunchQueue>> LaunchQueue::Create(
+    std::function<void(std::string_view)> warn) {
   ASSIGN_OR_RETURN(Stream stream, CreateStream());
-  std::unique_ptr<LaunchQueue> made(new LaunchQueue(std::move(stream)));
+  std::unique_ptr<LaunchQueue> made(new LaunchQueue(std::move(stream), std::move(warn)));
   constexpr size_t kArgumentBytes = 512;  // of most launches
   made->record_.Reserve(kMostLaunches, kMostLaunches * kArgumentBytes);
   return made;
@@ -55,11 +57,14 @@ void LaunchQueue::SendRecorded() {
           "copying arguments");
   }
   const ExecutableGraph* graph = graphs_.Find(record_);
-  bool failed = false;
+  std::optional<Error> failed;
   if (graph == nullptr && captures_ && graphs_.Recurs(record_)) {
-    ExecutableGraph captured = CaptureRecorded();
-    failed = captured == nullptr;
-    if (!failed) graph = graphs_.Insert(record_, std::move(captured));
+    Result<ExecutableGraph> captured = CaptureRecorded();
+    if (captured.ok()) {
+      graph = graphs_.Insert(record_, std::move(captured).value());
+    } else {
+      failed = captured.error();
+    }
   }
   if (!error_.ok()) return;
   if (graph != nullptr) {
@@ -67,7 +72,7 @@ void LaunchQueue::SendRecorded() {
   } else {
     error_ = LaunchRecorded();
     // Launches are to blame if they fail by themselves, too.
-    if (failed && error_.ok()) captures_ = false;
+    if (failed && error_.ok()) GiveUpCaptures(*failed);
   }
 }
 
@@ -78,25 +83,36 @@ Result<void> LaunchQueue::LaunchRecorded() {
   return {};
 }
 
-// Null if it cannot be had. All that launches do for the first time (loading a kernel, choosing an
-// algorithm), which a capture may not allow, they did when the record came first.
-ExecutableGraph LaunchQueue::CaptureRecorded() {
+// All that launches do for the first time (loading a kernel, choosing an algorithm), which a
+// capture may not allow, they did when the record came first.
+Result<ExecutableGraph> LaunchQueue::CaptureRecorded() {
+  Result<void> made;
+  const auto check = [&made](cudaError_t status, const char* what) {
+    if (status != cudaSuccess && made.ok()) made = ErrorOf(status, what);
+  };
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
-  bool captured =
-      cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal) == cudaSuccess;
-  if (captured) {
-    captured = LaunchRecorded().ok();
-    captured &= cudaStreamEndCapture(stream_.get(), &graph) == cudaSuccess;
+  check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "a capture");
+  if (made.ok()) {
+    made = LaunchRecorded();
+    check(cudaStreamEndCapture(stream_.get(), &graph), "the end of a capture");
   }
-  captured = captured && cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess;
+  if (made.ok()) check(cudaGraphInstantiate(&executable, graph, 0), "making a graph");
   if (graph != nullptr) cudaGraphDestroy(graph);
-  ExecutableGraph made(executable);
+  ExecutableGraph owned(executable);
   // What memory it takes it takes now, where there is another way if there is none.
-  captured = captured && cudaGraphUpload(made.get(), stream_.get()) == cudaSuccess;
-  if (captured) return made;
+  if (made.ok()) check(cudaGraphUpload(owned.get(), stream_.get()), "uploading a graph");
+  if (made.ok()) return owned;
   static_cast<void>(cudaGetLastError());  // of what nobody waits for
-  return nullptr;
+  return made.error();
+}
+
+void LaunchQueue::GiveUpCaptures(const Error& error) {
+  captures_ = false;
+  if (!warn_) return;
+  warn_("steps take the host more time from now on: no CUDA graph can be made of them (" +
+        error.message + ")");
+  warn_ = nullptr;
 }
 
 Result<void> LaunchQueue::Wait() {

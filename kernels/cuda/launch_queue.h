@@ -6,9 +6,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -52,11 +54,12 @@ struct LauncherTraits<Status (*)(const T&, cudaStream_t)> {
 // graph knows only addresses, so it stays right when memory is freed and another owner gets it.
 //
 // Making a graph takes memory of the device, by the driver. Where there is none left, or a capture
-// fails in some other way, launches go on one by one. Errors stick: after one, what is enqueued is
-// dropped, for its inputs may be garbage.
+// fails in some other way, launches go on one by one, of which `warn` is told once. Errors stick:
+// after one, what is enqueued is dropped, for its inputs may be garbage.
 class LaunchQueue {
  public:
-  static Result<std::unique_ptr<LaunchQueue>> Create();
+  // `warn`: see BackendOptions.
+  static Result<std::unique_ptr<LaunchQueue>> Create(std::function<void(std::string_view)> warn);
   ~LaunchQueue();
 
   // Waits, forgets graphs, and readies `staging_bytes` for arrays, at least those of any operation.
@@ -111,7 +114,8 @@ class LaunchQueue {
   // In all graphs: some 40 kinds of steps of a model of 32 layers. The driver takes a few KB each.
   static constexpr int64_t kMaxGraphLaunches = 16384;
 
-  explicit LaunchQueue(Stream stream) : stream_(std::move(stream)), graphs_(kMaxGraphLaunches) {}
+  LaunchQueue(Stream stream, std::function<void(std::string_view)> warn)
+      : stream_(std::move(stream)), graphs_(kMaxGraphLaunches), warn_(std::move(warn)) {}
 
   static Result<void> ResultOf(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return {};
@@ -137,7 +141,8 @@ class LaunchQueue {
   void SendRecorded();
 
   Result<void> LaunchRecorded();
-  ExecutableGraph CaptureRecorded();
+  Result<ExecutableGraph> CaptureRecorded();
+  void GiveUpCaptures(const Error& error);
 
   const Stream stream_;
   Buffer host_, device_;  // of staged arrays; the host's is page-locked
@@ -145,7 +150,8 @@ class LaunchQueue {
   Record record_;  // what is enqueued
   int64_t batch_ = kFirstLaunches;
   GraphCache<Record, ExecutableGraph> graphs_;
-  bool captures_ = true;  // no capture has failed
+  bool captures_ = true;                        // none has failed since Reserve
+  std::function<void(std::string_view)> warn_;  // empty once it was told
   Result<void> error_;
 };
 

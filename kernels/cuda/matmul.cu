@@ -7,20 +7,13 @@
 // weight alone.
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/matmul_store.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace innerq::cuda {
 namespace {
 
 constexpr int64_t kRange = 512;
-
-// Finishes an element: bias, residual.
-__device__ void Store(const MatMulLaunch& args, int64_t row, int64_t col, float sum) {
-  if (row >= args.m || col >= args.n) return;
-  if (args.bias != nullptr) sum += args.bias[col];
-  float& out = args.out[row * args.n + col];
-  out = args.accumulate ? out + sum : sum;
-}
 
 constexpr int kPlainRows = 32, kPlainCols = 64, kPlainDepth = 16, kPlainThreads = 256;
 

@@ -9,6 +9,7 @@
 // anything and are not stored.
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/matmul_store.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace innerq::cuda {
@@ -20,41 +21,10 @@ constexpr int kStageDepth = 64;  // columns of K that TiledKernel has of a stage
 constexpr int kStep = 16;        // of K, of a product
 constexpr int kQuad = 8;         // BF16 elements in 16 bytes
 constexpr int kParts = 8;
-constexpr int kMostSharedBytes = 99 * 1024;  // that a block may have on sm_120; others have more
-constexpr int kEight = 8;                    // rows of a fragment: of the weight, and of half of x
+constexpr int kEight = 8;  // rows of a fragment: of the weight, and of half of x
 
 INNERQ_HOST_DEVICE int64_t PartLength(int64_t k) {
   return RoundUp(CeilDiv(k, kParts), kStageDepth);
-}
-
-// Finishes an element: bias, residual.
-__device__ void Store(const MatMulLaunch& args, int64_t row, int64_t col, float sum) {
-  if (row >= args.m || col >= args.n) return;
-  if (args.bias != nullptr) sum += args.bias[col];
-  float& out = args.out[row * args.n + col];
-  out = args.accumulate ? out + sum : sum;
-}
-
-// The same of columns col and col + 1; col is even.
-__device__ void StoreTwo(const MatMulLaunch& args, int64_t row, int64_t col, float first,
-                         float second) {
-  if (args.n % 2 != 0) {
-    Store(args, row, col, first);
-    Store(args, row, col + 1, second);
-    return;
-  }
-  if (row >= args.m || col >= args.n) return;
-  if (args.bias != nullptr) {
-    first += args.bias[col];
-    second += args.bias[col + 1];
-  }
-  auto* out = reinterpret_cast<float2*>(args.out + row * args.n + col);
-  if (args.accumulate) {
-    const float2 before = *out;
-    first = before.x + first;
-    second = before.y + second;
-  }
-  *out = {first, second};
 }
 
 constexpr int kTileColumns = 128;

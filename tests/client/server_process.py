@@ -54,9 +54,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(binary, config, *overrides):
+def serve(binary, config, *overrides, **popen):
     """Starts a server, yields it once it is ready, and expects it to drain and exit 0."""
-    with Server(binary, config, *overrides) as server:
+    with Server(binary, config, *overrides, **popen) as server:
         yield server
         server.process.send_signal(signal.SIGTERM)
         code = server.process.wait(timeout=60)

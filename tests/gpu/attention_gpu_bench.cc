@@ -15,15 +15,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
-#include <string_view>
 #include <vector>
 
-#include "kernels/backend.h"
+#include "tests/gpu/bench_setup.h"
 
 namespace innerq {
 namespace {
@@ -33,10 +31,6 @@ using Clock = std::chrono::steady_clock;
 constexpr int64_t kLeastPoolBytes = int64_t{512} << 20;  // of all layers: beyond every L2
 constexpr int64_t kMaxLayers = 64;
 constexpr int kRuns = 5;
-
-void CheckCuda(cudaError_t status, const char* what) {
-  CHECK(status == cudaSuccess, std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 double Median(std::vector<double> x) {
   std::nth_element(x.begin(), x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2), x.end());
@@ -56,13 +50,7 @@ std::vector<uint16_t> RandomHalves(size_t count) {
 
 void FillRandom(Buffer& buffer) {
   static const std::vector<uint16_t> kHalves = RandomHalves(size_t{16} << 20);
-  const auto block = static_cast<int64_t>(kHalves.size() * 2);
-  for (int64_t at = 0; at < buffer.bytes(); at += block) {
-    const auto bytes = static_cast<size_t>(std::min(block, buffer.bytes() - at));
-    const void* from = at == 0 ? static_cast<const void*>(kHalves.data()) : buffer.data();
-    CheckCuda(cudaMemcpy(buffer.data() + at, from, bytes, cudaMemcpyDefault), "filling a pool");
-  }
-  CheckCuda(cudaDeviceSynchronize(), "filling a pool");
+  FillRepeating(buffer, kHalves);
 }
 
 // Bytes per second that a copy within device memory reads and writes.
@@ -229,47 +217,6 @@ struct Choice {
   std::vector<std::string> models, caches;  // empty: all
 };
 
-std::vector<std::string> SplitList(std::string_view list) {
-  std::vector<std::string> items;
-  for (size_t at = 0; at < list.size();) {
-    const size_t end = std::min(list.find(',', at), list.size());
-    items.emplace_back(list.substr(at, end - at));
-    at = end + 1;
-  }
-  return items;
-}
-
-std::vector<int64_t> SplitNumbers(std::string_view list) {
-  std::vector<int64_t> numbers;
-  for (const std::string& item : SplitList(list)) numbers.push_back(std::atol(item.c_str()));
-  return numbers;
-}
-
-bool Chosen(const std::vector<std::string>& names, const char* name) {
-  return names.empty() || std::find(names.begin(), names.end(), name) != names.end();
-}
-
-// Whether `argument` is one of the list above.
-bool ReadArgument(std::string_view argument, Choice* choice) {
-  const size_t equals = argument.find('=');
-  if (equals == std::string_view::npos) return false;
-  const std::string_view key = argument.substr(0, equals), list = argument.substr(equals + 1);
-  if (key == "tokens") {
-    choice->tokens = SplitNumbers(list);
-  } else if (key == "batch") {
-    choice->batches = SplitNumbers(list);
-  } else if (key == "behind") {
-    choice->behind = SplitNumbers(list);
-  } else if (key == "model") {
-    choice->models = SplitList(list);
-  } else if (key == "cache") {
-    choice->caches = SplitList(list);
-  } else {
-    return false;
-  }
-  return true;
-}
-
 void RunAll(Backend& backend, const Choice& choice) {
   const double bandwidth = CopyBandwidth(backend);
   std::printf("copy within device memory: %.0f GB/s read and written\n", bandwidth / 1e9);
@@ -321,21 +268,18 @@ void RunAll(Backend& backend, const Choice& choice) {
 
 int main(int argc, char** argv) {
   innerq::Choice choice;
-  for (int i = 1; i < argc; ++i) {
-    if (innerq::ReadArgument(argv[i], &choice)) continue;
-    std::fprintf(stderr, "unknown argument %s; see the top of attention_gpu_bench.cc\n", argv[i]);
-    return 1;
-  }
-  auto backend = innerq::CreateBackend({.device = "cuda"});
-  if (!backend.ok()) {
-    std::fprintf(stderr, "%s\n", backend.error().message.c_str());
-    return 1;
-  }
+  const innerq::ListArgument lists[] = {{.key = "tokens", .numbers = &choice.tokens},
+                                        {.key = "batch", .numbers = &choice.batches},
+                                        {.key = "behind", .numbers = &choice.behind},
+                                        {.key = "model", .names = &choice.models},
+                                        {.key = "cache", .names = &choice.caches}};
+  innerq::ReadArguments({argv, static_cast<size_t>(argc)}, "attention_gpu_bench.cc", lists);
+  const auto backend = innerq::CudaBackendOrExit();
   const innerq::Result<void> reserved =
-      (*backend)->Reserve({.max_rows = 512, .max_features = 16, .max_pages = 262144});
+      backend->Reserve({.max_rows = 512, .max_features = 16, .max_pages = 262144});
   if (!reserved.ok()) {
     std::fprintf(stderr, "%s\n", reserved.error().message.c_str());
     return 1;
   }
-  innerq::RunAll(**backend, choice);
+  innerq::RunAll(*backend, choice);
 }

@@ -14,18 +14,18 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
-#include <string_view>
+#include <utility>
 #include <vector>
 
-#include "kernels/backend.h"
 #include "kernels/cuda/cublas_matmul.h"
 #include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/launch.h"
+#include "tests/gpu/bench_setup.h"
 
 namespace innerq {
 namespace {
@@ -57,10 +57,6 @@ struct Choice {
   std::vector<std::string> shapes, kernels;  // empty: all
 };
 
-void CheckCuda(cudaError_t status, const char* what) {
-  CHECK(status == cudaSuccess, std::string(what) + ": " + cudaGetErrorString(status));
-}
-
 // BF16 bits of normal numbers, over and over.
 void FillWeights(Buffer& pool) {
   std::vector<uint16_t> values(size_t{8} << 20);
@@ -72,13 +68,7 @@ void FillWeights(Buffer& pool) {
     std::memcpy(&word, &x, sizeof(word));
     bits = static_cast<uint16_t>(word >> 16);
   }
-  const auto block = static_cast<int64_t>(values.size() * 2);
-  for (int64_t at = 0; at < pool.bytes(); at += block) {
-    const auto bytes = static_cast<size_t>(std::min(block, pool.bytes() - at));
-    const void* from = at == 0 ? static_cast<const void*>(values.data()) : pool.data();
-    CheckCuda(cudaMemcpy(pool.data() + at, from, bytes, cudaMemcpyDefault), "weights");
-  }
-  CheckCuda(cudaDeviceSynchronize(), "weights");
+  FillRepeating(pool, values);
 }
 
 class Bench {
@@ -120,10 +110,6 @@ class Bench {
   }
 
  private:
-  static bool Chosen(const std::vector<std::string>& names, const char* name) {
-    return names.empty() || std::find(names.begin(), names.end(), name) != names.end();
-  }
-
   void RunCase(const ProductShape& shape, int64_t m) {
     MatMulLaunch launch{.x = x_.data(), .m = m, .n = shape.n, .k = shape.k};
     launch.out = reinterpret_cast<float*>(out_.data());
@@ -221,52 +207,18 @@ class Bench {
   std::vector<float> first_row_;  // of a shape
 };
 
-std::vector<std::string> SplitList(std::string_view list) {
-  std::vector<std::string> items;
-  for (size_t at = 0; at < list.size();) {
-    const size_t end = std::min(list.find(',', at), list.size());
-    items.emplace_back(list.substr(at, end - at));
-    at = end + 1;
-  }
-  return items;
-}
-
-// Whether `argument` is one of the list above.
-bool ReadArgument(std::string_view argument, Choice* choice) {
-  const size_t equals = argument.find('=');
-  if (equals == std::string_view::npos) return false;
-  const std::string_view key = argument.substr(0, equals);
-  const std::vector<std::string> list = SplitList(argument.substr(equals + 1));
-  if (list.empty()) return false;
-  if (key == "m") {
-    choice->rows.clear();
-    for (const std::string& m : list) choice->rows.push_back(std::atol(m.c_str()));
-  } else if (key == "shape") {
-    choice->shapes = list;
-  } else if (key == "kernel") {
-    choice->kernels = list;
-  } else {
-    return false;
-  }
-  return true;
-}
-
 }  // namespace
 }  // namespace innerq
 
 int main(int argc, char** argv) {
   innerq::Choice choice;
-  for (int i = 1; i < argc; ++i) {
-    if (innerq::ReadArgument(argv[i], &choice)) continue;
-    std::fprintf(stderr, "unknown argument %s; see the top of matmul_gpu_bench.cc\n", argv[i]);
-    return 1;
-  }
-  auto backend = innerq::CreateBackend({.device = "cuda"});
-  if (!backend.ok()) {
-    std::fprintf(stderr, "%s\n", backend.error().message.c_str());
-    return 1;
-  }
-  const auto bandwidth = (*backend)->MeasureReadBandwidth();
+  const innerq::ListArgument lists[] = {{.key = "m", .numbers = &choice.rows},
+                                        {.key = "shape", .names = &choice.shapes},
+                                        {.key = "kernel", .names = &choice.kernels}};
+  innerq::ReadArguments({argv, static_cast<size_t>(argc)}, "matmul_gpu_bench.cc", lists);
+  if (choice.rows.empty()) return 0;
+  const auto backend = innerq::CudaBackendOrExit();
+  const auto bandwidth = backend->MeasureReadBandwidth();
   CHECK(bandwidth.ok() && bandwidth->has_value(), "measuring the bandwidth");
   std::printf("reading device memory: %.0f GB/s\n", **bandwidth / 1e9);
   innerq::Bench(**bandwidth, std::move(choice)).Run();

@@ -7,8 +7,8 @@
 #   tests/gpu/run.sh check      only checks and measurements, with what build left in build/cuda/gpu
 # build gathers the programs there, stripped, with the libraries that they load, so that the folder can
 # be carried to a machine that cannot build. For Debian 12 or Ubuntu 24.04; ten minutes with 16 cores.
-# Peers are measured where they are: PyTorch's attention with a python3 that has torch, InnerQ's
-# published kernels if PUBLISHED names a clone of github.com/mthcom/innerq for the build.
+# Peers are measured where they are: PyTorch's attention and Hugging Face transformers with a python3 that
+# has them, InnerQ's published kernels if PUBLISHED names a clone of github.com/mthcom/innerq for the build.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -84,6 +84,12 @@ step "logits do not depend on neighbours, chunks or preemption; golden logits"
 run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 5 || failed=1
 "$out/models_test" --gtest_filter='Backends/GoldenTest.*/cuda' || failed=1
 
+step "greedy text of the demo model, device against CPU"
+for mode in true false; do
+  timeout 240 python3 tests/gpu/greedy_text.py $out/innerq configs/demo.json cpu \
+    cuda,backend.deterministic=$mode || failed=1
+done
+
 for tool in memcheck racecheck; do
   step "compute-sanitizer $tool"
   if command -v compute-sanitizer >/dev/null; then
@@ -119,11 +125,21 @@ timeout 120 $out/matmul_gpu_bench || failed=1
 
 step "a whole model: one sequence, then 64 of 8192 tokens through a quarter of its layers"
 model=(innerq bench -c configs/innerq_base.json --set backend.device=cuda --set backend.deterministic=false
-       --set scheduler.max_batch_tokens=2048 --shape llama-3.1-8b
-       --cache configs/fp16.json --cache configs/innerq_base.json)
-timeout 240 "$out/${model[@]}" --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
-timeout 240 "$out/${model[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 --generate 64 --runs 1 ||
-  failed=1
+       --set scheduler.max_batch_tokens=2048 --shape llama-3.1-8b)
+caches=(--cache configs/fp16.json --cache configs/innerq_base.json)
+timeout 240 "$out/${model[@]}" "${caches[@]}" --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
+timeout 240 "$out/${model[@]}" "${caches[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 \
+  --generate 64 --runs 1 || failed=1
+
+step "the same 64 sequences in Hugging Face transformers"
+timeout 240 python3 tests/gpu/peer_transformers.py --layers 8 --batch 64 --depth 8064 --prompt 64 \
+  --generate 64 --runs 1 || failed=1
+
+step "kernels of decode steps of two layers, and of attention over 32768 tokens of 8 sequences"
+timeout 120 python3 tests/gpu/kernel_times.py "$out/${model[@]}" --layers 2 --batch 1 \
+  --cache configs/innerq_base.json --prompt 1 --generate 8 --runs 1 || failed=1
+timeout 120 python3 tests/gpu/kernel_times.py $out/attention_gpu_bench tokens=32768 batch=8 \
+  model=32x8x128 cache=innerq_base behind= || failed=1
 
 step "done, $([[ $failed == 0 ]] && echo "all passed" || echo "with failures"); kept in $log"
 exit $failed

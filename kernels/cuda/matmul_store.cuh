@@ -1,0 +1,40 @@
+// How the sums of a dense product become its output: bias, residual.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/launch.h"
+
+namespace innerq::cuda {
+
+// Finishes an element; nothing beyond the output.
+__device__ inline void Store(const MatMulLaunch& args, int64_t row, int64_t col, float sum) {
+  if (row >= args.m || col >= args.n) return;
+  if (args.bias != nullptr) sum += args.bias[col];
+  float& out = args.out[row * args.n + col];
+  out = args.accumulate ? out + sum : sum;
+}
+
+// The same of columns col and col + 1; col is even.
+__device__ inline void StoreTwo(const MatMulLaunch& args, int64_t row, int64_t col, float first,
+                                float second) {
+  if (args.n % 2 != 0) {
+    Store(args, row, col, first);
+    Store(args, row, col + 1, second);
+    return;
+  }
+  if (row >= args.m || col >= args.n) return;
+  if (args.bias != nullptr) {
+    first += args.bias[col];
+    second += args.bias[col + 1];
+  }
+  auto* out = reinterpret_cast<float2*>(args.out + row * args.n + col);
+  if (args.accumulate) {
+    const float2 before = *out;
+    first = before.x + first;
+    second = before.y + second;
+  }
+  *out = {first, second};
+}
+
+}  // namespace innerq::cuda
