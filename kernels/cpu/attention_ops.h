@@ -10,6 +10,7 @@
 // implementation may be mixed with any other.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
 
@@ -176,6 +177,65 @@ struct SoftmaxArgs {
   int32_t* sums = nullptr;
 };
 
+// Moves the state to the maximum over its pages and this one, adds the page's weights to the
+// state's sum, and says how to add its output, as SoftmaxArgs does.
+struct AdvanceArgs {
+  const float* page_max = nullptr;  // [R]
+  const float* sums = nullptr;      // [R] sums of the page's weights, in units of `unit`
+  float unit = 1;
+  int64_t num_rows = 0;  // R, a multiple of 16
+  AttentionState state;
+  float* keep = nullptr;  // [R]
+  float* add = nullptr;   // [R]
+};
+
+// Scratch memory of AttentionOps::attend_coded_pages.
+struct alignas(64) CodedPagesScratch {
+  static constexpr int64_t kTokens = 32;
+  static constexpr int64_t kCodes = kMaxInner * kTokens;
+  struct alignas(64) Values {
+    uint8_t tiles[2 * kCodes];  // codes as B tiles
+    float scales[kMaxInner];    // [D]
+  };
+  struct alignas(64) Block {
+    float keep[kRowBlock];
+    float add[kRowBlock];
+  };
+  uint8_t keys[2 * kCodes];                           // codes as B tiles
+  float key_scales[kMaxInner / kMaxBlock * kTokens];  // [D/N][32]
+  Values values[3];
+  Block blocks[2];
+  int8_t weights[kRowBlock * 2 * kTokens];    // of IntegerRows
+  int32_t key_dots[kRowBlock * kMaxInner];    // [16][D/N][32], becomes scores
+  int32_t value_dots[kRowBlock * kMaxInner];  // [16][D]
+
+  float* scores() { return reinterpret_cast<float*>(key_dots); }
+};
+
+// The whole attention to pages of 32 tokens, both sides of which are codes of up to 4 bits in inner
+// groups of a multiple of 32, without zeros. May write garbage to the rows of the state up to the
+// next multiple of kRowBlock.
+struct CodedPagesArgs {
+  static constexpr int64_t kTokens = CodedPagesScratch::kTokens;
+  struct Side {
+    int64_t codes = 0, scales = 0;  // offsets of codes, as in UnpackArgs, and F16 [groups][outer]
+    int bits = 0;
+    int64_t group_size = 0;  // N
+    int32_t offset = 0;      // as in UnpackArgs, not 0
+  };
+  const std::byte* const* heads = nullptr;  // of `num_pages` pages, in order
+  int64_t head_bytes = 0;
+  int64_t num_pages = 0;  // at least 1
+  Side key, value;
+  int64_t head_dim = 0;  // D, a multiple of 32
+  int64_t num_rows = 0;  // R
+  IntegerRows queries;   // [R][D]
+  const float* query_scales = nullptr;
+  AttentionState state;
+  CodedPagesScratch* scratch = nullptr;
+  void (*advance)(const AdvanceArgs& args) = nullptr;
+};
+
 struct AttentionOps {
   void (*half_to_float)(const uint16_t* x, int64_t n, float* out);
   void (*float_to_half)(const float* x, int64_t n, uint16_t* out);
@@ -193,6 +253,9 @@ struct AttentionOps {
   void (*scale_outer)(const OuterScaleArgs& args);
   void (*softmax_to_float)(const SoftmaxArgs& args);
   void (*softmax_to_integers)(const SoftmaxArgs& args);
+  void (*advance)(const AdvanceArgs& args);
+  // The attention to pages as the functions above give it, for kRowBlock rows or more; may be null.
+  void (*attend_coded_pages)(const CodedPagesArgs& args);
   // into = the attention over the pages of `into` and of `from`, in this order.
   void (*merge)(const AttentionState& from, int64_t num_rows, int64_t padded_dim,
                 const AttentionState& into);
@@ -208,5 +271,6 @@ void EndAmx(int64_t num_rows);
 void UnpackAmx(const UnpackArgs& args);
 void DotVnni(const DotArgs& args);
 void DotAmx(const DotArgs& args);
+void AttendCodedPagesAmx(const CodedPagesArgs& args);
 
 }  // namespace innerq

@@ -327,6 +327,8 @@ AttentionOps MakeAttentionOps() {
   ops.scale_outer = ScaleOuter;
   ops.softmax_to_float = SoftmaxToFloat;
   ops.softmax_to_integers = SoftmaxToIntegers;
+  ops.advance = Advance;
+  ops.attend_coded_pages = nullptr;
   ops.merge = Merge;
   return ops;
 }
@@ -352,6 +354,7 @@ AttentionOps AttentionOpsFor(CpuIsa isa) {
       ops.end = EndAmx;
       ops.unpack = UnpackAmx;
       ops.dot = DotAmx;
+      ops.attend_coded_pages = AttendCodedPagesAmx;
     }
     return ops;
   }

@@ -30,6 +30,7 @@ void HalfValues(const HalfValuesArgs& args);
 // attention_softmax.cc
 void SoftmaxToFloat(const SoftmaxArgs& args);
 void SoftmaxToIntegers(const SoftmaxArgs& args);
+void Advance(const AdvanceArgs& args);
 void Merge(const AttentionState& from, int64_t num_rows, int64_t padded_dim,
            const AttentionState& into);
 

@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "kernels/cpu/attention_simd_inl.h"
+#include "kernels/cpu/attention_weights.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace innerq {
@@ -102,12 +103,12 @@ HWY_INLINE void Exp2InRange(Vector (&x)[N]) {
   }
 }
 
-// 2^x for x <= 0, 0 below 2^-126, NaN for NaN.
-HWY_INLINE Vector Exp2(Vector x) {
+// x = 2^x for x <= 0, 0 below 2^-126, NaN for NaN.
+template <int N>
+HWY_INLINE void Exp2(Vector (&x)[N]) {
   const Vector least = hn::Set(kF32, -127.0f);
-  Vector y[1] = {hn::IfThenElse(hn::Lt(x, least), least, x)};
-  Exp2InRange(y);
-  return y[0];
+  HWY_UNROLL(2) for (Vector& y : x) y = hn::IfThenElse(hn::Lt(y, least), least, y);
+  Exp2InRange(x);
 }
 
 // Scores [t, t + lanes) of a row, -infinity beyond `visible`.
@@ -129,17 +130,18 @@ HWY_INLINE void RaiseMax(const float* page_max, int64_t num_rows, const Attentio
     const Vector old_max = hn::LoadU(kF32, state.max + r);
     const Vector page = hn::LoadU(kF32, page_max + r);
     const Vector max = hn::Max(old_max, page);
-    const Vector kept = Exp2(hn::Sub(old_max, max));
+    Vector factors[2] = {hn::Sub(old_max, max), hn::Sub(page, max)};
+    Exp2(factors);
     hn::StoreU(max, kF32, state.max + r);
-    hn::StoreU(kept, kF32, keep + r);
-    hn::StoreU(Exp2(hn::Sub(page, max)), kF32, add + r);
-    hn::StoreU(hn::Mul(kept, hn::LoadU(kF32, state.sum + r)), kF32, state.sum + r);
+    hn::StoreU(factors[0], kF32, keep + r);
+    hn::StoreU(factors[1], kF32, add + r);
+    hn::StoreU(hn::Mul(factors[0], hn::LoadU(kF32, state.sum + r)), kF32, state.sum + r);
   }
 }
 
-// kAll: every row sees all tokens.
+// The largest scores, in units of args.scales. kAll: every row sees all tokens.
 template <bool kAll>
-HWY_INLINE void PageMax(const SoftmaxArgs& args, float* page_max) {
+HWY_INLINE void LargestScores(const SoftmaxArgs& args, float* largest) {
   alignas(64) float lanes[kTileRows * kLanes];
   ClearTail(lanes, args.num_rows);
   for (int64_t r = 0; r < args.num_rows; ++r) {
@@ -152,25 +154,39 @@ HWY_INLINE void PageMax(const SoftmaxArgs& args, float* page_max) {
     hn::Store(max, kF32, lanes + r * kLanes);
   }
   const auto max = [](Vector a, Vector b) HWY_ATTR { return hn::Max(a, b); };
-  ReduceRows(kF32, lanes, args.num_rows, max, page_max);
-  if (args.scales == nullptr) return;
-  for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] *= args.scales[r];
+  ReduceRows(kF32, lanes, args.num_rows, max, largest);
 }
 
-// add *= unit; the state's sum += add * sums; lanes are rows.
-HWY_INLINE void AddSums(const float* sums, float unit, const SoftmaxArgs& args) {
-  for (int64_t r = 0; r < args.num_rows; r += kLanes) {
-    const Vector add = hn::Mul(hn::LoadU(kF32, args.add + r), hn::Set(kF32, unit));
+void Advance(const AdvanceArgs& args) {
+  RaiseMax(args.page_max, args.num_rows, args.state, args.keep, args.add);
+  for (int64_t r = 0; r < args.num_rows; r += kLanes) {  // lanes are rows
+    const Vector add = hn::Mul(hn::LoadU(kF32, args.add + r), hn::Set(kF32, args.unit));
     hn::StoreU(add, kF32, args.add + r);
     float* sum = args.state.sum + r;
-    hn::StoreU(hn::MulAdd(add, hn::LoadU(kF32, sums + r), hn::LoadU(kF32, sum)), kF32, sum);
+    hn::StoreU(hn::MulAdd(add, hn::LoadU(kF32, args.sums + r), hn::LoadU(kF32, sum)), kF32, sum);
   }
+}
+
+// The same for all that softmax was asked for.
+HWY_INLINE void Advance(const SoftmaxArgs& args, const float* page_max, const float* sums,
+                        float unit) {
+  AdvanceArgs advance;
+  advance.page_max = page_max;
+  advance.sums = sums;
+  advance.unit = unit;
+  advance.num_rows = args.num_rows;
+  advance.state = args.state;
+  advance.keep = args.keep;
+  advance.add = args.add;
+  Advance(advance);
 }
 
 void SoftmaxToFloat(const SoftmaxArgs& args) {
   alignas(64) float page_max[kTileRows] = {}, sums[kTileRows] = {};
-  PageMax<false>(args, page_max);
-  RaiseMax(page_max, args.num_rows, args.state, args.keep, args.add);
+  LargestScores<false>(args, page_max);
+  if (args.scales != nullptr) {
+    for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] *= args.scales[r];
+  }
   for (int64_t r = 0; r < args.num_rows; ++r) {
     float* scores = args.scores + r * args.num_tokens;
     const int64_t visible = VisibleTokens(args, r);
@@ -179,80 +195,66 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
     Vector sum = hn::Zero(kF32);
     for (int64_t t = 0; t < args.num_tokens; t += kLanes) {
       const Vector score = hn::Mul(VisibleScores(scores, t, visible), scale);
-      const Vector p = Exp2(hn::Sub(score, max));
-      hn::StoreU(p, kF32, scores + t);
-      sum = hn::Add(sum, p);
+      Vector p[1] = {hn::Sub(score, max)};
+      Exp2(p);
+      hn::StoreU(p[0], kF32, scores + t);
+      sum = hn::Add(sum, p[0]);
     }
     sums[r] = SumOf(sum);
   }
-  AddSums(sums, 1.0f, args);
+  Advance(args, page_max, sums, 1.0f);
 }
 
+// out = round(MaxRowInteger * 2^(x * scale)) for x <= 0, 0 for NaN, the largest for 0.
+template <int N>
+HWY_INLINE void IntegerWeights(const Vector (&x)[N], const Vector (&scale)[N], int high_shift,
+                               hn::Vec<I32> (&out)[N]) {
 #if HWY_TARGET == HWY_AVX3
-
-// out = round(factor * 2^x) for x <= 0, 0 for NaN: a polynomial of degree 4 with the least relative
-// error (2.6e-6) on the fraction, in [0, 1). `factor` is at most 2^14, so 2^0 gives it exactly.
-template <int N>
-HWY_INLINE void RoundedExp2(const Vector (&x)[N], Vector factor, hn::Vec<I32> (&out)[N]) {
-  constexpr float kCoefficients[] = {0.052011460065841675f, 0.2414427547646927f,
-                                     0.6930038332939148f, 1.0000026226043701f};
-  const Vector first = hn::Mul(factor, hn::Set(kF32, 0.013534167781472206f));
-  Vector exponent[N], f[N], y[N];
-  HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
-    exponent[i] = hn::Max(x[i], hn::Set(kF32, -127.0f));
-    f[i] = Vector{_mm512_reduce_ps(exponent[i].raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-    y[i] = first;
+  const WeightTables tables(high_shift);
+  HWY_UNROLL(2) for (int i = 0; i < N; i += 2) {
+    const Vector unit = hn::Set(kF32, kWeightUnits);
+    const __m512i pair = tables.Weights(x[i].raw, hn::Mul(scale[i], unit).raw, x[i + 1].raw,
+                                        hn::Mul(scale[i + 1], unit).raw);
+    out[i] = hn::Vec<I32>{_mm512_unpacklo_epi16(pair, _mm512_setzero_si512())};
+    out[i + 1] = hn::Vec<I32>{_mm512_unpackhi_epi16(pair, _mm512_setzero_si512())};
   }
-  HWY_UNROLL(4) for (const float coefficient : kCoefficients) {
-    const Vector scaled = hn::Mul(factor, hn::Set(kF32, coefficient));
-    HWY_UNROLL(4) for (int i = 0; i < N; ++i) y[i] = hn::MulAdd(y[i], f[i], scaled);
-  }
-  HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
-    out[i] = hn::Vec<I32>{_mm512_cvtps_epi32(_mm512_scalef_ps(y[i].raw, exponent[i].raw))};
-  }
-}
-
 #else
-
-// out = round(factor * 2^x) for x <= 0, 0 for NaN; 2^0 gives `factor`, at most 2^14, exactly.
-template <int N>
-HWY_INLINE void RoundedExp2(const Vector (&x)[N], Vector factor, hn::Vec<I32> (&out)[N]) {
+  const Vector factor = hn::Set(kF32, static_cast<float>(MaxRowInteger(high_shift)));
   Vector y[N];
-  HWY_UNROLL(4) for (int i = 0; i < N; ++i) y[i] = hn::Max(x[i], hn::Set(kF32, -127.0f));
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
+    y[i] = hn::Max(hn::Mul(x[i], scale[i]), hn::Set(kF32, -127.0f));
+  }
   Exp2InRange(y);
   HWY_UNROLL(4) for (int i = 0; i < N; ++i) out[i] = RoundToInt(hn::Mul(y[i], factor));
+#endif
 }
-
-#endif  // HWY_TARGET == HWY_AVX3
 
 void SoftmaxToIntegers(const SoftmaxArgs& args) {
   constexpr int kBatch = 4;  // vectors; a multiple of those of a page's tokens, or they of it
-  alignas(64) float page_max[kTileRows] = {}, sums[kTileRows] = {};
+  alignas(64) float largest[kTileRows] = {}, page_max[kTileRows] = {}, sums[kTileRows] = {};
   alignas(64) int32_t integers[(kTileRows + kBatch) * kMaxPageTokens];  // [R][T]
   alignas(64) int32_t lanes[kTileRows * kMaxPageTokens];  // [R][T/span][kLanes] sums of a span
-  PageMax<true>(args, page_max);
-  RaiseMax(page_max, args.num_rows, args.state, args.keep, args.add);
-  const auto max_integer = static_cast<float>(MaxRowInteger(args.rows.high_shift));
+  LargestScores<true>(args, largest);
   const float* scales = args.scales;
   alignas(64) float ones[kTileRows];
   if (scales == nullptr) {
     std::fill(ones, ones + kTileRows, 1.0f);
     scales = ones;
   }
+  for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] = largest[r] * scales[r];
   const int64_t num_tokens = args.num_tokens;
   const int64_t row_vectors = num_tokens / kLanes, num_vectors = args.num_rows * row_vectors;
   const int shift = hwy::Num0BitsBelowLS1Bit_Nonzero64(static_cast<uint64_t>(row_vectors));
   for (int64_t v = 0; v < num_vectors; v += kBatch) {
-    Vector x[kBatch];
+    Vector x[kBatch], scale[kBatch];
     hn::Vec<I32> p[kBatch];
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
-      // The difference is 0 for the largest: products first, as for the maximum.
       const int64_t r = (v + i) >> shift;
-      const Vector scale = hn::Set(kF32, scales[r]);
       const Vector score = hn::LoadU(kF32, args.scores + (v + i) * kLanes);
-      x[i] = hn::Sub(hn::Mul(score, scale), hn::Set(kF32, page_max[r]));
+      x[i] = hn::Sub(score, hn::Set(kF32, largest[r]));
+      scale[i] = hn::Set(kF32, scales[r]);
     }
-    RoundedExp2(x, hn::Set(kF32, max_integer), p);
+    IntegerWeights(x, scale, args.rows.high_shift, p);
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
       hn::Store(p[i], kI32, integers + (v + i) * kLanes);
     }
@@ -289,7 +291,7 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
       sums[r] = static_cast<float>(std::accumulate(of_row, of_row + groups, int32_t{0}));
     }
   }
-  AddSums(sums, 1.0f / max_integer, args);
+  Advance(args, page_max, sums, 1.0f / static_cast<float>(MaxRowInteger(args.rows.high_shift)));
 }
 
 void Merge(const AttentionState& from, int64_t num_rows, int64_t padded_dim,

@@ -42,6 +42,7 @@ TileAttention::TileAttention(const AttentionOps& ops, const AttentionArgs& args,
       last_page_(args.layout->PageOf(tile.first_position)),
       sealed_(args.layout->SealedPages(tile.first_position, tile.slice->exact_before)),
       padded_dim_(layer_.padded_dim()),
+      fits_coded_pages_(FitsCodedPages()),
       query_rows_{scratch.query_bytes, IntegerRows::Stride(layer_.head_dim),
                   BlockOf(layer_.key.group_size), HighShift(layer_.key.bits)},
       weight_rows_{scratch.weight_bytes, IntegerRows::Stride(layer_.page_tokens),
@@ -86,7 +87,14 @@ void TileAttention::LoadQueries() {
 
 void TileAttention::Attend(int64_t begin, int64_t end, const AttentionState& state) {
   ops_.begin(num_rows_);
+  const int64_t sealed_begin = std::max(begin, sealed_.begin);
+  const int64_t sealed_end = std::min(end, sealed_.end);
   for (int64_t page = begin; page < end; ++page) {
+    if (fits_coded_pages_ && page == sealed_begin && page < sealed_end) {
+      AttendCodedPages(page, sealed_end, state);
+      page = sealed_end - 1;
+      continue;
+    }
     if (page < last_page_) StartPrefetch(page + 1);
     AttendPage(page, state);
   }
@@ -163,6 +171,44 @@ void TileAttention::AttendPage(int64_t page, const AttentionState& state) {
   const Target target{scratch_.keep, scratch_.add, state.out};
   if (integers) return MultiplyInner(Values(head), weight_rows_, scratch_.weight_sums, target);
   MultiplyOuter(Values(head), scratch_.scores, layer_.page_tokens, target);
+}
+
+bool TileAttention::FitsCodedPages() const {
+  const auto fits = [](const QuantSpec& spec) {
+    return spec.quantized() && spec.bits <= 4 && spec.axis == QuantAxis::kInner &&
+           spec.group_size % kMaxBlock == 0 && !spec.has_zero();
+  };
+  return ops_.attend_coded_pages != nullptr && num_rows_ >= kRowBlock &&
+         layer_.page_tokens == CodedPagesArgs::kTokens && fits(layer_.key) && fits(layer_.value) &&
+         layer_.head_dim % kMaxBlock == 0;
+}
+
+void TileAttention::AttendCodedPages(int64_t begin, int64_t end, const AttentionState& state) {
+  const auto side = [](const QuantSpec& spec, int64_t codes, int64_t scales) {
+    return CodedPagesArgs::Side{codes, scales, spec.bits, spec.group_size, CodeOffset(spec)};
+  };
+  constexpr int64_t kMaxPages = 64;
+  const std::byte* heads[kMaxPages];
+  CodedPagesArgs args;
+  args.heads = heads;
+  args.head_bytes = layer_.sealed_head_bytes;
+  args.key = side(layer_.key, layer_.key_codes, layer_.key_scales);
+  args.value = side(layer_.value, layer_.value_codes, layer_.value_scales);
+  args.head_dim = layer_.head_dim;
+  args.num_rows = num_rows_;
+  args.queries = query_rows_;
+  args.query_scales = scratch_.query_scales;
+  args.state = state;
+  args.scratch = &scratch_.coded_pages;
+  args.advance = ops_.advance;
+  for (int64_t page = begin; page < end; page += args.num_pages) {
+    args.num_pages = std::min(end - page, kMaxPages);
+    for (int64_t i = 0; i < args.num_pages; ++i) {
+      const PageRef ref = tile_.slice->pages[static_cast<size_t>(page + i)];
+      heads[i] = args_.kv.SealedHead(ref.sealed_id, tile_.kv_head);
+    }
+    ops_.attend_coded_pages(args);
+  }
 }
 
 void TileAttention::Score(const PageRef& page, bool sealed) {

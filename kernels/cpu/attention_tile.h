@@ -56,6 +56,7 @@ struct alignas(64) TileScratch {
   float scales[kMaxScales + kSlack];
   float zeros[kMaxScales + kSlack];
   int32_t dots[kDots];
+  CodedPagesScratch coded_pages;
   AttentionStateBuffer total;
   AttentionStateBuffer part;
 };
@@ -99,6 +100,9 @@ class TileAttention {
   void StartPrefetch(int64_t page);
   void PrefetchMore();
   void AttendPage(int64_t page, const AttentionState& state);
+  // AttentionOps::attend_coded_pages can take the sealed pages.
+  bool FitsCodedPages() const;
+  void AttendCodedPages(int64_t begin, int64_t end, const AttentionState& state);
   void Score(const PageRef& page, bool sealed);
   void AddHalfValues(const uint16_t* values, bool last_page, const AttentionState& state);
   // Codes, scales and zeros into scratch memory.
@@ -120,6 +124,7 @@ class TileAttention {
   const int64_t last_page_;
   const PageRange sealed_;
   const int64_t padded_dim_;
+  const bool fits_coded_pages_;
   const IntegerRows query_rows_, weight_rows_;
   const std::byte* prefetch_at_ = nullptr;  // of the next page's bytes, those not yet asked for
   int64_t prefetch_bytes_ = 0;

@@ -1,0 +1,74 @@
+// WeightTables: the exponentials of softmax as integers, 32 at a time, for AVX-512 BW.
+//
+// A weight 2^x, x <= 0, of at most 14 bits needs no more of x than 16 octaves in steps of 2^-12, so
+// x is held in 16 bits: vectors are half as many as those of floats. A fraction's five highest bits
+// look up 2^x and its slope in two registers, the other seven interpolate, and a shift divides by
+// the octaves. The relative error is below 1.5e-4: 8.5e-5 from the step of x, 3e-5 from the chords,
+// the rest from 16 bits; then the weight is rounded to an integer.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <array>
+#include <cstdint>
+
+namespace innerq {
+
+constexpr float kWeightUnits = 4096.0f;  // steps per octave
+
+struct WeightTable {
+  alignas(64) std::array<uint16_t, 32> values{}, slopes{};
+};
+
+// 127 * 2^(x + 9) for the x of multiples of 1/32 in the highest octave, of which the last step is
+// x = 0, and the differences between them.
+constexpr WeightTable MakeWeightTable() {
+  constexpr double kStep = 1.0218971486541166;       // 2^(1/32)
+  constexpr double kFirst = 1.0001692397053021 / 2;  // 2^(1/4096 - 1)
+  // Chords lie above by up to (ln(2) / 32)^2 / 8, by two thirds of it in the mean.
+  constexpr double kExcess = 5.865e-5 * 2 / 3;
+  WeightTable table;
+  double value = 127 * 512 * kFirst * (1 - kExcess);
+  for (size_t i = 0; i < table.values.size(); ++i) {
+    table.values[i] = static_cast<uint16_t>(value + 1);  // products of slopes are cut off
+    table.slopes[i] = static_cast<uint16_t>(value * (kStep - 1) + 0.5);
+    value *= kStep;
+  }
+  return table;
+}
+inline constexpr WeightTable kWeightTable = MakeWeightTable();
+
+class WeightTables {
+ public:
+  // For weights of up to MaxRowInteger(high_shift).
+  __attribute__((target("avx512f,avx512bw"), always_inline)) explicit WeightTables(int high_shift)
+      : values_(_mm512_load_si512(kWeightTable.values.data())),
+        slopes_(_mm512_load_si512(kWeightTable.slopes.data())),
+        shift_(_mm512_set1_epi16(static_cast<int16_t>(15 + 8 - high_shift))) {}
+
+  // round(MaxRowInteger * 2^(x * factor / kWeightUnits)) for x * factor <= 0 of a, then of b, in
+  // the order of _mm512_packus_epi32; 0 for NaN.
+  __attribute__((target("avx512f,avx512bw"), always_inline)) __m512i Weights(
+      __m512 a, __m512 factor_a, __m512 b, __m512 factor_b) const {
+    const __m512 top = _mm512_set1_ps(65535.0f);
+    // What is too small for an int32, and NaN, becomes the smallest, and 0 when packed.
+    const __m512i steps =
+        _mm512_packus_epi32(_mm512_cvtps_epi32(_mm512_fmadd_ps(a, factor_a, top)),
+                            _mm512_cvtps_epi32(_mm512_fmadd_ps(b, factor_b, top)));
+    const __m512i place = _mm512_srli_epi16(steps, 7);  // 5 bits of it
+    const __m512i value = _mm512_permutexvar_epi16(place, values_);
+    const __m512i slope = _mm512_permutexvar_epi16(place, slopes_);
+    const __m512i more = _mm512_mulhi_epu16(slope, _mm512_slli_epi16(steps, 9));
+    const __m512i octaves = _mm512_sub_epi16(shift_, _mm512_srli_epi16(steps, 12));
+    const __m512i twice = _mm512_srlv_epi16(_mm512_add_epi16(value, more), octaves);
+    return _mm512_avg_epu16(twice, _mm512_setzero_si512());
+  }
+
+ private:
+  __m512i values_, slopes_, shift_;
+};
+
+}  // namespace innerq
+
+#endif  // __x86_64__
