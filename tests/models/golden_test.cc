@@ -133,7 +133,9 @@ TEST_P(GoldenTest, Stories260KMatchesNumpyToAThousandth) {
       const auto logits = Run(tokens, chunk, UniformCacheSpec(model_->config()));
       ASSERT_EQ(logits.size(), tokens.size());
       const float off = MaxDifference(logits.back(), row["logits"].get<std::vector<float>>());
-      EXPECT_LE(off, strict ? kBound : kBound + moves) << tokens.size() << " tokens, by " << chunk;
+      const bool same_sums = backend_->name() == "reference";
+      EXPECT_LE(off, strict || same_sums ? kBound : kBound + moves)
+          << tokens.size() << " tokens, by " << chunk;
       RecordProperty("off_" + std::to_string(tokens.size()), std::to_string(off));
     }
     EXPECT_GE(num_strict, 6);

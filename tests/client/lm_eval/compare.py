@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Compares a server's scores of stories260K, and the harness's results, with numpy.
 
-Usage: compare.py URL ASSETS RESULTS
-ASSETS holds stories260K.bin and tok512.bin, RESULTS what lm_eval wrote with --log_samples. Keys and
-values are rounded to F16 in both. One that lies between two F16 numbers may go either way with the
-order of an F32 sum, and this model is sensitive: a key of 10 moves by 0.008. So numpy also tells
-for each token how far such roundings move it. Passes if every token's log-probability agrees to
-1e-3 and that, nine in ten to 1e-3 alone, the mean to 1e-3, and every choice and greedy text is the
-same.
+Usage: compare.py URL ASSETS RESULTS DEVICE
+ASSETS holds stories260K.bin and tok512.bin, RESULTS what lm_eval wrote with --log_samples, DEVICE
+is the server's. Keys and values are rounded to F16 in both. The reference device sums in F64 as
+numpy does: every log-probability agrees to 1e-3, in fact to some 1e-6. Others sum in F32, and a key
+that lies between two F16 numbers may go either way with the order of such a sum; this model is
+sensitive, a key of 10 moves by 0.008. So numpy also tells for each token how far such roundings
+move it. There every log-probability agrees to 1e-3 and that, nine in ten to 1e-3 alone, and the
+mean. Passes if so, and every choice and greedy text is the same.
 """
 
 import json
@@ -30,7 +31,7 @@ def post(url, body):
         return json.load(reply)
 
 
-def compare_tokens(url, model, tokenizer, texts):
+def compare_tokens(url, model, tokenizer, texts, runs):
     """Scores texts through the API, token by token."""
     answer = post(url + "/completions", {"model": "stories", "prompt": texts, "max_tokens": 0,
                                          "echo": True, "logprobs": 1, "temperature": 0})
@@ -43,7 +44,7 @@ def compare_tokens(url, model, tokenizer, texts):
         assert len(block["tokens"]) == len(ids), (block["tokens"], ids)
         assert block["token_logprobs"][0] is None
         scores = np.array(block["token_logprobs"][1:])
-        expected, moves = model.score_as_stored(ids)
+        expected, moves = model.score_as_stored(ids, runs)
         off.append(np.abs(scores - expected))
         free.append(moves)
         unrounded.append(np.abs(scores - model.score(ids)))
@@ -62,7 +63,7 @@ def samples(results, task):
         return [json.loads(line) for line in lines]
 
 
-def compare_choices(model, tokenizer, items):
+def compare_choices(model, tokenizer, items, runs):
     """The harness's log-likelihoods of endings, and which one it chose."""
     off, greedy = [], 0
     for item in items:
@@ -71,7 +72,7 @@ def compare_choices(model, tokenizer, items):
             context = tokenizer.encode(argument["arg_0"], bos=False)
             ids = tokenizer.encode(argument["arg_0"] + argument["arg_1"], bos=False)
             ending = slice(len(context) - 1, None)
-            scores, moves = (values[ending] for values in model.score_as_stored(ids))
+            scores, moves = (values[ending] for values in model.score_as_stored(ids, runs))
             ours.append(scores.sum())
             off.append(abs(ours[-1] - float(value)) / scores.size)
             assert off[-1] <= BOUND + moves.mean(), (argument, off[-1], moves)
@@ -97,13 +98,14 @@ def compare_texts(model, tokenizer, items):
 
 def main():
     url, assets, results = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
+    runs = 0 if sys.argv[4] == "reference" else 16  # of undecided roundings
     model = llama2c.Model(assets / "stories260K.bin")
     tokenizer = llama2c.Tokenizer(assets / "tok512.bin", model.vocab_size)
     choices = samples(results, "stories_choice")
     texts = [f"{item['doc']['story']} {ending}" for item in choices
              for ending in item["doc"]["endings"]]
-    compare_tokens(url, model, tokenizer, texts)
-    compare_choices(model, tokenizer, choices)
+    compare_tokens(url, model, tokenizer, texts, runs)
+    compare_choices(model, tokenizer, choices, runs)
     compare_texts(model, tokenizer, samples(results, "stories_continue"))
 
 

@@ -1,6 +1,6 @@
 """stories260K in numpy, from llama2.c's files: an implementation that shares nothing with innerq's.
 
-Reads another file format, computes in F64 without a cache, and splits text by its own loops.
+Reads another file format, computes without a cache, sums in F64, and splits text by its own loops.
 """
 
 import pathlib
@@ -84,41 +84,50 @@ class Model:
 
     @staticmethod
     def _rotate(x):
-        """x: [T, heads, channels]; channels 2i and 2i+1 turn by position / 10000^(2i/channels)."""
+        """x: [T, heads, channels]; channels 2i and 2i+1 turn by position / 10000^(2i/channels), of
+        which angles, cosines and sines are F32, as everywhere."""
         tokens, _, size = x.shape
-        angle = np.outer(np.arange(tokens), 10000.0 ** (-np.arange(0, size, 2) / size))[:, None]
+        powers = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+        angle = np.outer(np.arange(tokens), 1 / np.float32(10000) ** powers).astype(np.float32)
+        sine, cosine = (f(angle.astype(np.float64)).astype(np.float32)[:, None]
+                        for f in (np.sin, np.cos))
         even, odd = x[..., 0::2], x[..., 1::2]
-        turned = np.stack([even * np.cos(angle) - odd * np.sin(angle),
-                           even * np.sin(angle) + odd * np.cos(angle)], axis=-1)
+        turned = np.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
         return turned.reshape(x.shape)
 
     def logits(self, ids, half_cache=False, noise=None):
-        """Logits of the token after each, [T, V]. `half_cache`: keys and values are rounded to
-        F16, as in a server's cache of 16 bits. `noise`: a generator; before that they
-        are off by as much as sums in F32 are, so that what lies near the middle of two F16 numbers
-        goes either way."""
+        """Logits of the token after each, [T, V]. `half_cache`: what operations give to each
+        other is rounded to F32, keys and values to F16, as in a server with a cache of 16 bits.
+        `noise`: a generator; before that keys and values are off by as much as sums in F32 are, so
+        that what lies near the middle of two F16 numbers goes either way."""
+        def given(a):
+            return a.astype(np.float32).astype(np.float64) if half_cache else a
+
         def stored(a):
             if noise is not None:
                 a = a + noise.uniform(-1, 1, a.shape) * np.abs(a).max() * F32_SUM_ERROR
-            return a.astype(np.float16).astype(np.float64) if half_cache else a
+            return given(a).astype(np.float16).astype(np.float64) if half_cache else a
 
         tokens = len(ids)
         x = self.embedding[ids]
         future = np.triu(np.full((tokens, tokens), -np.inf), 1)
         for layer, query in enumerate(self.query):
-            y = self._normalize(x, self.attention_norm[layer])
-            q = self._rotate((y @ query.T).reshape(tokens, self.heads, -1))
-            k = stored(self._rotate((y @ self.key[layer].T).reshape(tokens, self.kv_heads, -1)))
-            v = stored((y @ self.value[layer].T).reshape(tokens, self.kv_heads, -1))
+            y = given(self._normalize(x, self.attention_norm[layer]))
+            q, k, v = (given(y @ weight.T) for weight in (query, self.key[layer], self.value[layer]))
+            q = given(self._rotate(q.reshape(tokens, self.heads, -1)))
+            k = stored(self._rotate(k.reshape(tokens, self.kv_heads, -1)))
+            v = stored(v.reshape(tokens, self.kv_heads, -1))
             k, v = (np.repeat(a, self.heads // self.kv_heads, axis=1) for a in (k, v))
-            scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1]) + future
+            scale = float(1 / np.sqrt(np.float32(q.shape[-1])))
+            scores = np.einsum("thd,shd->hts", q, k) * scale + future
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
-            x = x + np.einsum("hts,shd->thd", weights, v).reshape(tokens, -1) @ self.output[layer].T
-            y = self._normalize(x, self.mlp_norm[layer])
-            gate = y @ self.gate[layer].T
-            x = x + (gate / (1 + np.exp(-gate)) * (y @ self.up[layer].T)) @ self.down[layer].T
-        return self._normalize(x, self.norm) @ self.embedding.T
+            y = given(np.einsum("hts,shd->thd", weights, v).reshape(tokens, -1))
+            x = given(x + y @ self.output[layer].T)
+            y = given(self._normalize(x, self.mlp_norm[layer]))
+            gate, up = given(y @ self.gate[layer].T), given(y @ self.up[layer].T)
+            x = given(x + given(gate / (1 + np.exp(-gate)) * up) @ self.down[layer].T)
+        return given(self._normalize(x, self.norm)) @ self.embedding.T
 
     def logprobs(self, ids, **how):
         """Log-probabilities of the token after each, [T, V]; `how` as of logits."""
@@ -130,13 +139,13 @@ class Model:
         """The log-probability of each token after the first, [T - 1]."""
         return self.logprobs(ids, **how)[np.arange(len(ids) - 1), ids[1:]]
 
-    def score_as_stored(self, ids, runs=16):
+    def score_as_stored(self, ids, runs):
         """Scores with keys and values in F16, and by how much the roundings that an F32
-        computation may do otherwise move each of them, [T - 1] both."""
+        computation may do otherwise move each of them, in so many runs; [T - 1] both."""
         noise = np.random.default_rng(1)
         scores = self.score(ids, half_cache=True)
         others = [self.score(ids, half_cache=True, noise=noise) for _ in range(runs)]
-        return scores, np.abs(np.array(others) - scores).max(axis=0)
+        return scores, np.abs(np.array([scores, *others]) - scores).max(axis=0)
 
     def continue_greedily(self, ids, count, end=2):
         answer = []

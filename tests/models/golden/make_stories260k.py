@@ -2,7 +2,7 @@
 
 python3 make_stories260k.py STORIES260K      (llama2.c's stories260K.bin and tok512.bin; needs numpy)
 
-tests/client/lm_eval/llama2c.py computes them, in F64 and without a cache, from another file format than
+tests/client/lm_eval/llama2c.py computes them, with sums in F64 and without a cache, from another file format than
 innerq reads. A key or value that lies between two F16 numbers may be rounded either way by a computation in
 F32, by the order of its sums: "moves" says by how much that moves a logit of the row at most, in 64 runs. The
 rows are the last ones of beginnings of stories, and of the short pieces of stories that it moves least.
@@ -23,17 +23,17 @@ PIECES = [1, 1, 1, 2, 2, 3]  # tokens
 RUNS = 64
 
 
-def last_row(model, ids, runs=RUNS):
+def last_row(model, ids):
     """Logits [V] after `ids`, and how far undecided roundings move one of them."""
     noise = np.random.default_rng(1)
     row = model.logits(ids, half_cache=True)[-1]
-    others = [model.logits(ids, half_cache=True, noise=noise)[-1] for _ in range(runs)]
+    others = [model.logits(ids, half_cache=True, noise=noise)[-1] for _ in range(RUNS)]
     return row, np.abs(np.array(others) - row).max()
 
 
 def steadiest_pieces(model, stories, size, count):
     pieces = {tuple(ids[i:i + size]) for ids in stories for i in range(1, len(ids) - size)}
-    moves = {piece: last_row(model, list(piece), runs=8)[1] for piece in sorted(pieces)}
+    moves = {piece: last_row(model, list(piece))[1] for piece in sorted(pieces)}
     return [list(piece) for piece in sorted(moves, key=moves.get)[:count]]
 
 
