@@ -23,7 +23,7 @@ if ! cmp -s $requirements "$venv/requirements.txt"; then
 fi
 
 log=$(mktemp)
-trap 'kill ${server:-} 2>/dev/null; rm -f "$log"' EXIT
+trap 'kill ${server:-} 2>/dev/null || true; rm -f "$log"' EXIT
 # Everything the harness needs is here; the hub's caches stay below build.
 export HF_HUB_OFFLINE=1 HF_HOME=$root/build/lm-eval-cache PYTHONDONTWRITEBYTECODE=1
 
