@@ -277,9 +277,6 @@ class CodedPages {
     _mm512_store_ps(page_max, _mm512_mul_ps(max, query_scale));
     const int high_shift = HighShift(args_.value.bits);
     const WeightTables tables(high_shift);
-    const __m128i shift = _mm_cvtsi32_si128(high_shift);
-    const __m512i low_mask = _mm512_set1_epi16(static_cast<int16_t>((1 << high_shift) - 1));
-    const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     int8_t* bytes = scratch_.weights;
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kRowBlock; ++r) {
@@ -288,11 +285,8 @@ class CodedPages {
       const __m512 a = _mm512_sub_ps(_mm512_load_ps(score), row_max);
       const __m512 b = _mm512_sub_ps(_mm512_load_ps(score + kPanelWidth), row_max);
       const __m512i weights = tables.Weights(a, factor, b, factor);
-      of_row[r] = _mm512_castsi512_ps(_mm512_madd_epi16(weights, _mm512_set1_epi16(1)));
-      const __m512i high = _mm512_srl_epi16(weights, shift);
-      const __m512i low = _mm512_and_si512(weights, low_mask);
-      _mm512_store_si512(bytes + r * kTileRowBytes,
-                         _mm512_permutexvar_epi32(places, _mm512_packus_epi16(low, high)));
+      of_row[r] = _mm512_castsi512_ps(tables.Sums(weights));
+      _mm512_store_si512(bytes + r * kTileRowBytes, tables.Bytes(weights));
       if (step > 0 && r % 3 == 2 && r < 12) StoreValueTile(r / 3);
     }
     if (step + 1 < num_steps_) BeginStep(step + 1);  // its products may replace the scores

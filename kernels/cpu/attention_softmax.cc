@@ -124,17 +124,17 @@ HWY_INLINE int64_t VisibleTokens(const SoftmaxArgs& args, int64_t r) {
 }
 
 // Moves the state to the maximum over its pages and this one; lanes are rows.
-HWY_INLINE void RaiseMax(const float* page_max, int64_t num_rows, const AttentionState& state,
-                         float* keep, float* add) {
-  for (int64_t r = 0; r < num_rows; r += kLanes) {
+HWY_INLINE void RaiseMax(const AdvanceArgs& args) {
+  const AttentionState& state = args.state;
+  for (int64_t r = 0; r < args.num_rows; r += kLanes) {
     const Vector old_max = hn::LoadU(kF32, state.max + r);
-    const Vector page = hn::LoadU(kF32, page_max + r);
+    const Vector page = hn::LoadU(kF32, args.page_max + r);
     const Vector max = hn::Max(old_max, page);
     Vector factors[2] = {hn::Sub(old_max, max), hn::Sub(page, max)};
     Exp2(factors);
     hn::StoreU(max, kF32, state.max + r);
-    hn::StoreU(factors[0], kF32, keep + r);
-    hn::StoreU(factors[1], kF32, add + r);
+    hn::StoreU(factors[0], kF32, args.keep + r);
+    hn::StoreU(factors[1], kF32, args.add + r);
     hn::StoreU(hn::Mul(factors[0], hn::LoadU(kF32, state.sum + r)), kF32, state.sum + r);
   }
 }
@@ -157,9 +157,9 @@ HWY_INLINE void LargestScores(const SoftmaxArgs& args, float* largest) {
   ReduceRows(kF32, lanes, args.num_rows, max, largest);
 }
 
-void Advance(const AdvanceArgs& args) {
-  RaiseMax(args.page_max, args.num_rows, args.state, args.keep, args.add);
-  for (int64_t r = 0; r < args.num_rows; r += kLanes) {  // lanes are rows
+// add *= unit; the state's sum += add * sums; lanes are rows.
+HWY_INLINE void AddSums(const AdvanceArgs& args) {
+  for (int64_t r = 0; r < args.num_rows; r += kLanes) {
     const Vector add = hn::Mul(hn::LoadU(kF32, args.add + r), hn::Set(kF32, args.unit));
     hn::StoreU(add, kF32, args.add + r);
     float* sum = args.state.sum + r;
@@ -167,18 +167,22 @@ void Advance(const AdvanceArgs& args) {
   }
 }
 
+void Advance(const AdvanceArgs& args) {
+  RaiseMax(args);
+  AddSums(args);
+}
+
 // The same for all that softmax was asked for.
-HWY_INLINE void Advance(const SoftmaxArgs& args, const float* page_max, const float* sums,
-                        float unit) {
+HWY_INLINE AdvanceArgs AdvanceOf(const SoftmaxArgs& args, const float* page_max,
+                                 const float* sums) {
   AdvanceArgs advance;
   advance.page_max = page_max;
   advance.sums = sums;
-  advance.unit = unit;
   advance.num_rows = args.num_rows;
   advance.state = args.state;
   advance.keep = args.keep;
   advance.add = args.add;
-  Advance(advance);
+  return advance;
 }
 
 void SoftmaxToFloat(const SoftmaxArgs& args) {
@@ -187,6 +191,8 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
   if (args.scales != nullptr) {
     for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] *= args.scales[r];
   }
+  const AdvanceArgs advance = AdvanceOf(args, page_max, sums);
+  RaiseMax(advance);
   for (int64_t r = 0; r < args.num_rows; ++r) {
     float* scores = args.scores + r * args.num_tokens;
     const int64_t visible = VisibleTokens(args, r);
@@ -202,65 +208,68 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
     }
     sums[r] = SumOf(sum);
   }
-  Advance(args, page_max, sums, 1.0f);
+  AddSums(advance);
 }
 
-// out = round(MaxRowInteger * 2^(x * scale)) for x <= 0, 0 for NaN, the largest for 0.
+#if HWY_TARGET == HWY_AVX3
+constexpr float kFactorUnits = kWeightUnits;
+#else
+constexpr float kFactorUnits = 1.0f;
+#endif
+
+// out = round(MaxRowInteger * 2^(x * factor / kFactorUnits)) for x <= 0, 0 for NaN, the largest for
+// x = 0.
 template <int N>
-HWY_INLINE void IntegerWeights(const Vector (&x)[N], const Vector (&scale)[N], int high_shift,
+HWY_INLINE void IntegerWeights(const Vector (&x)[N], const Vector (&factor)[N], int high_shift,
                                hn::Vec<I32> (&out)[N]) {
 #if HWY_TARGET == HWY_AVX3
   const WeightTables tables(high_shift);
   HWY_UNROLL(2) for (int i = 0; i < N; i += 2) {
-    const Vector unit = hn::Set(kF32, kWeightUnits);
-    const __m512i pair = tables.Weights(x[i].raw, hn::Mul(scale[i], unit).raw, x[i + 1].raw,
-                                        hn::Mul(scale[i + 1], unit).raw);
+    const __m512i pair = tables.Weights(x[i].raw, factor[i].raw, x[i + 1].raw, factor[i + 1].raw);
     out[i] = hn::Vec<I32>{_mm512_unpacklo_epi16(pair, _mm512_setzero_si512())};
     out[i + 1] = hn::Vec<I32>{_mm512_unpackhi_epi16(pair, _mm512_setzero_si512())};
   }
 #else
-  const Vector factor = hn::Set(kF32, static_cast<float>(MaxRowInteger(high_shift)));
+  const Vector largest = hn::Set(kF32, static_cast<float>(MaxRowInteger(high_shift)));
   Vector y[N];
   HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
-    y[i] = hn::Max(hn::Mul(x[i], scale[i]), hn::Set(kF32, -127.0f));
+    y[i] = hn::Max(hn::Mul(x[i], factor[i]), hn::Set(kF32, -127.0f));
   }
   Exp2InRange(y);
-  HWY_UNROLL(4) for (int i = 0; i < N; ++i) out[i] = RoundToInt(hn::Mul(y[i], factor));
+  HWY_UNROLL(4) for (int i = 0; i < N; ++i) out[i] = RoundToInt(hn::Mul(y[i], largest));
 #endif
 }
 
-void SoftmaxToIntegers(const SoftmaxArgs& args) {
+// What weighing a page's rows takes and gives.
+struct Weighing {
+  const float* largest;  // [R] scores
+  const float* factors;  // [R] of differences of scores, for IntegerWeights
+  int32_t* lanes;        // [R][T/span][kLanes] sums; a span is a group, or kLanes of smaller ones
+};
+
+// Scores become weights in args.rows, and sums of spans.
+HWY_INLINE void WeighRows(const SoftmaxArgs& args, const Weighing& weighing) {
   constexpr int kBatch = 4;  // vectors; a multiple of those of a page's tokens, or they of it
-  alignas(64) float largest[kTileRows] = {}, page_max[kTileRows] = {}, sums[kTileRows] = {};
   alignas(64) int32_t integers[(kTileRows + kBatch) * kMaxPageTokens];  // [R][T]
-  alignas(64) int32_t lanes[kTileRows * kMaxPageTokens];  // [R][T/span][kLanes] sums of a span
-  LargestScores<true>(args, largest);
-  const float* scales = args.scales;
-  alignas(64) float ones[kTileRows];
-  if (scales == nullptr) {
-    std::fill(ones, ones + kTileRows, 1.0f);
-    scales = ones;
-  }
-  for (int64_t r = 0; r < args.num_rows; ++r) page_max[r] = largest[r] * scales[r];
   const int64_t num_tokens = args.num_tokens;
   const int64_t row_vectors = num_tokens / kLanes, num_vectors = args.num_rows * row_vectors;
   const int shift = hwy::Num0BitsBelowLS1Bit_Nonzero64(static_cast<uint64_t>(row_vectors));
   for (int64_t v = 0; v < num_vectors; v += kBatch) {
-    Vector x[kBatch], scale[kBatch];
+    Vector x[kBatch], factor[kBatch];
     hn::Vec<I32> p[kBatch];
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
       const int64_t r = (v + i) >> shift;
       const Vector score = hn::LoadU(kF32, args.scores + (v + i) * kLanes);
-      x[i] = hn::Sub(score, hn::Set(kF32, largest[r]));
-      scale[i] = hn::Set(kF32, scales[r]);
+      x[i] = hn::Sub(score, hn::Set(kF32, weighing.largest[r]));
+      factor[i] = hn::Set(kF32, weighing.factors[r]);
     }
-    IntegerWeights(x, scale, args.rows.high_shift, p);
+    IntegerWeights(x, factor, args.rows.high_shift, p);
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
       hn::Store(p[i], kI32, integers + (v + i) * kLanes);
     }
   }
   const int64_t span = std::max<int64_t>(args.group_size, kLanes);
-  int32_t* of_span = lanes;
+  int32_t* of_span = weighing.lanes;
   for (int64_t r = 0; r < args.num_rows; ++r) {
     const int32_t* of_row = integers + r * num_tokens;
     SplitBytes(of_row, num_tokens, args.rows, r);
@@ -272,6 +281,55 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
       hn::Store(total, kI32, of_span);
     }
   }
+}
+
+#if HWY_TARGET == HWY_AVX3
+// The same where every group has whole blocks of bytes.
+HWY_INLINE void WeighBlocks(const SoftmaxArgs& args, const Weighing& weighing) {
+  const WeightTables tables(args.rows.high_shift);
+  const float* scores = args.scores;
+  int32_t* of_span = weighing.lanes;
+  for (int64_t r = 0; r < args.num_rows; ++r) {
+    const Vector largest = hn::Set(kF32, weighing.largest[r]);
+    const __m512 factor = _mm512_set1_ps(weighing.factors[r]);
+    int8_t* bytes = args.rows.Row(r);
+    for (int64_t begin = 0; begin < args.num_tokens; begin += args.group_size) {
+      auto total = hn::Zero(kI32);
+      for (int64_t t = 0; t < args.group_size; t += kMaxBlock, scores += kMaxBlock) {
+        const Vector a = hn::Sub(hn::LoadU(kF32, scores), largest);
+        const Vector b = hn::Sub(hn::LoadU(kF32, scores + kLanes), largest);
+        const __m512i weights = tables.Weights(a.raw, factor, b.raw, factor);
+        total = hn::Add(total, hn::Vec<I32>{tables.Sums(weights)});
+        _mm512_store_si512(bytes, tables.Bytes(weights));
+        bytes += 2 * kMaxBlock;
+      }
+      hn::Store(total, kI32, of_span);
+      of_span += kLanes;
+    }
+  }
+}
+#endif
+
+void SoftmaxToIntegers(const SoftmaxArgs& args) {
+  alignas(64) float largest[kTileRows] = {}, page_max[kTileRows] = {}, sums[kTileRows] = {};
+  alignas(64) int32_t lanes[kTileRows * kMaxPageTokens];
+  LargestScores<true>(args, largest);
+  alignas(64) float factors[kTileRows];
+  for (int64_t r = 0; r < args.num_rows; ++r) {
+    const float scale = args.scales == nullptr ? 1.0f : args.scales[r];
+    page_max[r] = largest[r] * scale;
+    factors[r] = scale * kFactorUnits;
+  }
+  AdvanceArgs advance = AdvanceOf(args, page_max, sums);
+  advance.unit = 1.0f / static_cast<float>(MaxRowInteger(args.rows.high_shift));
+  RaiseMax(advance);
+  const Weighing weighing{largest, factors, lanes};
+#if HWY_TARGET == HWY_AVX3
+  args.rows.block == kMaxBlock ? WeighBlocks(args, weighing) : WeighRows(args, weighing);
+#else
+  WeighRows(args, weighing);
+#endif
+  const int64_t num_tokens = args.num_tokens, span = std::max<int64_t>(args.group_size, kLanes);
   if (args.group_size >= kLanes) {
     const int64_t num_spans = args.num_rows * (num_tokens / span);
     ClearTail(lanes, num_spans);
@@ -291,13 +349,19 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
       sums[r] = static_cast<float>(std::accumulate(of_row, of_row + groups, int32_t{0}));
     }
   }
-  Advance(args, page_max, sums, 1.0f / static_cast<float>(MaxRowInteger(args.rows.high_shift)));
+  AddSums(advance);
 }
 
 void Merge(const AttentionState& from, int64_t num_rows, int64_t padded_dim,
            const AttentionState& into) {
   alignas(64) float keep[kTileRows], add[kTileRows];
-  RaiseMax(from.max, num_rows, into, keep, add);
+  AdvanceArgs advance;
+  advance.page_max = from.max;
+  advance.num_rows = num_rows;
+  advance.state = into;
+  advance.keep = keep;
+  advance.add = add;
+  RaiseMax(advance);
   for (int64_t r = 0; r < num_rows; ++r) {
     into.sum[r] += add[r] * from.sum[r];
     float* out = into.out + r * padded_dim;

@@ -13,6 +13,8 @@
 #include <array>
 #include <cstdint>
 
+#define INNERQ_WEIGHTS __attribute__((target("avx512f,avx512bw"), always_inline)) inline
+
 namespace innerq {
 
 constexpr float kWeightUnits = 4096.0f;  // steps per octave
@@ -39,18 +41,20 @@ constexpr WeightTable MakeWeightTable() {
 }
 inline constexpr WeightTable kWeightTable = MakeWeightTable();
 
+// The instructions of one kind of rows. (Each function may be inlined into any for AVX-512 BW.)
 class WeightTables {
  public:
   // For weights of up to MaxRowInteger(high_shift).
-  __attribute__((target("avx512f,avx512bw"), always_inline)) explicit WeightTables(int high_shift)
+  INNERQ_WEIGHTS explicit WeightTables(int high_shift)
       : values_(_mm512_load_si512(kWeightTable.values.data())),
         slopes_(_mm512_load_si512(kWeightTable.slopes.data())),
-        shift_(_mm512_set1_epi16(static_cast<int16_t>(15 + 8 - high_shift))) {}
+        octaves_(_mm512_set1_epi16(static_cast<int16_t>(15 + 8 - high_shift))),
+        low_mask_(_mm512_set1_epi16(static_cast<int16_t>((1 << high_shift) - 1))),
+        high_shift_(_mm_cvtsi32_si128(high_shift)) {}
 
   // round(MaxRowInteger * 2^(x * factor / kWeightUnits)) for x * factor <= 0 of a, then of b, in
   // the order of _mm512_packus_epi32; 0 for NaN.
-  __attribute__((target("avx512f,avx512bw"), always_inline)) __m512i Weights(
-      __m512 a, __m512 factor_a, __m512 b, __m512 factor_b) const {
+  INNERQ_WEIGHTS __m512i Weights(__m512 a, __m512 factor_a, __m512 b, __m512 factor_b) const {
     const __m512 top = _mm512_set1_ps(65535.0f);
     // What is too small for an int32, and NaN, becomes the smallest, and 0 when packed.
     const __m512i steps =
@@ -60,15 +64,31 @@ class WeightTables {
     const __m512i value = _mm512_permutexvar_epi16(place, values_);
     const __m512i slope = _mm512_permutexvar_epi16(place, slopes_);
     const __m512i more = _mm512_mulhi_epu16(slope, _mm512_slli_epi16(steps, 9));
-    const __m512i octaves = _mm512_sub_epi16(shift_, _mm512_srli_epi16(steps, 12));
+    const __m512i octaves = _mm512_sub_epi16(octaves_, _mm512_srli_epi16(steps, 12));
     const __m512i twice = _mm512_srlv_epi16(_mm512_add_epi16(value, more), octaves);
     return _mm512_avg_epu16(twice, _mm512_setzero_si512());
   }
 
+  // The low bytes of weights, then the high ones: a block of 32 of IntegerRows.
+  INNERQ_WEIGHTS __m512i Bytes(__m512i weights) const {
+    const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i high = _mm512_srl_epi16(weights, high_shift_);
+    const __m512i low = _mm512_and_si512(weights, low_mask_);
+    return _mm512_permutexvar_epi32(places, _mm512_packus_epi16(low, high));
+  }
+
+  // Their sums, spread over 16 lanes.
+  INNERQ_WEIGHTS __m512i Sums(__m512i weights) const {
+    return _mm512_madd_epi16(weights, _mm512_set1_epi16(1));
+  }
+
  private:
-  __m512i values_, slopes_, shift_;
+  __m512i values_, slopes_, octaves_, low_mask_;
+  __m128i high_shift_;
 };
 
 }  // namespace innerq
+
+#undef INNERQ_WEIGHTS
 
 #endif  // __x86_64__
