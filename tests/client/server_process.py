@@ -102,6 +102,7 @@ def expect_interruption(command, number):
         process = subprocess.Popen([*command, "--json", out], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)
         while not out.exists():  # it is opened before the work begins
+            assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         time.sleep(0.5)
         process.send_signal(number)
