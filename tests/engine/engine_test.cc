@@ -93,25 +93,24 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
     options.max_context = 310;
     options.exact_prefill = exact_prefill;
     PageCounts pools = WorstPeakPages(layout, options.max_context, exact_prefill);
-    // The request under test comes third, so that both older and younger ones disturb it.
     if (!schedule.tiny_pools) pools = kPlenty;
     const auto engine = EngineOf(options, pools, nullptr, layout, schedule.max_logit_rows);
-    std::vector<ResponseReader> neighbours;
-    int64_t prompt_tokens = std::ssize(request.prompt);
-    std::optional<ResponseReader> reader;
-    for (int i = 0; i <= schedule.num_neighbours; ++i) {
-      if (i == std::min(2, schedule.num_neighbours))
-        reader.emplace(engine->Submit(request).value());
-      if (i == schedule.num_neighbours) break;
+    // The request under test comes third, so that both older and younger ones disturb it. As one
+    // group they meet in the first step, whatever the threads' pace.
+    std::vector<Request> requests;
+    for (int i = 0; i < schedule.num_neighbours; ++i) {
       const auto seed = static_cast<uint64_t>(100 + i);
-      neighbours.push_back(engine->Submit(RequestOf(20 + 15 * i, 20 + 5 * (i % 5), seed)).value());
-      prompt_tokens += 20 + 15 * i;
+      requests.push_back(RequestOf(20 + 15 * i, 20 + 5 * (i % 5), seed));
     }
-    ExpectSameEvents(ReadAll(*reader).events, expected);
-    for (size_t i = 0; i < neighbours.size(); ++i) {
-      const auto n = static_cast<int64_t>(i);
-      const Request same = RequestOf(20 + 15 * n, 20 + 5 * (n % 5), 100 + i);
-      ExpectSameEvents(ReadAll(neighbours[i]).events, OracleAnswer(same, layout, exact_prefill));
+    const auto tested = std::min<size_t>(2, requests.size());
+    requests.insert(requests.begin() + static_cast<std::ptrdiff_t>(tested), request);
+    const ResponseGroup group = engine->SubmitGroup(requests).value();
+    int64_t prompt_tokens = 0;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      SCOPED_TRACE("request " + std::to_string(i));
+      ExpectSameEvents(ReadAll(group.readers[i]).events,
+                       i == tested ? expected : OracleAnswer(requests[i], layout, exact_prefill));
+      prompt_tokens += std::ssize(requests[i].prompt);
     }
     ExpectAtRest(*engine);
     EXPECT_EQ(engine->Stats().prompt_tokens, prompt_tokens) << "also of those computed again";

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -110,19 +109,19 @@ Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOpti
   request.sampling.logit_bias = {{kMark, -100.0f}};
   request.sampling.num_logprobs = 1;
   request.prompt_logprobs = 3;
-  std::vector<ResponseReader> neighbours;
-  std::optional<ResponseReader> marked;
-  for (int i = 0; i <= run.num_neighbours; ++i) {
-    if (i == std::min(kElders, run.num_neighbours)) marked.emplace(engine->Submit(request).value());
-    if (i == run.num_neighbours) break;
+  std::vector<Request> requests;
+  for (int i = 0; i < run.num_neighbours; ++i) {
     // The elders grow long while the marked request runs.
-    const Request other =
-        i < kElders ? RequestOf(30, 300, 500 + i) : RequestOf(10 + 9 * i, 30, 500 + i);
-    neighbours.push_back(engine->Submit(other).value());
+    requests.push_back(i < kElders ? RequestOf(30, 300, 500 + i)
+                                   : RequestOf(10 + 9 * i, 30, 500 + i));
   }
+  const auto marked = std::min<size_t>(kElders, requests.size());
+  requests.insert(requests.begin() + static_cast<std::ptrdiff_t>(marked), std::move(request));
+  // As one group they meet in the first step, whatever the threads' pace.
+  ResponseGroup group = engine->SubmitGroup(std::move(requests)).value();
   Outcome outcome;
-  outcome.events = ReadAll(*marked).events;
-  neighbours.clear();
+  outcome.events = ReadAll(group.readers[marked]).events;
+  group.readers.clear();
   engine->Drain(kLong);
   outcome.preemptions = engine->Stats().preemptions;
   outcome.record = *record;
