@@ -19,7 +19,8 @@
 
 namespace innerq {
 
-constexpr int64_t kTileRows = 64;        // most rows R that share a page
+constexpr int64_t kTileRows = 128;       // most rows R that share a page
+constexpr int64_t kCachedTileRows = 64;  // where one operation after the other passes over them
 constexpr int64_t kRowBlock = 16;        // rows that a product with codes takes together
 constexpr int64_t kMaxPageTokens = 128;  // largest T
 constexpr int64_t kMaxInner = 256;       // largest D or T
@@ -205,11 +206,13 @@ struct alignas(64) CodedPagesScratch {
   float key_scales[kMaxInner / kMaxBlock * kTokens];  // [D/N][32]
   Values values[3];
   Block blocks[2];
-  int8_t weights[kRowBlock * 2 * kTokens];    // of IntegerRows
-  int32_t key_dots[kRowBlock * kMaxInner];    // [16][D/N][32], becomes scores
+  float largest[kRowBlock];  // scores
+  float factors[kRowBlock];  // of differences of scores
+  float page_max[kRowBlock];
+  float scores[kRowBlock * kTokens];
+  int8_t weights[kRowBlock * 2 * kTokens];    // as an A tile
+  int32_t key_dots[kRowBlock * kMaxInner];    // [16][D/N][32]
   int32_t value_dots[kRowBlock * kMaxInner];  // [16][D]
-
-  float* scores() { return reinterpret_cast<float*>(key_dots); }
 };
 
 // The whole attention to pages of 32 tokens, both sides of which are codes of up to 4 bits in inner

@@ -42,7 +42,7 @@ TileAttention::TileAttention(const AttentionOps& ops, const AttentionArgs& args,
       last_page_(args.layout->PageOf(tile.first_position)),
       sealed_(args.layout->SealedPages(tile.first_position, tile.slice->exact_before)),
       padded_dim_(layer_.padded_dim()),
-      fits_coded_pages_(FitsCodedPages()),
+      fits_coded_pages_(num_rows_ >= kRowBlock && FitsCodedPages(ops, layer_)),
       query_rows_{scratch.query_bytes, IntegerRows::Stride(layer_.head_dim),
                   BlockOf(layer_.key.group_size), HighShift(layer_.key.bits)},
       weight_rows_{scratch.weight_bytes, IntegerRows::Stride(layer_.page_tokens),
@@ -173,14 +173,13 @@ void TileAttention::AttendPage(int64_t page, const AttentionState& state) {
   MultiplyOuter(Values(head), scratch_.scores, layer_.page_tokens, target);
 }
 
-bool TileAttention::FitsCodedPages() const {
+bool TileAttention::FitsCodedPages(const AttentionOps& ops, const KvLayerLayout& layer) {
   const auto fits = [](const QuantSpec& spec) {
     return spec.quantized() && spec.bits <= 4 && spec.axis == QuantAxis::kInner &&
            spec.group_size % kMaxBlock == 0 && !spec.has_zero();
   };
-  return ops_.attend_coded_pages != nullptr && num_rows_ >= kRowBlock &&
-         layer_.page_tokens == CodedPagesArgs::kTokens && fits(layer_.key) && fits(layer_.value) &&
-         layer_.head_dim % kMaxBlock == 0;
+  return ops.attend_coded_pages != nullptr && layer.page_tokens == CodedPagesArgs::kTokens &&
+         fits(layer.key) && fits(layer.value) && layer.head_dim % kMaxBlock == 0;
 }
 
 void TileAttention::AttendCodedPages(int64_t begin, int64_t end, const AttentionState& state) {

@@ -68,6 +68,11 @@ class TileAttention {
   TileAttention(const AttentionOps& ops, const AttentionArgs& args, const AttentionTile& tile,
                 TileScratch& scratch);
 
+  // Rows of a tile of a long prompt.
+  static int64_t MostRows(const AttentionOps& ops, const KvLayerLayout& layer) {
+    return FitsCodedPages(ops, layer) ? kTileRows : kCachedTileRows;
+  }
+
   int64_t num_rows() const { return num_rows_; }
   // Logical pages that the rows see, the last one in part.
   int64_t num_pages() const { return last_page_ + 1; }
@@ -93,6 +98,9 @@ class TileAttention {
     float* out;         // [R][outer rounded up to 16]
   };
 
+  // AttentionOps::attend_coded_pages can take the sealed pages.
+  static bool FitsCodedPages(const AttentionOps& ops, const KvLayerLayout& layer);
+
   bool IsSealed(int64_t page) const { return page >= sealed_.begin && page < sealed_.end; }
   CodedSide Keys(const std::byte* head) const;
   CodedSide Values(const std::byte* head) const;
@@ -100,8 +108,6 @@ class TileAttention {
   void StartPrefetch(int64_t page);
   void PrefetchMore();
   void AttendPage(int64_t page, const AttentionState& state);
-  // AttentionOps::attend_coded_pages can take the sealed pages.
-  bool FitsCodedPages() const;
   void AttendCodedPages(int64_t begin, int64_t end, const AttentionState& state);
   void Score(const PageRef& page, bool sealed);
   void AddHalfValues(const uint16_t* values, bool last_page, const AttentionState& state);

@@ -147,7 +147,8 @@ class CpuAttentionImpl final : public CpuAttention {
     const KvLayerLayout& layer = *args.kv.layout;
     const int64_t head_rows = args.num_heads / layer.kv_heads;
     CHECK(head_rows <= kTileRows, "Attention: too many query heads per key/value head");
-    const int64_t most_tokens = kTileRows / head_rows;
+    const int64_t most_rows = TileAttention::MostRows(ops_, layer);
+    const int64_t most_tokens = std::max<int64_t>(1, most_rows / head_rows);
     int64_t most_pages = 0;
     tiles_.clear();
     for (const SequenceSlice& slice : args.slices) {

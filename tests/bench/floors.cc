@@ -41,7 +41,8 @@ double DnnlBf16Seconds(int64_t m, int64_t n, int64_t k, int threads) {
   const auto filled = [&](const Memory::desc& plain, const Memory::desc& wanted) {
     Memory from(plain, engine), to(wanted, engine);
     auto* data = static_cast<uint16_t*>(from.get_data_handle());
-    for (size_t i = 0; i < from.get_desc().get_size() / 2; ++i) {
+    const size_t count = plain.get_size() / 2;
+    for (size_t i = 0; i < count; ++i) {
       data[i] = F32ToBF16(static_cast<float>(i * 2654435761u % 2048) / 1024.0f - 1.0f);
     }
     dnnl::reorder(from, to).execute(stream, from, to);
