@@ -474,11 +474,13 @@ TEST(ChatTemplateTest, WhatCannotRunIsAnErrorAtStartWithFileLineAndReason) {
       error({{"chat_template.jinja", "{{ messages[0].content + 1 }}"}}),
       "chat_template.jinja: chat template, line 1: the operator + expects other values, found "
       "str and int");
+#if !defined(INNERQ_SANITIZED)  // four million steps take half a minute
   EXPECT_EQ(
       error({{"chat_template.jinja",
               "{% for i in range(99999) %}{% for j in range(99) %}"
               "{% endfor %}{% endfor %}"}}),
       "chat_template.jinja: chat template, line 1: expected at most 4000000 steps, found more");
+#endif
 }
 
 TEST(ChatTemplateTest, WhatTheTemplateRefusesIsTheMessagesFault) {
@@ -796,6 +798,11 @@ TEST(ChatTemplateTest, Llama3PromptsAreThoseOfItsOwnTemplate) {
 
 // The largest request body may be one message or a great many.
 TEST(ChatTemplateTest, LargeConversationsAreRenderedOrRefused) {
+#if defined(INNERQ_SANITIZED)
+  constexpr size_t kBytes = 1 << 20;
+#else
+  constexpr size_t kBytes = 8 << 20;
+#endif
   std::vector<std::filesystem::path> directories = {std::filesystem::path(INNERQ_SOURCE_DIR) /
                                                     "models/demo"};
   const auto llama3 = SharedPath("assets/tokenizers/llama3-hf");
@@ -803,7 +810,7 @@ TEST(ChatTemplateTest, LargeConversationsAreRenderedOrRefused) {
   for (const auto& directory : directories) {
     const auto chat = Load("auto", directory);
     for (const char byte : {'a', ' ', '<', '\n'}) {
-      const std::string text = "x" + std::string(8 << 20, byte) + "x";
+      const std::string text = "x" + std::string(kBytes, byte) + "x";
       const auto one = chat->Render({{"user", text}}, {});
       ASSERT_TRUE(one.ok()) << one.error().message;
       EXPECT_NE(Text(*one).find(text), std::string::npos);
@@ -814,6 +821,7 @@ TEST(ChatTemplateTest, LargeConversationsAreRenderedOrRefused) {
     EXPECT_EQ(too_many.error().param, "messages");
     EXPECT_TRUE(chat->Render(Messages(10'000, {"user", "a"}), {}).ok());
   }
+#if !defined(INNERQ_SANITIZED)
   // Work that grows with the square of the messages ends at the limit of steps.
   const ModelDirectory square(
       Files{{"chat_template.jinja",
@@ -822,6 +830,7 @@ TEST(ChatTemplateTest, LargeConversationsAreRenderedOrRefused) {
   const auto refused = (*square.LoadTemplate())->Render(Messages(60'000, {"user", "a"}), {});
   ASSERT_FALSE(refused.ok());
   EXPECT_NE(refused.error().message.find("4000000 steps"), std::string::npos);
+#endif
   // And output at the limit of bytes.
   const ModelDirectory thrice(Files{
       {"chat_template.jinja", "{% for i in range(3) %}{{ messages[0].content }}{% endfor %}"}});

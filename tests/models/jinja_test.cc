@@ -382,7 +382,7 @@ TEST(JinjaTest, BoundsStepsAndOutput) {
 TEST(JinjaTest, StepsBoundTime) {
   constexpr double kSeconds = 2.5 * kSlowdown;  // a fourth of what all steps may take
 #if defined(INNERQ_SANITIZED)
-  const Limits limits{.max_steps = 100'000};
+  const Limits limits{.max_steps = 20'000};
 #else
   const Limits limits{.max_steps = 1'000'000};
 #endif
