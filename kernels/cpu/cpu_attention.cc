@@ -44,6 +44,7 @@ class CpuAttentionImpl final : public CpuAttention {
     const auto threads = static_cast<size_t>(threads_);
     try {
       tiles_.reserve(static_cast<size_t>(limits.max_rows));
+      slice_tiles_.reserve(static_cast<size_t>(limits.max_rows));
       Grow(tile_scratch_, threads);
       Grow(seal_scratch_, threads);
       Grow(half_scratch_, threads);
@@ -107,6 +108,11 @@ class CpuAttentionImpl final : public CpuAttention {
   }
 
  private:
+  // The tiles of one slice.
+  struct SliceTiles {
+    int64_t begin, count;
+  };
+
   // One head of one token on its way into a page.
   struct HeadScratch {
     float rotated[kMaxInner];
@@ -151,7 +157,9 @@ class CpuAttentionImpl final : public CpuAttention {
     const int64_t most_tokens = std::max<int64_t>(1, most_rows / head_rows);
     int64_t most_pages = 0;
     tiles_.clear();
+    slice_tiles_.clear();
     for (const SequenceSlice& slice : args.slices) {
+      const size_t first_tile = tiles_.size();
       const int64_t slice_end = slice.first_position + slice.num_rows;
       for (int64_t at = slice.first_position; at < slice_end;) {
         const int64_t page_end = (at / layer.page_tokens + 1) * layer.page_tokens;
@@ -160,14 +168,19 @@ class CpuAttentionImpl final : public CpuAttention {
         tiles_.push_back({&slice, slice.row_begin + at - slice.first_position, at, end - at, 0});
         at = end;
       }
+      slice_tiles_.resize(tiles_.size(), {static_cast<int64_t>(first_tile),
+                                          static_cast<int64_t>(tiles_.size() - first_tile)});
       most_pages = std::max(most_pages, CeilDiv(slice_end, layer.page_tokens));
     }
     return most_pages;
   }
 
+  // Units are [slice][KV head][tile], so that a head's pages stay in the cache for all of a prompt.
   AttentionTile TileOf(int64_t unit, int64_t kv_heads) const {
-    AttentionTile tile = tiles_[static_cast<size_t>(unit / kv_heads)];
-    tile.kv_head = unit % kv_heads;
+    const SliceTiles& tiles = slice_tiles_[static_cast<size_t>(unit / kv_heads)];
+    const int64_t of_slice = unit - tiles.begin * kv_heads;
+    AttentionTile tile = tiles_[static_cast<size_t>(tiles.begin + of_slice % tiles.count)];
+    tile.kv_head = of_slice / tiles.count;
     return tile;
   }
 
@@ -230,7 +243,8 @@ class CpuAttentionImpl final : public CpuAttention {
   const AttentionOps ops_;
   const EncodeFunction encode_;
   const int threads_;
-  std::vector<AttentionTile> tiles_;
+  std::vector<AttentionTile> tiles_;                           // of KV head 0
+  std::vector<SliceTiles> slice_tiles_;                        // per tile
   std::vector<std::unique_ptr<TileScratch>> tile_scratch_;     // per thread
   std::vector<std::unique_ptr<SealScratch>> seal_scratch_;     // per thread
   std::vector<std::unique_ptr<HeadScratch>> half_scratch_;     // per thread
