@@ -36,9 +36,9 @@ class CpuAttentionImpl final : public CpuAttention {
       return InvalidArgument("head_dim must be at most " + std::to_string(kMaxInner) + ", not " +
                              std::to_string(limits.max_head_dim));
     }
-    if (limits.max_group > kTileRows) {
+    if (limits.max_group > kCachedTileRows) {
       return InvalidArgument("num_attention_heads / num_key_value_heads must be at most " +
-                             std::to_string(kTileRows) + ", not " +
+                             std::to_string(kCachedTileRows) + ", not " +
                              std::to_string(limits.max_group));
     }
     const auto threads = static_cast<size_t>(threads_);
@@ -152,9 +152,8 @@ class CpuAttentionImpl final : public CpuAttention {
   int64_t MakeTiles(const AttentionArgs& args) {
     const KvLayerLayout& layer = *args.kv.layout;
     const int64_t head_rows = args.num_heads / layer.kv_heads;
-    CHECK(head_rows <= kTileRows, "Attention: too many query heads per key/value head");
-    const int64_t most_rows = TileAttention::MostRows(ops_, layer);
-    const int64_t most_tokens = std::max<int64_t>(1, most_rows / head_rows);
+    CHECK(head_rows <= kCachedTileRows, "Attention: too many query heads per key/value head");
+    const int64_t most_tokens = TileAttention::MostRows(ops_, layer) / head_rows;
     int64_t most_pages = 0;
     tiles_.clear();
     slice_tiles_.clear();
