@@ -147,7 +147,7 @@ class CodedPages {
 
   INNERQ_TARGET void Attend() const {
     BeginStep(0);
-    for (int64_t r = 0; r < kRowBlock; ++r) KeyTasks(0, r);
+    for (int64_t r = 0; r < kRowBlock; ++r) TileTasks<Side::kKeys>(0, r);
     for (int64_t step = 0; step < num_steps_; ++step) {
       Score(step);
       if (step + 1 < num_steps_) BeginStep(step + 1);
@@ -155,7 +155,7 @@ class CodedPages {
       Weigh(step);
       MultiplyValueSet(step, 0);
     }
-    for (int64_t r = 0; r < kRowBlock; ++r) ValueTasks(num_steps_ - 1, r);
+    for (int64_t r = 0; r < kRowBlock; ++r) TileTasks<Side::kValues>(num_steps_ - 1, r);
     AddValues(num_steps_ - 1);
   }
 
@@ -260,23 +260,21 @@ class CodedPages {
 
   // What tiles do after row r of 16, the first set multiplied: they store it, multiply the next,
   // and so on, evenly spread.
-  INNERQ_TARGET inline void KeyTasks(int64_t step, int64_t r) const {
-    const int64_t count = NumTasks(key_sets());
+  enum class Side { kKeys, kValues };
+  template <Side kSide>
+  INNERQ_TARGET inline void TileTasks(int64_t step, int64_t r) const {
+    constexpr bool kKeys = kSide == Side::kKeys;
+    const int64_t count = (kKeys ? key_sets() : value_sets()) * (kSetTiles + 1) - 1;
 #pragma GCC unroll 2
     for (int64_t i = r * count / kRowBlock; i < (r + 1) * count / kRowBlock; ++i) {
       const int64_t set = i / (kSetTiles + 1), tile = i % (kSetTiles + 1);
-      tile < kSetTiles ? StoreKeyTile(set, tile) : MultiplyKeySet(step, set + 1);
+      if (tile < kSetTiles) {
+        kKeys ? StoreKeyTile(set, tile) : StoreValueTile(set, tile);
+      } else {
+        kKeys ? MultiplyKeySet(step, set + 1) : MultiplyValueSet(step, set + 1);
+      }
     }
   }
-  INNERQ_TARGET inline void ValueTasks(int64_t step, int64_t r) const {
-    const int64_t count = NumTasks(value_sets());
-#pragma GCC unroll 2
-    for (int64_t i = r * count / kRowBlock; i < (r + 1) * count / kRowBlock; ++i) {
-      const int64_t set = i / (kSetTiles + 1), tile = i % (kSetTiles + 1);
-      tile < kSetTiles ? StoreValueTile(set, tile) : MultiplyValueSet(step, set + 1);
-    }
-  }
-  static constexpr int64_t NumTasks(int64_t sets) { return sets * (kSetTiles + 1) - 1; }
 
   // Scores, and the largest of each row.
   INNERQ_TARGET void Score(int64_t step) const {
@@ -300,7 +298,7 @@ class CodedPages {
       _mm512_store_ps(scores, score[0]);
       _mm512_store_ps(scores + kPanelWidth, score[1]);
       of_row[r] = _mm512_max_ps(score[0], score[1]);
-      if (step > 0) ValueTasks(step - 1, r);
+      if (step > 0) TileTasks<Side::kValues>(step - 1, r);
     }
     const __m512 max = ReduceRows<Max>(of_row);
     const __m512 query_scale = _mm512_loadu_ps(args_.query_scales + RowOf(step));
@@ -325,7 +323,7 @@ class CodedPages {
       const __m512i weights = tables.Weights(a, factor, b, factor);
       of_row[r] = _mm512_castsi512_ps(tables.Sums(weights));
       _mm512_store_si512(bytes, weight_bytes.Of(weights));
-      if (step + 1 < num_steps_) KeyTasks(step + 1, r);
+      if (step + 1 < num_steps_) TileTasks<Side::kKeys>(step + 1, r);
     }
     alignas(64) float sums[kRowBlock];
     _mm512_store_ps(sums, _mm512_cvtepi32_ps(_mm512_castps_si512(ReduceRows<Sum>(of_row))));
