@@ -2,9 +2,9 @@
 //
 // A step is a page and a block of 16 rows. Vectors score step s, add the values of step s - 1 and
 // weigh step s; between their rows tiles store the products of values of step s - 1, then those of
-// keys of step s + 1. A tile's store takes the port of shuffles for 16 cycles and waits for its
-// products, so that stores one behind the other would hold up everything. A row's float operations
-// are those of AttentionOps' single functions, in their order.
+// keys of step s + 1. A tile's store waits for its products and holds up shuffles, so
+// that stores one behind the other would hold up everything. A row's float operations are those of
+// AttentionOps' single functions, in their order.
 #include "kernels/cpu/attention_ops.h"
 
 #if defined(__x86_64__)
