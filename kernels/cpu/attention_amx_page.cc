@@ -1,10 +1,10 @@
 // Attention of many rows to pages of codes with AMX tiles: scores, weights and values in one pass.
 //
-// A step is a page and a block of 16 rows. Vectors score step s, add the values of step s - 1 and
-// weigh step s; between their rows tiles store the products of values of step s - 1, then those of
-// keys of step s + 1. A tile's store waits for its products and holds up shuffles, so
-// that stores one behind the other would hold up everything. A row's float operations are those of
-// AttentionOps' single functions, in their order.
+// A step is a page and a block of 16 rows. Vectors score step s, between whose rows tiles store the
+// products of values of step s - 1; they weigh it, between whose rows tiles store the products of
+// keys of step s + 1; then they add the values of step s - 1. A tile's store waits for its products
+// and holds up shuffles, so that stores one behind the other would hold up everything. A row's
+// float operations are those of AttentionOps' single functions, in their order.
 #include "kernels/cpu/attention_ops.h"
 
 #if defined(__x86_64__)
@@ -151,8 +151,8 @@ class CodedPages {
     for (int64_t step = 0; step < num_steps_; ++step) {
       Score(step);
       if (step + 1 < num_steps_) BeginStep(step + 1);
-      if (step > 0) AddValues(step - 1);
       Weigh(step);
+      if (step > 0) AddValues(step - 1);
       MultiplyValueSet(step, 0);
     }
     for (int64_t r = 0; r < kRowBlock; ++r) TileTasks<Side::kValues>(num_steps_ - 1, r);
@@ -302,8 +302,9 @@ class CodedPages {
     }
     const __m512 max = ReduceRows<Max>(of_row);
     const __m512 query_scale = _mm512_loadu_ps(args_.query_scales + RowOf(step));
-    _mm512_store_ps(scratch_.largest, max);
-    _mm512_store_ps(scratch_.factors, _mm512_mul_ps(query_scale, _mm512_set1_ps(kWeightUnits)));
+    const WeightTables::Steps steps = WeightTables::StepsOf(max, query_scale);
+    _mm512_store_ps(scratch_.factors, steps.factor);
+    _mm512_store_ps(scratch_.origins, steps.origin);
     _mm512_store_ps(scratch_.page_max, _mm512_mul_ps(max, query_scale));
   }
 
@@ -316,11 +317,10 @@ class CodedPages {
     __m512 of_row[kRowBlock];
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kRowBlock; ++r, score += kTokens, bytes += kTileRowBytes) {
-      const __m512 row_max = _mm512_set1_ps(scratch_.largest[r]);
       const __m512 factor = _mm512_set1_ps(scratch_.factors[r]);
-      const __m512 a = _mm512_sub_ps(_mm512_load_ps(score), row_max);
-      const __m512 b = _mm512_sub_ps(_mm512_load_ps(score + kPanelWidth), row_max);
-      const __m512i weights = tables.Weights(a, factor, b, factor);
+      const __m512 origin = _mm512_set1_ps(scratch_.origins[r]);
+      const __m512i weights = tables.Weights(_mm512_load_ps(score), factor, origin,
+                                             _mm512_load_ps(score + kPanelWidth), factor, origin);
       of_row[r] = _mm512_castsi512_ps(tables.Sums(weights));
       _mm512_store_si512(bytes, weight_bytes.Of(weights));
       if (step + 1 < num_steps_) TileTasks<Side::kKeys>(step + 1, r);

@@ -206,8 +206,8 @@ struct alignas(64) CodedPagesScratch {
   float key_scales[kMaxInner / kMaxBlock * kTokens];  // [D/N][32]
   Values values[3];
   Block blocks[2];
-  float largest[kRowBlock];  // scores
-  float factors[kRowBlock];  // of differences of scores
+  float factors[kRowBlock];  // of scores, as WeightTables takes them
+  float origins[kRowBlock];  // likewise
   float page_max[kRowBlock];
   float scores[kRowBlock * kTokens];
   int8_t weights[kRowBlock * 2 * kTokens];    // as an A tile

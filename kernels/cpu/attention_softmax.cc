@@ -211,21 +211,33 @@ void SoftmaxToFloat(const SoftmaxArgs& args) {
   AddSums(advance);
 }
 
+// The factors and origins of rows whose scores in units of `scales` (null: one) are at most
+// `largest`: what IntegerWeights and WeighBlocks take.
+void ScaleScores(const float* largest, const float* scales, int64_t num_rows, float* factors,
+                 float* origins) {
 #if HWY_TARGET == HWY_AVX3
-constexpr float kFactorUnits = kWeightUnits;
+  for (int64_t r = 0; r < num_rows; r += kLanes) {
+    const Vector one = hn::Set(kF32, 1.0f);
+    const Vector scale = scales == nullptr ? one : hn::LoadU(kF32, scales + r);
+    const auto steps = WeightTables::StepsOf(hn::LoadU(kF32, largest + r).raw, scale.raw);
+    _mm512_storeu_ps(factors + r, steps.factor);
+    _mm512_storeu_ps(origins + r, steps.origin);
+  }
 #else
-constexpr float kFactorUnits = 1.0f;
+  std::copy(largest, largest + num_rows, origins);
+  for (int64_t r = 0; r < num_rows; ++r) factors[r] = scales == nullptr ? 1.0f : scales[r];
 #endif
+}
 
-// out = round(MaxRowInteger * 2^(x * factor / kFactorUnits)) for x <= 0, 0 for NaN, the largest for
-// x = 0.
+// out = round(MaxRowInteger * 2^((score - largest) * scale)), 0 for NaN.
 template <int N>
-HWY_INLINE void IntegerWeights(const Vector (&x)[N], const Vector (&factor)[N], int high_shift,
-                               hn::Vec<I32> (&out)[N]) {
+HWY_INLINE void IntegerWeights(const Vector (&score)[N], const Vector (&factor)[N],
+                               const Vector (&origin)[N], int high_shift, hn::Vec<I32> (&out)[N]) {
 #if HWY_TARGET == HWY_AVX3
   const WeightTables tables(high_shift);
   HWY_UNROLL(2) for (int i = 0; i < N; i += 2) {
-    const __m512i pair = tables.Weights(x[i].raw, factor[i].raw, x[i + 1].raw, factor[i + 1].raw);
+    const __m512i pair = tables.Weights(score[i].raw, factor[i].raw, origin[i].raw,
+                                        score[i + 1].raw, factor[i + 1].raw, origin[i + 1].raw);
     out[i] = hn::Vec<I32>{_mm512_unpacklo_epi16(pair, _mm512_setzero_si512())};
     out[i + 1] = hn::Vec<I32>{_mm512_unpackhi_epi16(pair, _mm512_setzero_si512())};
   }
@@ -233,7 +245,7 @@ HWY_INLINE void IntegerWeights(const Vector (&x)[N], const Vector (&factor)[N], 
   const Vector largest = hn::Set(kF32, static_cast<float>(MaxRowInteger(high_shift)));
   Vector y[N];
   HWY_UNROLL(4) for (int i = 0; i < N; ++i) {
-    y[i] = hn::Max(hn::Mul(x[i], factor[i]), hn::Set(kF32, -127.0f));
+    y[i] = hn::Max(hn::Mul(hn::Sub(score[i], origin[i]), factor[i]), hn::Set(kF32, -127.0f));
   }
   Exp2InRange(y);
   HWY_UNROLL(4) for (int i = 0; i < N; ++i) out[i] = RoundToInt(hn::Mul(y[i], largest));
@@ -242,8 +254,8 @@ HWY_INLINE void IntegerWeights(const Vector (&x)[N], const Vector (&factor)[N], 
 
 // What weighing a page's rows takes and gives.
 struct Weighing {
-  const float* largest;  // [R] scores
-  const float* factors;  // [R] of differences of scores, for IntegerWeights
+  const float* factors;  // [R] of ScaleScores
+  const float* origins;  // [R] likewise
   int32_t* lanes;        // [R][T/span][kLanes] sums; a span is a group, or kLanes of smaller ones
 };
 
@@ -255,15 +267,15 @@ HWY_INLINE void WeighRows(const SoftmaxArgs& args, const Weighing& weighing) {
   const int64_t row_vectors = num_tokens / kLanes, num_vectors = args.num_rows * row_vectors;
   const int shift = hwy::Num0BitsBelowLS1Bit_Nonzero64(static_cast<uint64_t>(row_vectors));
   for (int64_t v = 0; v < num_vectors; v += kBatch) {
-    Vector x[kBatch], factor[kBatch];
+    Vector score[kBatch], factor[kBatch], origin[kBatch];
     hn::Vec<I32> p[kBatch];
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
       const int64_t r = (v + i) >> shift;
-      const Vector score = hn::LoadU(kF32, args.scores + (v + i) * kLanes);
-      x[i] = hn::Sub(score, hn::Set(kF32, weighing.largest[r]));
+      score[i] = hn::LoadU(kF32, args.scores + (v + i) * kLanes);
       factor[i] = hn::Set(kF32, weighing.factors[r]);
+      origin[i] = hn::Set(kF32, weighing.origins[r]);
     }
-    IntegerWeights(x, factor, args.rows.high_shift, p);
+    IntegerWeights(score, factor, origin, args.rows.high_shift, p);
     HWY_UNROLL(4) for (int i = 0; i < kBatch; ++i) {
       hn::Store(p[i], kI32, integers + (v + i) * kLanes);
     }
@@ -290,15 +302,14 @@ HWY_INLINE void WeighBlocks(const SoftmaxArgs& args, const Weighing& weighing) {
   const float* scores = args.scores;
   int32_t* of_span = weighing.lanes;
   for (int64_t r = 0; r < args.num_rows; ++r) {
-    const Vector largest = hn::Set(kF32, weighing.largest[r]);
     const __m512 factor = _mm512_set1_ps(weighing.factors[r]);
+    const __m512 origin = _mm512_set1_ps(weighing.origins[r]);
     int8_t* bytes = args.rows.Row(r);
     for (int64_t begin = 0; begin < args.num_tokens; begin += args.group_size) {
       auto total = hn::Zero(kI32);
       for (int64_t t = 0; t < args.group_size; t += kMaxBlock, scores += kMaxBlock) {
-        const Vector a = hn::Sub(hn::LoadU(kF32, scores), largest);
-        const Vector b = hn::Sub(hn::LoadU(kF32, scores + kLanes), largest);
-        const __m512i weights = tables.Weights(a.raw, factor, b.raw, factor);
+        const __m512i weights = tables.Weights(_mm512_loadu_ps(scores), factor, origin,
+                                               _mm512_loadu_ps(scores + kLanes), factor, origin);
         total = hn::Add(total, hn::Vec<I32>{tables.Sums(weights)});
         _mm512_store_si512(bytes, tables.Bytes(weights));
         bytes += 2 * kMaxBlock;
@@ -314,16 +325,15 @@ void SoftmaxToIntegers(const SoftmaxArgs& args) {
   alignas(64) float largest[kTileRows] = {}, page_max[kTileRows] = {}, sums[kTileRows] = {};
   alignas(64) int32_t lanes[kTileRows * kMaxPageTokens];
   LargestScores<true>(args, largest);
-  alignas(64) float factors[kTileRows];
+  alignas(64) float factors[kTileRows], origins[kTileRows];
+  ScaleScores(largest, args.scales, args.num_rows, factors, origins);
   for (int64_t r = 0; r < args.num_rows; ++r) {
-    const float scale = args.scales == nullptr ? 1.0f : args.scales[r];
-    page_max[r] = largest[r] * scale;
-    factors[r] = scale * kFactorUnits;
+    page_max[r] = largest[r] * (args.scales == nullptr ? 1.0f : args.scales[r]);
   }
   AdvanceArgs advance = AdvanceOf(args, page_max, sums);
   advance.unit = 1.0f / static_cast<float>(MaxRowInteger(args.rows.high_shift));
   RaiseMax(advance);
-  const Weighing weighing{largest, factors, lanes};
+  const Weighing weighing{factors, origins, lanes};
 #if HWY_TARGET == HWY_AVX3
   args.rows.block == kMaxBlock ? WeighBlocks(args, weighing) : WeighRows(args, weighing);
 #else

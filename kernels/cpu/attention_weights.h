@@ -18,6 +18,7 @@
 namespace innerq {
 
 constexpr float kWeightUnits = 4096.0f;  // steps per octave
+constexpr float kWeightTop = 65535.0f;   // the step of the largest weight
 
 struct WeightTable {
   alignas(64) std::array<uint16_t, 32> values{}, slopes{};
@@ -52,14 +53,30 @@ class WeightTables {
         low_mask_(_mm512_set1_epi16(static_cast<int16_t>((1 << high_shift) - 1))),
         high_shift_(_mm_cvtsi32_si128(high_shift)) {}
 
-  // round(MaxRowInteger * 2^(x * factor / kWeightUnits)) for x * factor <= 0 of a, then of b, in
-  // the order of _mm512_packus_epi32; 0 for NaN.
-  INNERQ_WEIGHTS __m512i Weights(__m512 a, __m512 factor_a, __m512 b, __m512 factor_b) const {
-    const __m512 top = _mm512_set1_ps(65535.0f);
+  // The steps of rows' scores, score * factor + origin, for their largest ones in units of `scale`.
+  struct Steps {
+    __m512 factor, origin;
+  };
+  INNERQ_WEIGHTS static Steps StepsOf(__m512 largest, __m512 scale) {
+    // The origin is rounded up, so that the largest score has the top step or one that saturates to
+    // it, however large it is; below 1000 octaves that moves all weights by less than a step. From
+    // 2^42 octaves on, where any other score is far below, the factor is such that no step is too
+    // large for an int32.
+    const __m512 most = _mm512_mul_ps(_mm512_rcp14_ps(_mm512_abs_ps(largest)),
+                                      _mm512_set1_ps(static_cast<float>(int64_t{1} << 53)));
+    const __m512 factor = _mm512_min_ps(_mm512_mul_ps(scale, _mm512_set1_ps(kWeightUnits)), most);
+    return {factor, _mm512_fnmadd_round_ps(largest, factor, _mm512_set1_ps(kWeightTop),
+                                           _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)};
+  }
+
+  // round(MaxRowInteger * 2^((step - kWeightTop) / kWeightUnits)) for the steps of scores a, then
+  // of b, in the order of _mm512_packus_epi32; 0 for NaN.
+  INNERQ_WEIGHTS __m512i Weights(__m512 a, __m512 factor_a, __m512 origin_a, __m512 b,
+                                 __m512 factor_b, __m512 origin_b) const {
     // What is too small for an int32, and NaN, becomes the smallest, and 0 when packed.
     const __m512i steps =
-        _mm512_packus_epi32(_mm512_cvtps_epi32(_mm512_fmadd_ps(a, factor_a, top)),
-                            _mm512_cvtps_epi32(_mm512_fmadd_ps(b, factor_b, top)));
+        _mm512_packus_epi32(_mm512_cvtps_epi32(_mm512_fmadd_ps(a, factor_a, origin_a)),
+                            _mm512_cvtps_epi32(_mm512_fmadd_ps(b, factor_b, origin_b)));
     const __m512i place = _mm512_srli_epi16(steps, 7);  // 5 bits of it
     const __m512i value = _mm512_permutexvar_epi16(place, values_);
     const __m512i slope = _mm512_permutexvar_epi16(place, slopes_);
