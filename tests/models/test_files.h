@@ -70,7 +70,7 @@ class TemporaryDirectory {
 // level would already overflow 8 MiB of stack, one of 128 bytes under a sanitizer.
 inline std::string DeepJson() {
 #if defined(INNERQ_SANITIZED)
-  constexpr size_t kLevels = 70'000;
+  constexpr size_t kLevels = 30'000;
 #else
   constexpr size_t kLevels = 300'000;
 #endif
