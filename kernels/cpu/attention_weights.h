@@ -60,7 +60,7 @@ class WeightTables {
   INNERQ_WEIGHTS static Steps StepsOf(__m512 largest, __m512 scale) {
     // The origin is rounded up, so that the largest score has the top step or one that saturates to
     // it, however large it is; below 1000 octaves that moves all weights by less than a step. From
-    // 2^42 octaves on, where any other score is far below, the factor is such that no step is too
+    // 2^41 octaves on, where any other score is far below, the factor is such that no step is too
     // large for an int32.
     const __m512 most = _mm512_mul_ps(_mm512_rcp14_ps(_mm512_abs_ps(largest)),
                                       _mm512_set1_ps(static_cast<float>(int64_t{1} << 53)));

@@ -67,7 +67,7 @@ class TemporaryDirectory {
 };
 
 // JSON that is valid, but nests so deep that nothing may recurse over it: a frame of 32 bytes a
-// level would already overflow 8 MiB of stack, one of 128 bytes under a sanitizer.
+// level would already overflow 8 MiB of stack, one of 280 bytes under a sanitizer.
 inline std::string DeepJson() {
 #if defined(INNERQ_SANITIZED)
   constexpr size_t kLevels = 30'000;
