@@ -15,6 +15,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/attention_avx512.h"
 #include "kernels/cpu/attention_weights.h"
 
 #define INNERQ_TARGET \
@@ -38,23 +39,19 @@ enum class TileOrder {
 template <TileOrder kOrder, int kBits>
 INNERQ_TARGET void UnpackTiles(const CodedPagesArgs::Side& side, const std::byte* head,
                                int64_t num_codes, uint8_t* tiles) {
-  alignas(64) uint8_t places[64], shifts[64], codes[2][64];
+  const PackedCodes<kBits> packed;
+  const auto* from = reinterpret_cast<const uint8_t*>(head + side.codes);
+  alignas(64) uint8_t codes[2][64];
   for (int i = 0; i < 64; ++i) {
-    places[i] = static_cast<uint8_t>(i / 8 * kBits + (i % 8 < kBits ? i % 8 : 0));
-    shifts[i] = static_cast<uint8_t>(i % 8 * kBits);
     const int code = i % (1 << kBits) - side.offset;
     codes[0][i] = static_cast<uint8_t>(code);
     codes[1][i] = static_cast<uint8_t>(code * (1 << HighShift(kBits)));
   }
-  const __m512i place = _mm512_load_si512(places), shift = _mm512_load_si512(shifts);
   const __m512i plain = _mm512_load_si512(codes[0]), shifted = _mm512_load_si512(codes[1]);
-  const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
   for (int64_t i = 0; i < num_codes; i += kPlane, tiles += 2 * kPlane) {
 #pragma GCC unroll 8
     for (int64_t quad = 0; quad < kPlane / kQuad; ++quad) {
-      const __m512i bytes = _mm512_loadu_si512(head + side.codes + (i + quad * kQuad) / 8 * kBits);
-      const __m512i lanes = _mm512_permutexvar_epi8(place, bytes);
-      const __m512i code = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, lanes), mask);
+      const __m512i code = packed.Load(from + (i + quad * kQuad) / 8 * kBits);
       const bool planes = kOrder == TileOrder::kPlanes;
       uint8_t* tile_rows = tiles + (planes ? quad : quad % 4 * 4 + quad / 4 * 2) * kQuad;
       _mm512_store_si512(tile_rows, _mm512_permutexvar_epi8(code, plain));
@@ -77,39 +74,6 @@ INNERQ_TARGET void UnpackScales(const std::byte* halves, int64_t count, float* s
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + i * 2));
     _mm512_store_ps(scales + i, _mm512_cvtph_ps(x));
   }
-}
-
-// op over the lanes of each of 16 vectors: Max or Sum.
-struct Max {
-  INNERQ_TARGET static inline __m512 Of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
-};
-struct Sum {
-  INNERQ_TARGET static inline __m512 Of(__m512 a, __m512 b) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
-  }
-};
-template <class Op>
-INNERQ_TARGET inline __m512 ReduceRows(const __m512 (&x)[16]) {
-  __m512 quads[4];  // of rows 4 i to 4 i + 3 in each 128 bits
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    __m512d pairs[2];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const __m512 a = x[4 * i + 2 * j], b = x[4 * i + 2 * j + 1];
-      pairs[j] = _mm512_castps_pd(Op::Of(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    }
-    quads[i] = Op::Of(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])),
-                      _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
-  }
-  __m512 halves[2];
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const __m512 a = quads[2 * i], b = quads[2 * i + 1];
-    halves[i] = Op::Of(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  }
-  return Op::Of(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
 // A row of weights as one of an A tile: eight times four low bytes, then the high ones of the same
@@ -300,7 +264,7 @@ class CodedPages {
       of_row[r] = _mm512_max_ps(score[0], score[1]);
       if (step > 0) TileTasks<Side::kValues>(step - 1, r);
     }
-    const __m512 max = ReduceRows<Max>(of_row);
+    const __m512 max = ReduceRows<MaxOfRow>(of_row);
     const __m512 query_scale = _mm512_loadu_ps(args_.query_scales + RowOf(step));
     const WeightTables::Steps steps = WeightTables::StepsOf(max, query_scale);
     _mm512_store_ps(scratch_.factors, steps.factor);
@@ -326,7 +290,7 @@ class CodedPages {
       if (step + 1 < num_steps_) TileTasks<Side::kKeys>(step + 1, r);
     }
     alignas(64) float sums[kRowBlock];
-    _mm512_store_ps(sums, _mm512_cvtepi32_ps(_mm512_castps_si512(ReduceRows<Sum>(of_row))));
+    _mm512_store_ps(sums, _mm512_cvtepi32_ps(_mm512_castps_si512(ReduceRows<SumOfRow>(of_row))));
     AdvanceArgs advance;
     advance.page_max = scratch_.page_max;
     advance.sums = sums;

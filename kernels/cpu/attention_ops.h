@@ -190,7 +190,7 @@ struct AdvanceArgs {
   float* add = nullptr;   // [R]
 };
 
-// Scratch memory of AttentionOps::attend_coded_pages.
+// Scratch memory of attention to CodedPagesArgs.
 struct alignas(64) CodedPagesScratch {
   static constexpr int64_t kTokens = 32;
   static constexpr int64_t kCodes = kMaxInner * kTokens;
@@ -210,21 +210,27 @@ struct alignas(64) CodedPagesScratch {
   float origins[kRowBlock];  // likewise
   float page_max[kRowBlock];
   float scores[kRowBlock * kTokens];
-  int8_t weights[kRowBlock * 2 * kTokens];    // as an A tile
+  int8_t weights[kRowBlock * 2 * kTokens];                // as an A tile
+  int8_t queries[2 * kTileRows * kMaxInner];              // of IntegerRows, in the kernel's order
+  float query_sums[kTileRows * kMaxInner / kMaxBlock];    // of their groups, likewise
+  int32_t key_starts[kTileRows * kMaxInner / kMaxBlock];  // of sums of products, likewise
+  int32_t value_starts[kRowBlock];
+  float weight_sums[kRowBlock];
   int32_t key_dots[kRowBlock * kMaxInner];    // [16][D/N][32]
   int32_t value_dots[kRowBlock * kMaxInner];  // [16][D]
 };
 
-// The whole attention to pages of 32 tokens, both sides of which are codes of up to 4 bits in inner
-// groups of a multiple of 32, without zeros. May write garbage to the rows of the state up to the
-// next multiple of kRowBlock.
+// The whole attention to pages of 32 tokens, both sides of which are codes in inner groups of a
+// multiple of 32. May write garbage to the rows of the state up to the next multiple of kRowBlock.
 struct CodedPagesArgs {
   static constexpr int64_t kTokens = CodedPagesScratch::kTokens;
   struct Side {
-    int64_t codes = 0, scales = 0;  // offsets of codes, as in UnpackArgs, and F16 [groups][outer]
+    // Offsets of codes, as in UnpackArgs, and of F16 [groups][outer].
+    int64_t codes = 0, scales = 0, zeros = 0;
     int bits = 0;
     int64_t group_size = 0;  // N
-    int32_t offset = 0;      // as in UnpackArgs, not 0
+    int32_t offset = 0;      // as in UnpackArgs
+    bool has_zeros = false;
   };
   const std::byte* const* heads = nullptr;  // of `num_pages` pages, in order
   int64_t head_bytes = 0;
@@ -234,6 +240,7 @@ struct CodedPagesArgs {
   int64_t num_rows = 0;  // R
   IntegerRows queries;   // [R][D]
   const float* query_scales = nullptr;
+  const int32_t* query_sums = nullptr;  // [R][D/N] sums of the integers of a group
   AttentionState state;
   CodedPagesScratch* scratch = nullptr;
   void (*advance)(const AdvanceArgs& args) = nullptr;
@@ -257,8 +264,12 @@ struct AttentionOps {
   void (*softmax_to_float)(const SoftmaxArgs& args);
   void (*softmax_to_integers)(const SoftmaxArgs& args);
   void (*advance)(const AdvanceArgs& args);
-  // The attention to pages as the functions above give it, for kRowBlock rows or more; may be null.
-  void (*attend_coded_pages)(const CodedPagesArgs& args);
+  // The attention to pages as the functions above give it, in one pass, or null: for fewer rows
+  // than kRowBlock, and for as many and more, of which small codes are those of up to 4 bits
+  // without zeros.
+  void (*attend_coded_pages_few)(const CodedPagesArgs& args);
+  void (*attend_coded_pages_many)(const CodedPagesArgs& args);
+  void (*attend_small_coded_pages_many)(const CodedPagesArgs& args);
   // into = the attention over the pages of `into` and of `from`, in this order.
   void (*merge)(const AttentionState& from, int64_t num_rows, int64_t padded_dim,
                 const AttentionState& into);
@@ -273,6 +284,7 @@ void BeginAmx(int64_t num_rows);
 void EndAmx(int64_t num_rows);
 void UnpackAmx(const UnpackArgs& args);
 void DotVnni(const DotArgs& args);
+void AttendCodedPagesVnni(const CodedPagesArgs& args);
 void DotAmx(const DotArgs& args);
 void AttendCodedPagesAmx(const CodedPagesArgs& args);
 

@@ -328,7 +328,8 @@ AttentionOps MakeAttentionOps() {
   ops.softmax_to_float = SoftmaxToFloat;
   ops.softmax_to_integers = SoftmaxToIntegers;
   ops.advance = Advance;
-  ops.attend_coded_pages = nullptr;
+  ops.attend_coded_pages_few = ops.attend_coded_pages_many = nullptr;
+  ops.attend_small_coded_pages_many = nullptr;
   ops.merge = Merge;
   return ops;
 }
@@ -348,13 +349,16 @@ AttentionOps AttentionOpsFor(CpuIsa isa) {
     if (isa >= CpuIsa::kAvx512Vnni) {
       ops.unpack = UnpackVnni;
       ops.dot = DotVnni;
+      ops.attend_coded_pages_few = ops.attend_coded_pages_many = AttendCodedPagesVnni;
+      ops.attend_small_coded_pages_many = AttendCodedPagesVnni;
     }
     if (isa >= CpuIsa::kAmx) {
       ops.begin = BeginAmx;
       ops.end = EndAmx;
       ops.unpack = UnpackAmx;
       ops.dot = DotAmx;
-      ops.attend_coded_pages = AttendCodedPagesAmx;
+      ops.attend_coded_pages_many = nullptr;
+      ops.attend_small_coded_pages_many = AttendCodedPagesAmx;
     }
     return ops;
   }

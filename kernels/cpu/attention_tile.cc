@@ -42,7 +42,7 @@ TileAttention::TileAttention(const AttentionOps& ops, const AttentionArgs& args,
       last_page_(args.layout->PageOf(tile.first_position)),
       sealed_(args.layout->SealedPages(tile.first_position, tile.slice->exact_before)),
       padded_dim_(layer_.padded_dim()),
-      fits_coded_pages_(num_rows_ >= kRowBlock && FitsCodedPages(ops, layer_)),
+      attend_coded_pages_(CodedPagesFor(ops, layer_, num_rows_)),
       query_rows_{scratch.query_bytes, IntegerRows::Stride(layer_.head_dim),
                   BlockOf(layer_.key.group_size), HighShift(layer_.key.bits)},
       weight_rows_{scratch.weight_bytes, IntegerRows::Stride(layer_.page_tokens),
@@ -90,7 +90,7 @@ void TileAttention::Attend(int64_t begin, int64_t end, const AttentionState& sta
   const int64_t sealed_begin = std::max(begin, sealed_.begin);
   const int64_t sealed_end = std::min(end, sealed_.end);
   for (int64_t page = begin; page < end; ++page) {
-    if (fits_coded_pages_ && page == sealed_begin && page < sealed_end) {
+    if (attend_coded_pages_ != nullptr && page == sealed_begin && page < sealed_end) {
       AttendCodedPages(page, sealed_end, state);
       page = sealed_end - 1;
       continue;
@@ -173,30 +173,39 @@ void TileAttention::AttendPage(int64_t page, const AttentionState& state) {
   MultiplyOuter(Values(head), scratch_.scores, layer_.page_tokens, target);
 }
 
-bool TileAttention::FitsCodedPages(const AttentionOps& ops, const KvLayerLayout& layer) {
+TileAttention::CodedPagesFunction TileAttention::CodedPagesFor(const AttentionOps& ops,
+                                                               const KvLayerLayout& layer,
+                                                               int64_t num_rows) {
   const auto fits = [](const QuantSpec& spec) {
-    return spec.quantized() && spec.bits <= 4 && spec.axis == QuantAxis::kInner &&
-           spec.group_size % kMaxBlock == 0 && !spec.has_zero();
+    return spec.quantized() && spec.axis == QuantAxis::kInner && spec.group_size % kMaxBlock == 0;
   };
-  return ops.attend_coded_pages != nullptr && layer.page_tokens == CodedPagesArgs::kTokens &&
-         fits(layer.key) && fits(layer.value) && layer.head_dim % kMaxBlock == 0;
+  const auto is_small = [](const QuantSpec& spec) { return spec.bits <= 4 && !spec.has_zero(); };
+  if (layer.page_tokens != CodedPagesArgs::kTokens || layer.head_dim % kMaxBlock != 0 ||
+      !fits(layer.key) || !fits(layer.value)) {
+    return nullptr;
+  }
+  if (num_rows < kRowBlock) return ops.attend_coded_pages_few;
+  return is_small(layer.key) && is_small(layer.value) ? ops.attend_small_coded_pages_many
+                                                      : ops.attend_coded_pages_many;
 }
 
 void TileAttention::AttendCodedPages(int64_t begin, int64_t end, const AttentionState& state) {
-  const auto side = [](const QuantSpec& spec, int64_t codes, int64_t scales) {
-    return CodedPagesArgs::Side{codes, scales, spec.bits, spec.group_size, CodeOffset(spec)};
+  const auto side = [](const QuantSpec& spec, int64_t codes, int64_t scales, int64_t zeros) {
+    return CodedPagesArgs::Side{codes,           scales,           zeros,          spec.bits,
+                                spec.group_size, CodeOffset(spec), spec.has_zero()};
   };
   constexpr int64_t kMaxPages = 64;
   const std::byte* heads[kMaxPages];
   CodedPagesArgs args;
   args.heads = heads;
   args.head_bytes = layer_.sealed_head_bytes;
-  args.key = side(layer_.key, layer_.key_codes, layer_.key_scales);
-  args.value = side(layer_.value, layer_.value_codes, layer_.value_scales);
+  args.key = side(layer_.key, layer_.key_codes, layer_.key_scales, layer_.key_zeros);
+  args.value = side(layer_.value, layer_.value_codes, layer_.value_scales, layer_.value_zeros);
   args.head_dim = layer_.head_dim;
   args.num_rows = num_rows_;
   args.queries = query_rows_;
   args.query_scales = scratch_.query_scales;
+  args.query_sums = scratch_.query_sums;
   args.state = state;
   args.scratch = &scratch_.coded_pages;
   args.advance = ops_.advance;
@@ -206,7 +215,7 @@ void TileAttention::AttendCodedPages(int64_t begin, int64_t end, const Attention
       const PageRef ref = tile_.slice->pages[static_cast<size_t>(page + i)];
       heads[i] = args_.kv.SealedHead(ref.sealed_id, tile_.kv_head);
     }
-    ops_.attend_coded_pages(args);
+    attend_coded_pages_(args);
   }
 }
 

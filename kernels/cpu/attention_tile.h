@@ -70,7 +70,7 @@ class TileAttention {
 
   // Rows of a tile of a long prompt.
   static int64_t MostRows(const AttentionOps& ops, const KvLayerLayout& layer) {
-    return FitsCodedPages(ops, layer) ? kTileRows : kCachedTileRows;
+    return CodedPagesFor(ops, layer, kTileRows) != nullptr ? kTileRows : kCachedTileRows;
   }
 
   int64_t num_rows() const { return num_rows_; }
@@ -98,8 +98,10 @@ class TileAttention {
     float* out;         // [R][outer rounded up to 16]
   };
 
-  // AttentionOps::attend_coded_pages can take the sealed pages.
-  static bool FitsCodedPages(const AttentionOps& ops, const KvLayerLayout& layer);
+  // What takes the sealed pages in one pass; null: nothing.
+  using CodedPagesFunction = void (*)(const CodedPagesArgs& args);
+  static CodedPagesFunction CodedPagesFor(const AttentionOps& ops, const KvLayerLayout& layer,
+                                          int64_t num_rows);
 
   bool IsSealed(int64_t page) const { return page >= sealed_.begin && page < sealed_.end; }
   CodedSide Keys(const std::byte* head) const;
@@ -130,7 +132,7 @@ class TileAttention {
   const int64_t last_page_;
   const PageRange sealed_;
   const int64_t padded_dim_;
-  const bool fits_coded_pages_;
+  const CodedPagesFunction attend_coded_pages_;
   const IntegerRows query_rows_, weight_rows_;
   const std::byte* prefetch_at_ = nullptr;  // of the next page's bytes, those not yet asked for
   int64_t prefetch_bytes_ = 0;

@@ -8,33 +8,20 @@
 
 #include <cstring>
 
+#include "kernels/cpu/attention_avx512.h"
+
 #define INNERQ_TARGET \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")))
 
 namespace innerq {
 namespace {
 
-// Codes are unpacked as they are packed, one a byte. 64 codes are 8 * bits bytes. Each 64-bit lane
-// takes the `bits` bytes of its eight codes by a byte permutation; VPMULTISHIFTQB brings code i of
-// the lane to byte i; the mask drops its neighbours.
 template <int kBits>
 INNERQ_TARGET void UnpackBits(const UnpackArgs& args) {
-  alignas(64) uint8_t places[64], shifts[64];
-  for (int i = 0; i < 64; ++i) {
-    places[i] = static_cast<uint8_t>(i / 8 * kBits + (i % 8 < kBits ? i % 8 : 0));
-    shifts[i] = static_cast<uint8_t>(i % 8 * kBits);
-  }
-  const __m512i place = _mm512_load_si512(places);
-  const __m512i shift = _mm512_load_si512(shifts);
-  const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
-  const uint8_t* packed = args.packed;
-  uint8_t* codes = args.codes;
-  const int64_t num_codes = args.outer * args.inner;
-  for (int64_t i = 0; i < num_codes; i += 64) {
-    const __m512i bytes = _mm512_loadu_si512(packed + i / 8 * kBits);
-    const __m512i lanes = _mm512_permutexvar_epi8(place, bytes);
-    const __m512i shifted = _mm512_multishift_epi64_epi8(shift, lanes);
-    _mm512_store_si512(codes + i, _mm512_and_si512(shifted, mask));
+  const PackedCodes<kBits> packed;
+  const uint8_t* from = args.packed;
+  for (int64_t i = 0; i < args.outer * args.inner; i += 64, from += packed.kBytes) {
+    _mm512_store_si512(args.codes + i, packed.Load(from));
   }
 }
 

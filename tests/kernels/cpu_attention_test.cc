@@ -44,6 +44,9 @@ std::vector<Case> AllCases() {
       {"int8", Spec(8, kSym, kIn, 32), Spec(8, kSym, kIn, 32)},
       {"int8_asymmetric", Spec(8, kAsym, kIn, 64), Spec(8, kAsym, kIn, 8)},
       {"int4", Spec(4, kSym, kIn, 64), Spec(4, kAsym, kIn, 16)},
+      {"all_inner_asymmetric", Spec(3, kAsym, kIn, 64), Spec(4, kAsym, kIn, 32), 128, 2, 12},
+      {"int8_wide_groups", Spec(8, kSym, kIn, 128), Spec(8, kHybrid, kIn, 32), 256, 1, 5},
+      {"mixed_bits", Spec(8, kAsym, kIn, 32), Spec(2, kSym, kIn, 32), 96, 3, 9},
       {"kivi", Spec(2, kAsym, kOut, 32), Spec(2, kAsym, kOut, 32), 64, 2, 8, 32, 0, 128, false},
       {"kivi_group_8", Spec(2, kAsym, kOut, 8), Spec(4, kHybrid, kOut, 8), 48, 2, 4},
       {"outer_symmetric", Spec(3, kSym, kOut, 16), Spec(8, kSym, kOut, 16), 80, 1, 4},
@@ -206,6 +209,36 @@ TEST_P(CpuAttentionTest, GivesARowTheSameBitsWhateverStandsBesideIt) {
     ASSERT_TRUE(same(
         {out.begin() + first.size() * width, out.begin() + (first.size() + middle.size()) * width},
         middle.begin));
+  }
+}
+
+// Products with codes are exact and floats are added in one order, so attention in one pass and by
+// single functions, with tiles, byte products or neither, are the same function.
+TEST(CpuAttentionVariants, WithVectorsOfOneWidthGiveTheSameBits) {
+  const std::vector<CpuIsa> isas = SupportedCpuIsas();
+  if (isas.front() <= CpuIsa::kAvx512) GTEST_SKIP() << "no two of them on this machine";
+  for (const Case& raw : AllCases()) {
+    const Case c = Normalized(raw);
+    SCOPED_TRACE(c.name);
+    const int64_t num_pages = (c.sink_tokens + c.recent_tokens) / c.page_tokens + 4;
+    const int64_t tokens = num_pages * c.page_tokens;
+    auto plain = Create(CpuIsa::kAvx512, 1);
+    Cache cache(c, CodeOrder::kPanel16, num_pages);
+    const std::vector<PageRef> pages = Pages(num_pages, 0, 1);
+    Input input = RandomInput(c, tokens, kSeed + 10);
+    std::vector<float> q;
+    Fill(*plain, cache, input, pages, 0, q);
+    for (const int64_t num_rows : {int64_t{1}, c.page_tokens}) {
+      const Rows rows{tokens - num_rows, tokens};
+      const std::vector<float> expected = Attend(*plain, cache, q, c.heads, pages, 0, rows);
+      ASSERT_GT(Largest(expected), 0.1f);
+      for (const CpuIsa isa : isas) {
+        if (isa <= CpuIsa::kAvx512) continue;
+        const std::vector<float> out = Attend(*Create(isa, 1), cache, q, c.heads, pages, 0, rows);
+        EXPECT_EQ(std::memcmp(out.data(), expected.data(), out.size() * 4), 0)
+            << CpuIsaName(isa) << ", " << num_rows << " rows";
+      }
+    }
   }
 }
 
