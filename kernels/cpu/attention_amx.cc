@@ -93,8 +93,7 @@ struct GroupProduct {
         two_panels(panel + 1 < args.panel_end) {}
 
   const uint8_t* Codes(int64_t block, int64_t planes) const {
-    return args.side.codes + panel * panel_bytes +
-           (group * num_blocks + block) * planes * kPlaneBytes;
+    return args.codes + panel * panel_bytes + (group * num_blocks + block) * planes * kPlaneBytes;
   }
   const int8_t* Rows(int64_t row, int64_t block) const {
     return args.rows.Row(row) + (group * num_blocks + block) * kTileRowBytes;
@@ -240,9 +239,10 @@ INNERQ_TARGET void EndAmx(int64_t num_rows) {
   if (num_rows >= kMinRows) _tile_release();
 }
 
-void UnpackAmx(const UnpackArgs& args) {
+const uint8_t* UnpackAmx(const UnpackArgs& args) {
   if (!UsesTiles(args)) return UnpackVnni(args);
   args.bits > 4 ? UnpackWide(args) : UnpackPlanes(args);
+  return args.codes;
 }
 
 void DotAmx(const DotArgs& args) {

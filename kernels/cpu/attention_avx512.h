@@ -5,6 +5,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
 #define INNERQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi"), always_inline)) inline
@@ -19,15 +21,10 @@ class PackedCodes {
  public:
   static constexpr int64_t kBytes = 8 * kBits;
 
-  INNERQ_AVX512 PackedCodes() : mask_(_mm512_set1_epi8((1 << kBits) - 1)) {
-    alignas(64) uint8_t places[64], shifts[64];
-    for (int i = 0; i < 64; ++i) {
-      places[i] = static_cast<uint8_t>(i / 8 * kBits + (i % 8 < kBits ? i % 8 : 0));
-      shifts[i] = static_cast<uint8_t>(i % 8 * kBits);
-    }
-    place_ = _mm512_load_si512(places);
-    shift_ = _mm512_load_si512(shifts);
-  }
+  INNERQ_AVX512 PackedCodes()
+      : place_(_mm512_load_si512(kTables.places.data())),
+        shift_(_mm512_load_si512(kTables.shifts.data())),
+        mask_(_mm512_set1_epi8((1 << kBits) - 1)) {}
   // Reads 32 bytes.
   INNERQ_AVX512 __m512i Load(const uint8_t* at) const {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
@@ -36,6 +33,18 @@ class PackedCodes {
   }
 
  private:
+  struct Tables {
+    alignas(64) std::array<uint8_t, 64> places{}, shifts{};
+
+    constexpr Tables() {
+      for (size_t i = 0; i < 64; ++i) {
+        places[i] = static_cast<uint8_t>(i / 8 * kBits + (i % 8 < kBits ? i % 8 : 0));
+        shifts[i] = static_cast<uint8_t>(i % 8 * kBits);
+      }
+    }
+  };
+  static constexpr Tables kTables{};
+
   __m512i place_, shift_, mask_;
 };
 

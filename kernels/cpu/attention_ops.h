@@ -86,8 +86,8 @@ struct QuantizeArgs {
   float* constants = nullptr;      // [R] sum of x[r] * zeros; written if zeros is set
 };
 
-// codes = those of a bit string for DotArgs, whose `dot` alone knows their layout. May read 64
-// bytes beyond the string.
+// The codes of a bit string for DotArgs, whose `dot` alone knows their layout: in `codes`, or where
+// they are packed. May read 64 bytes beyond the string.
 struct UnpackArgs {
   const uint8_t* packed = nullptr;  // [outer/16][inner/4][16 outer][4 inner] codes of `bits`
   int bits = 0;
@@ -96,7 +96,7 @@ struct UnpackArgs {
   int64_t group_size = 0;    // N, divides inner, a multiple of 4
   int32_t offset = 0;        // the code that stands for zero where zeros are implied, else 0
   int64_t num_rows = 0;      // R of the products to come
-  uint8_t* codes = nullptr;  // [kCodeBytes * outer * inner], readable for a panel more
+  uint8_t* codes = nullptr;  // memory for [kCodeBytes * outer * inner], readable for a panel more
 
   static constexpr int64_t kCodeBytes = 3;  // that `codes` has for each
 };
@@ -106,6 +106,7 @@ struct UnpackArgs {
 // to the next multiple of kRowBlock.
 struct DotArgs {
   UnpackArgs side;                         // as the codes were unpacked
+  const uint8_t* codes = nullptr;          // where that left them
   int64_t panel_begin = 0, panel_end = 0;  // of [outer/16]
   IntegerRows rows;                        // [R][inner]
   const int32_t* sums = nullptr;           // [R][inner/N] sums of the integers of a group
@@ -120,6 +121,29 @@ struct DotArgs {
   // What the code that stands for zero adds to a sum of plain codes.
   int32_t Excess(int64_t row, int64_t group) const {
     return side.offset * sums[row * groups() + group];
+  }
+};
+
+// What DotArgs says of the sums of some rows and panels, read once: the compiler takes any store
+// for one to `args`.
+struct DotOutputs {
+  int32_t* dots;
+  const int32_t* sums;
+  int64_t groups, row_dots, outer;
+  int32_t offset;
+
+  DotOutputs(const DotArgs& args, int64_t row, int64_t panel)
+      : dots(args.Dots(row, 0, panel)),
+        sums(args.sums + row * args.groups()),
+        groups(args.groups()),
+        row_dots(args.row_dots()),
+        outer(args.side.outer),
+        offset(args.side.offset) {}
+
+  // Where the sums of a group begin: less what the code that stands for zero adds.
+  int32_t Start(int64_t r, int64_t group) const { return -offset * sums[r * groups + group]; }
+  int32_t* Dots(int64_t r, int64_t group, int64_t p) const {
+    return dots + r * row_dots + group * outer + p * kPanelWidth;
   }
 };
 
@@ -257,7 +281,7 @@ struct AttentionOps {
   // A thread calls these around its calls of unpack and dot for so many rows.
   void (*begin)(int64_t num_rows);
   void (*end)(int64_t num_rows);
-  void (*unpack)(const UnpackArgs& args);
+  const uint8_t* (*unpack)(const UnpackArgs& args);
   void (*dot)(const DotArgs& args);
   void (*scale_inner)(const InnerScaleArgs& args);
   void (*scale_outer)(const OuterScaleArgs& args);
@@ -279,10 +303,10 @@ struct AttentionOps {
 AttentionOps AttentionOpsFor(CpuIsa isa);
 
 // Overlays for the integer products: those with AMX tiles need enough rows, else they are VNNI's.
-void UnpackVnni(const UnpackArgs& args);
+const uint8_t* UnpackVnni(const UnpackArgs& args);
 void BeginAmx(int64_t num_rows);
 void EndAmx(int64_t num_rows);
-void UnpackAmx(const UnpackArgs& args);
+const uint8_t* UnpackAmx(const UnpackArgs& args);
 void DotVnni(const DotArgs& args);
 void AttendCodedPagesVnni(const CodedPagesArgs& args);
 void DotAmx(const DotArgs& args);

@@ -7,6 +7,7 @@
 #include "hwy/foreach_target.h"
 // After foreach_target.h.
 #include <algorithm>
+#include <array>
 
 #include "kernels/cpu/attention_simd_inl.h"
 #include "kernels/result.h"
@@ -52,57 +53,66 @@ void Quantize(const QuantizeArgs& args) {
 
 #if HWY_TARGET == HWY_SCALAR
 
-void Unpack(const UnpackArgs& args) {
+const uint8_t* Unpack(const UnpackArgs& args) {
   for (int64_t i = 0; i < args.outer * args.inner; ++i) {
     args.codes[i] = static_cast<uint8_t>(ReadCode(args.packed, args.bits, i));
   }
+  return args.codes;
 }
 
 #else
 
-// 32 codes at a time. Code i of a half of 16 lies within 16 bits from byte i * bits / 8 on, at bit
-// i * bits % 8: a byte shuffle brings these to 16-bit lanes, a multiplication moves the code to the
-// lane's upper end and a shift brings it down.
+// 32 codes at a time, two in a 16-bit lane: a byte shuffle brings the one or two bytes that they
+// are in to the lane, a multiplication moves them to its upper end and a shift brings them down;
+// then the second one moves to the upper byte.
 template <int kBits>
-HWY_INLINE void UnpackBits(const uint8_t* packed, int64_t num_codes, uint8_t* codes) {
-  const hn::FixedTag<uint16_t, 8> d16;
-  const hn::FixedTag<uint8_t, 16> d8;
-  alignas(16) uint8_t places[2][16];
-  alignas(16) uint16_t factors[2][8];
-  for (int i = 0; i < 16; ++i) {
-    const int byte = i * kBits / 8;
-    places[i / 8][i % 8 * 2] = static_cast<uint8_t>(byte);
-    places[i / 8][i % 8 * 2 + 1] = static_cast<uint8_t>(byte + 1);
-    factors[i / 8][i % 8] = static_cast<uint16_t>(1 << (16 - kBits - i * kBits % 8));
+struct UnpackTables {
+  alignas(32) std::array<uint8_t, 32> places{};
+  alignas(32) std::array<uint16_t, 16> factors{};
+
+  constexpr UnpackTables() {
+    for (size_t i = 0; i < 16; ++i) {
+      const size_t bit = 2 * kBits * i;
+      places[2 * i] = static_cast<uint8_t>(bit / 8);
+      places[2 * i + 1] = static_cast<uint8_t>((bit + 2 * kBits - 1) / 8);
+      factors[i] = static_cast<uint16_t>(1 << (16 - 2 * kBits - bit % 8));
+    }
   }
-  const auto place0 = hn::Load(d8, places[0]), place1 = hn::Load(d8, places[1]);
-  const auto factor0 = hn::Load(d16, factors[0]), factor1 = hn::Load(d16, factors[1]);
-  for (int64_t i = 0; i < num_codes; i += 16) {
-    const auto bytes = hn::LoadU(d8, packed + i * kBits / 8);
-    const auto word0 = hn::BitCast(d16, hn::TableLookupBytes(bytes, place0));
-    const auto word1 = hn::BitCast(d16, hn::TableLookupBytes(bytes, place1));
-    const auto code0 = hn::ShiftRight<16 - kBits>(hn::Mul(word0, factor0));
-    const auto code1 = hn::ShiftRight<16 - kBits>(hn::Mul(word1, factor1));
-    const hn::FixedTag<int16_t, 8> d16s;
-    const hn::FixedTag<uint8_t, 8> d8_half;
-    hn::StoreU(hn::DemoteTo(d8_half, hn::BitCast(d16s, code0)), d8_half, codes + i);
-    hn::StoreU(hn::DemoteTo(d8_half, hn::BitCast(d16s, code1)), d8_half, codes + i + 8);
+};
+template <int kBits>
+HWY_INLINE const uint8_t* UnpackBits(const UnpackArgs& args) {
+  static constexpr UnpackTables<kBits> kTables;
+  const hn::FixedTag<uint16_t, 16> d16;
+  const hn::Repartition<uint8_t, decltype(d16)> d8;
+  const auto place = hn::Load(d8, kTables.places.data());
+  const auto factor = hn::Load(d16, kTables.factors.data());
+  const auto mask = hn::Set(d16, static_cast<uint16_t>(((1 << kBits) - 1) * 0x101));
+  const uint8_t* packed = args.packed;
+  uint8_t* codes = args.codes;
+  for (int64_t left = args.outer * args.inner; left > 0; left -= 32) {
+    const auto bytes = hn::LoadDup128(d8, packed);
+    const auto words = hn::BitCast(d16, hn::TableLookupBytes(bytes, place));
+    const auto pairs = hn::ShiftRight<16 - 2 * kBits>(hn::Mul(words, factor));
+    const auto apart = hn::And(hn::Or(pairs, hn::ShiftLeft<8 - kBits>(pairs)), mask);
+    hn::StoreU(hn::BitCast(d8, apart), d8, codes);
+    packed += 4 * kBits;
+    codes += 32;
   }
+  return args.codes;
 }
 
-void Unpack(const UnpackArgs& args) {
-  const int64_t num_codes = args.outer * args.inner;
-  if (args.bits == 2) return UnpackBits<2>(args.packed, num_codes, args.codes);
-  if (args.bits == 3) return UnpackBits<3>(args.packed, num_codes, args.codes);
-  if (args.bits == 4) return UnpackBits<4>(args.packed, num_codes, args.codes);
-  std::copy(args.packed, args.packed + num_codes, args.codes);
+const uint8_t* Unpack(const UnpackArgs& args) {
+  if (args.bits == 2) return UnpackBits<2>(args);
+  if (args.bits == 3) return UnpackBits<3>(args);
+  if (args.bits == 4) return UnpackBits<4>(args);
+  return args.packed;
 }
 
 #endif  // HWY_TARGET == HWY_SCALAR
 
 // Codes are unpacked as they are packed, one a byte.
 HWY_INLINE const uint8_t* PanelCodes(const DotArgs& args, int64_t panel) {
-  return args.side.codes + panel * args.side.inner * kPanelWidth;
+  return args.codes + panel * args.side.inner * kPanelWidth;
 }
 
 #if HWY_TARGET == HWY_SCALAR
@@ -132,7 +142,7 @@ void Dot(const DotArgs& args) {
 
 using U8 = hn::Repartition<uint8_t, I32>;
 
-// Pairwise sums of u8 * s8 in saturating int16: exact while u8 <= 15.
+// Pairwise sums of u8 * s8 in saturating int16.
 HWY_INLINE hn::Vec<I16> MultiplyPairs(hn::Vec<U8> codes, hn::Vec<U8> x) {
 #if HWY_TARGET == HWY_AVX2
   return hn::Vec<I16>{_mm256_maddubs_epi16(codes.raw, x.raw)};
@@ -141,77 +151,168 @@ HWY_INLINE hn::Vec<I16> MultiplyPairs(hn::Vec<U8> codes, hn::Vec<U8> x) {
 #endif
 }
 
-HWY_INLINE hn::Vec<I32> AddPairs(hn::Vec<I16> pairs, int16_t factor) {
-  const auto factors = hn::Set(I16(), factor);
+// Pairwise sums of s16 * s16 in int32.
+HWY_INLINE hn::Vec<I32> MultiplyPairs(hn::Vec<I16> a, hn::Vec<I16> b) {
 #if HWY_TARGET == HWY_AVX2
-  return hn::Vec<I32>{_mm256_madd_epi16(pairs.raw, factors.raw)};
+  return hn::Vec<I32>{_mm256_madd_epi16(a.raw, b.raw)};
 #else
-  return hn::Vec<I32>{_mm512_madd_epi16(pairs.raw, factors.raw)};
+  return hn::Vec<I32>{_mm512_madd_epi16(a.raw, b.raw)};
 #endif
 }
 
-// Dot products of four codes with four signed bytes per 32-bit lane. Codes above 15 are split.
-template <bool kWide>
-HWY_INLINE hn::Vec<I32> DotQuads(hn::Vec<U8> codes, hn::Vec<U8> x) {
-  if constexpr (!kWide) return AddPairs(MultiplyPairs(codes, x), 1);
-  const auto mask = hn::Set(U8(), 15);
-  const auto upper = hn::And(
-      hn::BitCast(U8(), hn::ShiftRight<4>(hn::BitCast(hn::Repartition<uint16_t, U8>(), codes))),
-      mask);
-  return hn::Add(AddPairs(MultiplyPairs(hn::And(codes, mask), x), 1),
-                 AddPairs(MultiplyPairs(upper, x), 16));
+// sum += x, as an instruction in place: g++ 12 reorders chains of sums of integers and then keeps
+// their terms in memory.
+HWY_INLINE void AddInPlace(hn::Vec<I16>& sum, hn::Vec<I16> x) {
+  asm("vpaddw %1, %0, %0" : "+v"(sum.raw) : "v"(x.raw));
+}
+HWY_INLINE void AddInPlace(hn::Vec<I32>& sum, hn::Vec<I32> x) {
+  asm("vpaddd %1, %0, %0" : "+v"(sum.raw) : "v"(x.raw));
 }
 
-template <int kRows, bool kWide>
+// The four bytes at x in every lane.
+HWY_INLINE hn::Vec<I32> Broadcast(const void* x) {
+  int32_t quad;
+  __builtin_memcpy(&quad, x, sizeof(quad));
+  return hn::Set(kI32, quad);
+}
+
+// Products of rows [row, row + kRows) with a panel of codes of up to 4 bits. Of a block of rows'
+// low (or high) bytes a lane gets eight sums of two products, at most 8 * 2 * 15 * 127 = 30480,
+// which int16 holds: sums widen once per block.
+// kBlock: the block of IntegerRows if it is the largest, so that the loop is unrolled, or 0.
+template <int kRows, int kBlock>
 HWY_INLINE void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
-  const int64_t block = args.rows.block, group_size = args.side.group_size;
+  const int64_t block = kBlock > 0 ? kBlock : args.rows.block;
+  const int64_t group_blocks = args.side.group_size / block;
   const uint8_t* codes = PanelCodes(args, panel);
-  for (int64_t g = 0; g < args.groups(); ++g) {
-    hn::Vec<I32> high[kRows][kPanelVectors], low[kRows][kPanelVectors];
-    for (int r = 0; r < kRows; ++r) {
-      const auto none = hn::Set(kI32, -args.Excess(row + r, g));
-      for (int v = 0; v < kPanelVectors; ++v) {
-        low[r][v] = none;
-        high[r][v] = hn::Zero(kI32);
+  const auto one = hn::Set(I16(), int16_t{1});
+  const auto high_unit = hn::Set(I16(), static_cast<int16_t>(1 << args.rows.high_shift));
+  const DotOutputs out(args, row, panel);
+  const int8_t* bytes[kRows];
+  for (int r = 0; r < kRows; ++r) bytes[r] = args.rows.Row(row + r);
+  for (int64_t g = 0; g < out.groups; ++g) {
+    for (int64_t b = 0; b < group_blocks; ++b) {
+      hn::Vec<I16> high[kRows][kPanelVectors], low[kRows][kPanelVectors];
+      HWY_UNROLL(4) for (int r = 0; r < kRows; ++r) {
+        HWY_UNROLL(2) for (int v = 0; v < kPanelVectors; ++v) {
+          low[r][v] = high[r][v] = hn::Zero(I16());
+        }
       }
-    }
-    for (int64_t begin = g * group_size; begin < (g + 1) * group_size; begin += block) {
-      for (int64_t i = 0; i < block; i += 4) {
-        HWY_UNROLL(4)
-        for (int r = 0; r < kRows; ++r) {
-          const int8_t* bytes = args.rows.Row(row + r) + begin * 2 + i;
-          int32_t high_quad, low_quad;
-          __builtin_memcpy(&low_quad, bytes, 4);
-          __builtin_memcpy(&high_quad, bytes + block, 4);
-          const auto x_high = hn::BitCast(U8(), hn::Set(kI32, high_quad));
-          const auto x_low = hn::BitCast(U8(), hn::Set(kI32, low_quad));
-          HWY_UNROLL(4)
-          for (int v = 0; v < kPanelVectors; ++v) {
-            const auto code = hn::LoadU(U8(), codes + (begin + i) * 16 + v * kLanes * 4);
-            high[r][v] = hn::Add(high[r][v], DotQuads<kWide>(code, x_high));
-            low[r][v] = hn::Add(low[r][v], DotQuads<kWide>(code, x_low));
+      HWY_UNROLL(8) for (int64_t i = 0; i < block; i += 4) {
+        hn::Vec<U8> code[kPanelVectors];
+        HWY_UNROLL(2) for (int v = 0; v < kPanelVectors; ++v) {
+          code[v] = hn::LoadU(U8(), codes + i * kPanelWidth + v * kLanes * 4);
+        }
+        HWY_UNROLL(4) for (int r = 0; r < kRows; ++r) {
+          const auto x_low = hn::BitCast(U8(), Broadcast(bytes[r] + i));
+          const auto x_high = hn::BitCast(U8(), Broadcast(bytes[r] + block + i));
+          HWY_UNROLL(2) for (int v = 0; v < kPanelVectors; ++v) {
+            AddInPlace(low[r][v], MultiplyPairs(code[v], x_low));
+            AddInPlace(high[r][v], MultiplyPairs(code[v], x_high));
           }
         }
       }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      int32_t* out = args.Dots(row + r, g, panel);
-      for (int v = 0; v < kPanelVectors; ++v) {
-        const auto shifted = hn::ShiftLeftSame(high[r][v], args.rows.high_shift);
-        hn::StoreU(hn::Add(shifted, low[r][v]), kI32, out + v * kLanes);
+      codes += block * kPanelWidth;
+      HWY_UNROLL(4) for (int r = 0; r < kRows; ++r) {
+        bytes[r] += 2 * block;
+        int32_t* dots = out.Dots(r, g, 0);
+        HWY_UNROLL(2) for (int v = 0; v < kPanelVectors; ++v, dots += kLanes) {
+          const auto before = b == 0 ? hn::Set(kI32, out.Start(r, g)) : hn::LoadU(kI32, dots);
+          const auto sum =
+              hn::Add(MultiplyPairs(high[r][v], high_unit), MultiplyPairs(low[r][v], one));
+          hn::StoreU(hn::Add(before, sum), kI32, dots);
+        }
       }
     }
   }
 }
 
-template <bool kWide>
+// Rows [inner/4][4] of 16 bits, the second and the third of four changed over.
+HWY_INLINE void JoinBytes(const IntegerRows& rows, int64_t row, int64_t inner, int16_t* joined) {
+  const hn::FixedTag<int16_t, 8> d16;
+  const hn::Rebind<int8_t, decltype(d16)> d8;
+  alignas(16) constexpr uint8_t kOrder[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
+  const auto order = hn::Load(hn::Repartition<uint8_t, decltype(d16)>(), kOrder);
+  const int8_t* low = rows.Row(row);
+  const int64_t block = rows.block;
+  for (int64_t begin = 0; begin < inner; begin += block, low += 2 * block) {
+    if (block < 8) {
+      for (int64_t i = 0; i < 4; ++i) {
+        joined[begin + kOrder[i * 2] / 2] =
+            static_cast<int16_t>(low[i] + low[block + i] * (1 << rows.high_shift));
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < block; i += 8) {
+      const auto high = hn::PromoteTo(d16, hn::LoadU(d8, low + block + i));
+      const auto x = hn::Add(hn::PromoteTo(d16, hn::LoadU(d8, low + i)),
+                             hn::ShiftLeftSame(high, rows.high_shift));
+      hn::StoreU(hn::BitCast(d16, hn::TableLookupBytes(x, order)), d16, joined + begin + i);
+    }
+  }
+}
+
+// The same with codes of 8 bits, which meet joined rows: of four codes the first and the third,
+// then the others.
+template <int kRows>
+HWY_INLINE void DotBytesBlock(const DotArgs& args, const int16_t (*joined)[kMaxInner], int64_t row,
+                              int64_t panel) {
+  const uint8_t* codes = PanelCodes(args, panel);
+  const auto mask = hn::Set(I16(), int16_t{255});
+  const int64_t group_size = args.side.group_size;
+  const DotOutputs out(args, row, panel);
+  int64_t at = 0;
+  for (int64_t g = 0; g < out.groups; ++g) {
+    hn::Vec<I32> sum[kRows][kPanelVectors];
+    HWY_UNROLL(4) for (int r = 0; r < kRows; ++r) {
+      HWY_UNROLL(2)
+      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = hn::Set(kI32, out.Start(r, g));
+    }
+    for (int64_t i = 0; i < group_size; i += 4, codes += 4 * kPanelWidth, at += 4) {
+      HWY_UNROLL(2) for (int v = 0; v < kPanelVectors; ++v) {
+        const auto code = hn::BitCast(I16(), hn::LoadU(U8(), codes + v * kLanes * 4));
+        const auto even = hn::And(code, mask);
+        const auto odd =
+            hn::BitCast(I16(), hn::ShiftRight<8>(hn::BitCast(hn::RebindToUnsigned<I16>(), code)));
+        HWY_UNROLL(4) for (int r = 0; r < kRows; ++r) {
+          const auto x_even = hn::BitCast(I16(), Broadcast(joined[r] + at));
+          const auto x_odd = hn::BitCast(I16(), Broadcast(joined[r] + at + 2));
+          AddInPlace(sum[r][v], MultiplyPairs(even, x_even));
+          AddInPlace(sum[r][v], MultiplyPairs(odd, x_odd));
+        }
+      }
+    }
+    HWY_UNROLL(4) for (int r = 0; r < kRows; ++r) {
+      int32_t* dots = out.Dots(r, g, 0);
+      HWY_UNROLL(2) for (int v = 0; v < kPanelVectors; ++v, dots += kLanes) {
+        hn::StoreU(sum[r][v], kI32, dots);
+      }
+    }
+  }
+}
+
+template <bool kBytes, int kRows>
+HWY_INLINE void DotRows(const DotArgs& args, int64_t row) {
+  alignas(64) int16_t joined[kRows][kMaxInner];
+  for (int r = 0; kBytes && r < kRows; ++r) {
+    JoinBytes(args.rows, row + r, args.side.inner, joined[r]);
+  }
+  for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
+    if constexpr (kBytes) {
+      DotBytesBlock<kRows>(args, joined, row, panel);
+    } else {
+      args.rows.block == kMaxBlock ? DotBlock<kRows, kMaxBlock>(args, row, panel)
+                                   : DotBlock<kRows, 0>(args, row, panel);
+    }
+  }
+}
+
+template <bool kBytes>
 void DotAll(const DotArgs& args) {
   constexpr int kRows = kLanes >= 16 ? 4 : 2;
-  for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
-    int64_t row = args.row_begin;
-    for (; row + kRows <= args.row_end; row += kRows) DotBlock<kRows, kWide>(args, row, panel);
-    for (; row < args.row_end; ++row) DotBlock<1, kWide>(args, row, panel);
-  }
+  int64_t row = args.row_begin;
+  for (; row + kRows <= args.row_end; row += kRows) DotRows<kBytes, kRows>(args, row);
+  for (; row < args.row_end; ++row) DotRows<kBytes, 1>(args, row);
 }
 
 void Dot(const DotArgs& args) { args.side.bits > 4 ? DotAll<true>(args) : DotAll<false>(args); }

@@ -259,10 +259,11 @@ void TileAttention::AddHalfValues(const uint16_t* values, bool last_page,
   }
 }
 
-UnpackArgs TileAttention::Unpack(const CodedSide& side) {
+DotArgs TileAttention::Unpack(const CodedSide& side) {
   const QuantSpec& spec = side.spec;
   const bool inner = spec.axis == QuantAxis::kInner;
-  UnpackArgs unpack;
+  DotArgs dot;
+  UnpackArgs& unpack = dot.side;
   unpack.packed = reinterpret_cast<const uint8_t*>(side.codes);
   unpack.bits = spec.bits;
   unpack.inner = side.inner;
@@ -271,18 +272,17 @@ UnpackArgs TileAttention::Unpack(const CodedSide& side) {
   unpack.offset = CodeOffset(spec);
   unpack.num_rows = num_rows_;
   unpack.codes = scratch_.codes;
-  ops_.unpack(unpack);
+  dot.codes = ops_.unpack(unpack);
   const int64_t num_scales = inner ? side.inner / spec.group_size * unpack.outer
                                    : side.outer / spec.group_size * side.inner;
   ops_.half_to_float(Halves(side.scales), num_scales, scratch_.scales);
   if (spec.has_zero()) ops_.half_to_float(Halves(side.zeros), num_scales, scratch_.zeros);
-  return unpack;
+  return dot;
 }
 
 void TileAttention::MultiplyInner(const CodedSide& side, const IntegerRows& rows,
                                   const int32_t* sums, const Target& target) {
-  DotArgs dot;
-  dot.side = Unpack(side);
+  DotArgs dot = Unpack(side);
   PrefetchMore();
   dot.rows = rows;
   dot.sums = sums;
@@ -313,8 +313,7 @@ void TileAttention::MultiplyInner(const CodedSide& side, const IntegerRows& rows
 // for each span of outer elements the rows are multiplied by the scales and quantized again.
 void TileAttention::MultiplyOuter(const CodedSide& side, const float* rows, int64_t stride,
                                   const Target& target) {
-  DotArgs dot;
-  dot.side = Unpack(side);
+  DotArgs dot = Unpack(side);
   PrefetchMore();
   QuantizeArgs fold;
   fold.x = rows;

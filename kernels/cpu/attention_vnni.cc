@@ -17,12 +17,13 @@ namespace innerq {
 namespace {
 
 template <int kBits>
-INNERQ_TARGET void UnpackBits(const UnpackArgs& args) {
+INNERQ_TARGET const uint8_t* UnpackBits(const UnpackArgs& args) {
   const PackedCodes<kBits> packed;
   const uint8_t* from = args.packed;
   for (int64_t i = 0; i < args.outer * args.inner; i += 64, from += packed.kBytes) {
     _mm512_store_si512(args.codes + i, packed.Load(from));
   }
+  return args.codes;
 }
 
 INNERQ_TARGET inline __m512i Broadcast(const int8_t* quad) {
@@ -37,29 +38,6 @@ INNERQ_TARGET inline void AddDot(__m512i& sum, __m512i codes, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
 }
 
-// What DotArgs says of the sums of some rows and panels, read once: the compiler takes any store
-// for one to `args`.
-struct Outputs {
-  int32_t* dots;
-  const int32_t* sums;
-  int64_t groups, row_dots, outer;
-  int32_t offset;
-
-  Outputs(const DotArgs& args, int64_t row, int64_t panel)
-      : dots(args.Dots(row, 0, panel)),
-        sums(args.sums + row * args.groups()),
-        groups(args.groups()),
-        row_dots(args.row_dots()),
-        outer(args.side.outer),
-        offset(args.side.offset) {}
-
-  // Where the sums of a group begin: less what the code that stands for zero adds.
-  int32_t Start(int64_t r, int64_t group) const { return -offset * sums[r * groups + group]; }
-  int32_t* Dots(int64_t r, int64_t group, int64_t p) const {
-    return dots + r * row_dots + group * outer + p * kPanelWidth;
-  }
-};
-
 // The low and the high bytes of rows have sums of their own. (One sum of both, with codes shifted
 // for the high ones as in AMX tiles, unpacks and loads twice the codes and is slower for few rows.)
 // kBlock: the block of IntegerRows if it is the largest, so that the loop is unrolled, or 0.
@@ -68,10 +46,10 @@ INNERQ_TARGET void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
   const int64_t block = kBlock > 0 ? kBlock : args.rows.block;
   const int64_t panel_bytes = args.side.inner * kPanelWidth, stride = args.rows.stride;
   const int64_t group_size = args.side.group_size;
-  const uint8_t* codes = args.side.codes + panel * panel_bytes;
+  const uint8_t* codes = args.codes + panel * panel_bytes;
   const int8_t* rows = args.rows.Row(row);
   const __m128i high_shift = _mm_cvtsi32_si128(args.rows.high_shift);
-  const Outputs out(args, row, panel);
+  const DotOutputs out(args, row, panel);
   for (int64_t g = 0; g < out.groups; ++g) {
     __m512i high[kRows][kPanels], low[kRows][kPanels];
 #pragma GCC unroll 4
@@ -89,7 +67,7 @@ INNERQ_TARGET void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
         __m512i code[kPanels];
 #pragma GCC unroll 2
         for (int p = 0; p < kPanels; ++p) {
-          code[p] = _mm512_load_si512(codes + p * panel_bytes + i * kPanelWidth);
+          code[p] = _mm512_loadu_si512(codes + p * panel_bytes + i * kPanelWidth);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
@@ -132,11 +110,11 @@ INNERQ_TARGET void DotAll(const DotArgs& args) {
 
 }  // namespace
 
-void UnpackVnni(const UnpackArgs& args) {
+const uint8_t* UnpackVnni(const UnpackArgs& args) {
   if (args.bits == 2) return UnpackBits<2>(args);
   if (args.bits == 3) return UnpackBits<3>(args);
   if (args.bits == 4) return UnpackBits<4>(args);
-  std::memcpy(args.codes, args.packed, static_cast<size_t>(args.outer * args.inner));
+  return args.packed;
 }
 
 void DotVnni(const DotArgs& args) {

@@ -142,13 +142,12 @@ class CodedPages {
   INNERQ_TARGET const uint8_t* CodesOf(const CodedPagesArgs::Side& side, uint8_t* codes) const {
     UnpackArgs unpack;
     unpack.packed = reinterpret_cast<const uint8_t*>(head_ + side.codes);
-    if (args_.num_rows <= kBlockRows || side.bits == 8) return unpack.packed;
+    if (args_.num_rows <= kBlockRows) return unpack.packed;
     unpack.bits = side.bits;
     unpack.inner = dim_;
     unpack.outer = kTokens;
     unpack.codes = codes;
-    UnpackVnni(unpack);
-    return codes;
+    return UnpackVnni(unpack);
   }
 
   INNERQ_TARGET void PrefetchMore() {
