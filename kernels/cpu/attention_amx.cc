@@ -25,7 +25,7 @@ constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kPlaneBytes = kMaxBlock * kPanelWidth;  // a block of a panel
 constexpr int64_t kPlanes = 2, kWidePlanes = 3;           // of an unpacked block
 // With fewer rows VNNI is quicker: tiles are half empty.
-constexpr int64_t kMinRows = 16;
+constexpr int64_t kMinRows = kRowBlock;
 
 bool UsesTiles(const UnpackArgs& side) {
   return side.num_rows >= kMinRows && side.group_size % kMaxBlock == 0;

@@ -151,7 +151,7 @@ class CodedPages {
       for (int64_t i = 0; i < args_.head_bytes; i += 64) __builtin_prefetch(next + i);
     }
     UnpackSide<TileOrder::kPlanes>(args_.key, head, dim() * kTokens, scratch_.keys);
-    UnpackSide<TileOrder::kQuads>(args_.value, head, dim() * kTokens, values.tiles);
+    UnpackSide<TileOrder::kQuads>(args_.value, head, dim() * kTokens, values.codes);
     UnpackScales(head + args_.key.scales, key_groups() * kTokens, scratch_.key_scales);
     UnpackScales(head + args_.value.scales, dim(), values.scales);
   }
@@ -193,7 +193,7 @@ class CodedPages {
 
   // Tiles 0 to 3 = a set's products of weights with values.
   INNERQ_TARGET void MultiplyValueSet(int64_t step, int64_t set) const {
-    const uint8_t* values = ValuesOf(step).tiles + set * 8 * kPlane;
+    const uint8_t* values = ValuesOf(step).codes + set * 8 * kPlane;
     _tile_loadd(4, scratch_.weights, kTileRowBytes);
     _tile_zero(0);
     _tile_zero(1);

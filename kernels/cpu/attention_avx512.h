@@ -65,7 +65,8 @@ struct SumOfRow {
   }
 };
 
-// Op over the lanes of each of 16 vectors; from num_rows on, whole quads are not read and give 0.
+// Op over the lanes of each of 16 vectors. Those from num_rows on do not count; they are read as
+// far as num_rows rounded up to a multiple of four.
 template <class Op>
 INNERQ_AVX512 __m512 ReduceRows(const __m512* x, int64_t num_rows = 16) {
   __m512 quads[4];  // of rows 4 i to 4 i + 3 in each 128 bits

@@ -214,34 +214,37 @@ struct AdvanceArgs {
   float* add = nullptr;   // [R]
 };
 
-// Scratch memory of attention to CodedPagesArgs.
+// Scratch memory of attention to CodedPagesArgs: codes, queries and weights in the order of the
+// kernel at hand.
 struct alignas(64) CodedPagesScratch {
   static constexpr int64_t kTokens = 32;
   static constexpr int64_t kCodes = kMaxInner * kTokens;
   struct alignas(64) Values {
-    uint8_t tiles[2 * kCodes];  // codes as B tiles
-    float scales[kMaxInner];    // [D]
+    uint8_t codes[2 * kCodes];
+    float scales[kMaxInner];  // [D]
   };
   struct alignas(64) Block {
     float keep[kRowBlock];
     float add[kRowBlock];
   };
-  uint8_t keys[2 * kCodes];                           // codes as B tiles
-  float key_scales[kMaxInner / kMaxBlock * kTokens];  // [D/N][32]
+  uint8_t keys[2 * kCodes];
   Values values[3];
   Block blocks[2];
   float factors[kRowBlock];  // of scores, as WeightTables takes them
   float origins[kRowBlock];  // likewise
   float page_max[kRowBlock];
   float scores[kRowBlock * kTokens];
-  int8_t weights[kRowBlock * 2 * kTokens];                // as an A tile
-  int8_t queries[2 * kTileRows * kMaxInner];              // of IntegerRows, in the kernel's order
-  float query_sums[kTileRows * kMaxInner / kMaxBlock];    // of their groups, likewise
-  int32_t key_starts[kTileRows * kMaxInner / kMaxBlock];  // of sums of products, likewise
+  int8_t weights[kRowBlock * 2 * kTokens];
+  // Of AttendCodedPagesVnni alone: the starts are where sums of products with codes begin.
+  int8_t queries[2 * kTileRows * kMaxInner];
+  float query_sums[kTileRows * kMaxInner / kMaxBlock];  // of the groups of queries
+  int32_t key_starts[kTileRows * kMaxInner / kMaxBlock];
   int32_t value_starts[kRowBlock];
   float weight_sums[kRowBlock];
-  int32_t key_dots[kRowBlock * kMaxInner];    // [16][D/N][32]
-  int32_t value_dots[kRowBlock * kMaxInner];  // [16][D]
+  // Of AttendCodedPagesAmx alone.
+  float key_scales[kMaxInner / kMaxBlock * kTokens];  // [D/N][32]
+  int32_t key_dots[kRowBlock * kMaxInner];            // [16][D/N][32]
+  int32_t value_dots[kRowBlock * kMaxInner];          // [16][D]
 };
 
 // The whole attention to pages of 32 tokens, both sides of which are codes in inner groups of a
@@ -278,7 +281,7 @@ struct AttentionOps {
   void (*half_scores)(const HalfScoresArgs& args);
   void (*half_values)(const HalfValuesArgs& args);
   void (*quantize)(const QuantizeArgs& args);
-  // A thread calls these around its calls of unpack and dot for so many rows.
+  // A thread calls these around its calls of unpack, dot and attend_... for so many rows.
   void (*begin)(int64_t num_rows);
   void (*end)(int64_t num_rows);
   const uint8_t* (*unpack)(const UnpackArgs& args);
@@ -288,11 +291,10 @@ struct AttentionOps {
   void (*softmax_to_float)(const SoftmaxArgs& args);
   void (*softmax_to_integers)(const SoftmaxArgs& args);
   void (*advance)(const AdvanceArgs& args);
-  // The attention to pages as the functions above give it, in one pass, or null: for fewer rows
-  // than kRowBlock, and for as many and more, of which small codes are those of up to 4 bits
-  // without zeros.
-  void (*attend_coded_pages_few)(const CodedPagesArgs& args);
-  void (*attend_coded_pages_many)(const CodedPagesArgs& args);
+  // The attention to pages as the functions above give it, in one pass; any may be null.
+  void (*attend_coded_pages_few)(const CodedPagesArgs& args);   // fewer rows than kRowBlock
+  void (*attend_coded_pages_many)(const CodedPagesArgs& args);  // kRowBlock rows or more
+  // Likewise where both sides have codes of up to 4 bits and no zeros.
   void (*attend_small_coded_pages_many)(const CodedPagesArgs& args);
   // into = the attention over the pages of `into` and of `from`, in this order.
   void (*merge)(const AttentionState& from, int64_t num_rows, int64_t padded_dim,
@@ -310,6 +312,6 @@ const uint8_t* UnpackAmx(const UnpackArgs& args);
 void DotVnni(const DotArgs& args);
 void AttendCodedPagesVnni(const CodedPagesArgs& args);
 void DotAmx(const DotArgs& args);
-void AttendCodedPagesAmx(const CodedPagesArgs& args);
+void AttendCodedPagesAmx(const CodedPagesArgs& args);  // kRowBlock rows or more, small codes
 
 }  // namespace innerq

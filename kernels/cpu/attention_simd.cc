@@ -227,7 +227,7 @@ HWY_INLINE void DotBlock(const DotArgs& args, int64_t row, int64_t panel) {
   }
 }
 
-// Rows [inner/4][4] of 16 bits, the second and the third of four changed over.
+// Rows [inner/4][4] of 16 bits, the second and the third of four swapped.
 HWY_INLINE void JoinBytes(const IntegerRows& rows, int64_t row, int64_t inner, int16_t* joined) {
   const hn::FixedTag<int16_t, 8> d16;
   const hn::Rebind<int8_t, decltype(d16)> d8;

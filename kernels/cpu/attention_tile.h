@@ -113,7 +113,7 @@ class TileAttention {
   void AttendCodedPages(int64_t begin, int64_t end, const AttentionState& state);
   void Score(const PageRef& page, bool sealed);
   void AddHalfValues(const uint16_t* values, bool last_page, const AttentionState& state);
-  // Codes, scales and zeros into scratch memory; products with them, but for the rows.
+  // Unpacks codes, scales and zeros. What it returns lacks the rows to multiply the codes with.
   DotArgs Unpack(const CodedSide& side);
   // Products with integer rows [R][inner] and the sums of their groups.
   void MultiplyInner(const CodedSide& side, const IntegerRows& rows, const int32_t* sums,

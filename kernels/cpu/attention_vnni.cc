@@ -20,8 +20,11 @@ template <int kBits>
 INNERQ_TARGET const uint8_t* UnpackBits(const UnpackArgs& args) {
   const PackedCodes<kBits> packed;
   const uint8_t* from = args.packed;
-  for (int64_t i = 0; i < args.outer * args.inner; i += 64, from += packed.kBytes) {
-    _mm512_store_si512(args.codes + i, packed.Load(from));
+  uint8_t* codes = args.codes;
+  for (int64_t left = args.outer * args.inner; left > 0; left -= 64) {
+    _mm512_store_si512(codes, packed.Load(from));
+    codes += 64;
+    from += packed.kBytes;
   }
   return args.codes;
 }

@@ -16,7 +16,7 @@
 #include "kernels/cpu/attention_weights.h"
 
 #define INNERQ_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,f16c")))
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")))
 
 namespace innerq {
 namespace {
@@ -25,7 +25,7 @@ constexpr int64_t kTokens = CodedPagesArgs::kTokens;
 constexpr int64_t kBlockVectors = kMaxBlock / 4;  // of codes of a block of a panel
 constexpr int64_t kRowBytes = 2 * kMaxBlock;      // of a block of a row
 constexpr int64_t kCacheLine = 64;
-constexpr int kBlockRows = 4;  // that take a vector of codes one after the other
+constexpr int kQuadRows = 4;  // rows that take a vector of codes one after the other
 
 // sum += codes * x, four bytes a lane, x one quad for all lanes. As an instruction in place: around
 // the intrinsic g++ 12 copies every accumulator twice.
@@ -89,27 +89,30 @@ class CodedPages {
         dim_(args.head_dim),
         groups_(args.head_dim / args.key.group_size),
         key_shift_(HighShift(args.key.bits)),
-        value_shift_(HighShift(args.value.bits)) {}
+        value_shift_(HighShift(args.value.bits)),
+        prefetch_step_(
+            RoundUp(args.head_bytes / (groups_ + dim_ / (2 * kPanelWidth)) + 1, kCacheLine)) {}
 
   INNERQ_TARGET void Attend() {
     ArrangeQueries();
     for (int64_t page = 0; page < args_.num_pages; ++page) {
       head_ = args_.heads[page];
+      prefetch_left_ = 0;
       if (page + 1 < args_.num_pages) {
         prefetch_at_ = args_.heads[page + 1];
-        prefetch_end_ = prefetch_at_ + args_.head_bytes;
+        prefetch_left_ = args_.head_bytes;
       }
-      keys_ = CodesOf(args_.key, scratch_.keys);
-      values_ = CodesOf(args_.value, scratch_.values[0].tiles);
+      keys_ = CodesOf(args_.key, dim_, kTokens, scratch_.keys);
+      values_ = CodesOf(args_.value, kTokens, dim_, scratch_.values[0].codes);
       for (int64_t row = 0; row < args_.num_rows; row += kRowBlock) {
         const int64_t num_rows = std::min(args_.num_rows - row, kRowBlock);
-        for (int64_t r = 0; r < num_rows; r += kBlockRows) {
+        for (int64_t r = 0; r < num_rows; r += kQuadRows) {
           if (num_rows - r == 1) Score<1>(row, r);
           if (num_rows - r == 2) Score<2>(row, r);
           if (num_rows - r > 2) Score<4>(row, r);
         }
         Weigh(row, num_rows);
-        for (int64_t r = 0; r < num_rows; r += kBlockRows) {
+        for (int64_t r = 0; r < num_rows; r += kQuadRows) {
           if (num_rows - r == 1) AddValues<1>(row, r);
           if (num_rows - r == 2) AddValues<2>(row, r);
           if (num_rows - r > 2) AddValues<4>(row, r);
@@ -123,15 +126,15 @@ class CodedPages {
   INNERQ_TARGET void ArrangeQueries() {
     const int64_t blocks = dim_ / kMaxBlock;
     for (int64_t r = 0; r < args_.num_rows; ++r) {
-      const int64_t row = r / kBlockRows * kBlockRows, of_block = r % kBlockRows;
-      int8_t* to = scratch_.queries + (row * blocks + of_block) * kRowBytes;
+      const int64_t row = r / kQuadRows * kQuadRows, of_quad = r % kQuadRows;
+      int8_t* to = scratch_.queries + (row * blocks + of_quad) * kRowBytes;
       for (int64_t b = 0; b < blocks; ++b) {
         std::copy_n(args_.queries.Row(r) + b * kRowBytes, kRowBytes,
-                    to + b * kBlockRows * kRowBytes);
+                    to + b * kQuadRows * kRowBytes);
       }
       for (int64_t g = 0; g < groups_; ++g) {
         const int32_t sum = args_.query_sums[r * groups_ + g];
-        const int64_t at = row * groups_ + g * kBlockRows + of_block;
+        const int64_t at = row * groups_ + g * kQuadRows + of_quad;
         scratch_.key_starts[at] = -args_.key.offset * sum;
         scratch_.query_sums[at] = static_cast<float>(sum);
       }
@@ -139,23 +142,23 @@ class CodedPages {
   }
 
   // The codes of a side of the page, for many rows unpacked to `codes`.
-  INNERQ_TARGET const uint8_t* CodesOf(const CodedPagesArgs::Side& side, uint8_t* codes) const {
+  INNERQ_TARGET const uint8_t* CodesOf(const CodedPagesArgs::Side& side, int64_t inner,
+                                       int64_t outer, uint8_t* codes) const {
     UnpackArgs unpack;
     unpack.packed = reinterpret_cast<const uint8_t*>(head_ + side.codes);
-    if (args_.num_rows <= kBlockRows) return unpack.packed;
+    if (args_.num_rows <= kQuadRows) return unpack.packed;
     unpack.bits = side.bits;
-    unpack.inner = dim_;
-    unpack.outer = kTokens;
+    unpack.inner = inner;
+    unpack.outer = outer;
     unpack.codes = codes;
     return UnpackVnni(unpack);
   }
 
   INNERQ_TARGET void PrefetchMore() {
-    constexpr int64_t kLines = 8;
-    if (prefetch_at_ >= prefetch_end_) return;
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kLines; ++i) __builtin_prefetch(prefetch_at_ + i * kCacheLine);
-    prefetch_at_ += kLines * kCacheLine;
+    const int64_t bytes = std::min(prefetch_step_, prefetch_left_);
+    for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(prefetch_at_ + i);
+    prefetch_at_ += bytes;
+    prefetch_left_ -= bytes;
   }
 
   // The scores of kRows rows, row + r0 and on.
@@ -180,7 +183,7 @@ class CodedPages {
       for (int64_t i = 0; i < group_blocks; ++i) {
         products.Add(codes, keys, blocks * kBlockVectors, rows);
         keys += kBlockVectors * codes.kBytes;
-        rows += kBlockRows * kRowBytes;
+        rows += kQuadRows * kRowBytes;
       }
       PrefetchMore();
 #pragma GCC unroll 2
@@ -197,8 +200,8 @@ class CodedPages {
           score[r][p] = _mm512_fmadd_ps(_mm512_set1_ps(sums[r]), zero, score[r][p]);
         }
       }
-      starts += kBlockRows;
-      sums += kBlockRows;
+      starts += kQuadRows;
+      sums += kQuadRows;
       scales += 2 * kTokens;
       zeros += 2 * kTokens;
     }
@@ -211,7 +214,7 @@ class CodedPages {
 
   // Weights relative to the largest scores, and what they do to the state.
   INNERQ_TARGET void Weigh(int64_t row, int64_t num_rows) {
-    const int64_t extent = RoundUp(num_rows, kBlockRows);
+    const int64_t extent = RoundUp(num_rows, kQuadRows);
     __m512 of_row[kRowBlock];
     for (int64_t r = 0; r < extent; ++r) {
       const float* score = scratch_.scores + r * kTokens;
@@ -297,11 +300,12 @@ class CodedPages {
   CodedPagesScratch& scratch_;
   const int64_t dim_, groups_;
   const int key_shift_, value_shift_;
+  const int64_t prefetch_step_;             // bytes to ask for at a time
   const std::byte* head_ = nullptr;         // of the page at hand
   const uint8_t* keys_ = nullptr;           // its codes
   const uint8_t* values_ = nullptr;         // likewise
-  const std::byte* prefetch_at_ = nullptr;  // of the next page, from here on not yet asked for
-  const std::byte* prefetch_end_ = nullptr;
+  const std::byte* prefetch_at_ = nullptr;  // of the next page's bytes, those not yet asked for
+  int64_t prefetch_left_ = 0;
 };
 
 template <class KeyCodes>
@@ -315,7 +319,7 @@ void AttendFewRows(const CodedPagesArgs& args) {
 }  // namespace
 
 void AttendCodedPagesVnni(const CodedPagesArgs& args) {
-  if (args.num_rows > kBlockRows) return CodedPages<ByteCodes, ByteCodes>(args).Attend();
+  if (args.num_rows > kQuadRows) return CodedPages<ByteCodes, ByteCodes>(args).Attend();
   if (args.key.bits == 2) AttendFewRows<PackedCodes<2>>(args);
   if (args.key.bits == 3) AttendFewRows<PackedCodes<3>>(args);
   if (args.key.bits == 4) AttendFewRows<PackedCodes<4>>(args);

@@ -113,7 +113,7 @@ void CheckDot(Provider& input) {
     args.dots = dots.get();
     const AttentionOps ops = AttentionOpsFor(isa);
     ops.begin(side.num_rows);
-    ops.unpack(side);
+    args.codes = ops.unpack(side);
     ops.dot(args);
     ops.end(side.num_rows);
     for (int64_t i = 0; i < count; ++i) {

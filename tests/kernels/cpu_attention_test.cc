@@ -46,6 +46,8 @@ std::vector<Case> AllCases() {
       {"int4", Spec(4, kSym, kIn, 64), Spec(4, kAsym, kIn, 16)},
       {"all_inner_asymmetric", Spec(3, kAsym, kIn, 64), Spec(4, kAsym, kIn, 32), 128, 2, 12},
       {"int8_wide_groups", Spec(8, kSym, kIn, 128), Spec(8, kHybrid, kIn, 32), 256, 1, 5},
+      {"two_query_heads", Spec(4, kAsym, kIn, 64), Spec(4, kSym, kIn, 32), 128, 2, 4},
+      {"four_query_heads", Spec(2, kSym, kIn, 64), Spec(8, kHybrid, kIn, 32), 64, 2, 8},
       {"mixed_bits", Spec(8, kAsym, kIn, 32), Spec(2, kSym, kIn, 32), 96, 3, 9},
       {"kivi", Spec(2, kAsym, kOut, 32), Spec(2, kAsym, kOut, 32), 64, 2, 8, 32, 0, 128, false},
       {"kivi_group_8", Spec(2, kAsym, kOut, 8), Spec(4, kHybrid, kOut, 8), 48, 2, 4},
