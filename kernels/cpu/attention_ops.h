@@ -118,10 +118,6 @@ struct DotArgs {
   int32_t* Dots(int64_t row, int64_t group, int64_t panel) const {
     return dots + (row - row_begin) * row_dots() + group * side.outer + panel * kPanelWidth;
   }
-  // What the code that stands for zero adds to a sum of plain codes.
-  int32_t Excess(int64_t row, int64_t group) const {
-    return side.offset * sums[row * groups() + group];
-  }
 };
 
 // What DotArgs says of the sums of some rows and panels, read once: the compiler takes any store

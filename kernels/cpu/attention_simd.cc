@@ -127,8 +127,9 @@ void Dot(const DotArgs& args) {
     }
     for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
       for (int64_t g = 0; g < args.groups(); ++g) {
-        int32_t* dots = args.Dots(r, g, panel);
-        std::fill(dots, dots + kPanelWidth, -args.Excess(r, g));
+        const DotOutputs out(args, r, panel);
+        int32_t* dots = out.Dots(0, g, 0);
+        std::fill(dots, dots + kPanelWidth, out.Start(0, g));
         for (int64_t i = g * group_size; i < (g + 1) * group_size; ++i) {
           const uint8_t* codes = PanelCodes(args, panel) + i / 4 * 64 + i % 4;
           for (int64_t o = 0; o < kPanelWidth; ++o) dots[o] += codes[o * 4] * x[i];
