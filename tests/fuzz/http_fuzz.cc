@@ -4,6 +4,7 @@
 // The input is cut at 0xff bytes into what one send takes each.
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -49,8 +50,16 @@ UniqueFd Connect(int port) {
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  CHECK(::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0,
-        "connect: error " + std::to_string(errno));
+  // The fuzzer's timer interrupts calls; a connection goes on being made all the same.
+  if (::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+    CHECK(errno == EINTR, "connect: error " + std::to_string(errno));
+    pollfd made{.fd = fd.get(), .events = POLLOUT, .revents = 0};
+    while (::poll(&made, 1, -1) < 0) CHECK(errno == EINTR, "poll: error " + std::to_string(errno));
+    int error = 0;
+    socklen_t size = sizeof(error);
+    CHECK(::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error == 0,
+          "connect: error " + std::to_string(error));
+  }
   // Closing resets the connection, which leaves no port waiting behind.
   const linger reset{.l_onoff = 1, .l_linger = 0};
   CHECK(::setsockopt(fd.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)) == 0, "linger");
@@ -62,13 +71,18 @@ std::string Talk(int port, std::string_view bytes) {
   const UniqueFd fd = Connect(port);
   while (!bytes.empty()) {
     const size_t end = std::min(bytes.find('\xff'), bytes.size());
-    ::send(fd.get(), bytes.data(), end, MSG_NOSIGNAL);  // fails where the server has had enough
+    // Fails where the server has had enough.
+    while (::send(fd.get(), bytes.data(), end, MSG_NOSIGNAL) < 0 && errno == EINTR) {
+    }
     bytes.remove_prefix(std::min(end + 1, bytes.size()));
   }
   ::shutdown(fd.get(), SHUT_WR);
   std::string answer;
   char buffer[4096];
-  for (ssize_t n; (n = ::recv(fd.get(), buffer, sizeof(buffer), 0)) > 0;) {
+  for (;;) {
+    const ssize_t n = ::recv(fd.get(), buffer, sizeof(buffer), 0);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) break;
     answer.append(buffer, static_cast<size_t>(n));
   }
   return answer;
