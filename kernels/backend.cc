@@ -90,6 +90,37 @@ Result<Weight> Backend::PackWeight(std::span<const ConstTensorView> parts,
   return weight;
 }
 
+Result<Weight> Backend::PackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                         std::span<const ConstTensorView> bias_parts) {
+  CHECK(has_low_bit(), "PackLowBitWeight: this backend has no low-bit products");
+  CHECK(!parts.empty(), "PackLowBitWeight: no parts");
+  CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
+        "PackLowBitWeight: expected one bias per part");
+  Weight weight;
+  weight.cols = parts[0].cols;
+  weight.low_bit = parts[0].spec;
+  weight.input_clip = parts[0].input_clip;
+  CHECK(weight.low_bit->valid() && weight.low_bit->Divides(weight.cols),
+        "PackLowBitWeight: impossible spec");
+  for (size_t i = 0; i < parts.size(); ++i) {
+    CHECK(parts[i].cols == weight.cols && parts[i].spec == weight.low_bit &&
+              parts[i].input_clip == weight.input_clip,
+          "PackLowBitWeight: parts differ");
+    CHECK(bias_parts.empty() || bias_parts[i].shape == Shape{parts[i].rows},
+          "PackLowBitWeight: bias does not match its part");
+    weight.rows += parts[i].rows;
+  }
+  RETURN_IF_ERROR(DoPackLowBitWeight(parts, bias_parts, &weight));
+  return weight;
+}
+
+Result<void> Backend::DoPackLowBitWeight(std::span<const LowBitMatrix> /*parts*/,
+                                         std::span<const ConstTensorView> /*bias_parts*/,
+                                         Weight* /*weight*/) {
+  CHECK(false, "a backend with low-bit products packs low-bit weights");
+  return {};
+}
+
 void Backend::Embed(const EmbedArgs& args) {
   const int64_t rows = static_cast<int64_t>(args.token_ids.size());
   CHECK(args.table.shape.rank() == 2, "Embed.table: expected a matrix");

@@ -15,13 +15,14 @@
 #include <string_view>
 #include <vector>
 
+#include "kernels/low_bit_weight.h"
 #include "kernels/paged_kv.h"
 #include "kernels/result.h"
 #include "kernels/tensor.h"
 
 namespace innerq {
 
-// How a weight matrix is held and multiplied.
+// How a weight matrix of floats is held and multiplied.
 //   kBF16  activations are rounded to BF16 (nearest even), products summed in F32
 //   kF16   activations stay F32, weights are exact in F32, products summed in F32
 //   kF32   likewise
@@ -46,6 +47,9 @@ struct Weight {
   int64_t cols = 0;  // K, inputs
   Buffer data;       // layout of the backend that packed it
   Buffer bias;       // [N] F32, or empty
+  // Set: the matrix is one of codes, multiplied as low_bit_weight.h says, whatever `format` is.
+  std::optional<LowBitSpec> low_bit;
+  float input_clip = 0;  // as of LowBitMatrix
 };
 
 // One sequence's rows in a step: rows [row_begin, row_begin + num_rows) are its positions
@@ -182,8 +186,8 @@ struct StepLimits {
 
 // Allocates memory and runs operations in the order of the calls. One thread at a time may call it.
 // Operations are checked at the door (CHECK), may run later, and report through Synchronize.
-// Only PackWeight, Allocate, Import, Reserve, MeasureReadBandwidth and the default SelectTop
-// allocate.
+// Only the packing of weights, Allocate, Import, Reserve, MeasureReadBandwidth and the default
+// SelectTop allocate.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -201,6 +205,11 @@ class Backend {
   // `bias_parts` is empty or one [n_i] per part. The host memory is not needed afterwards.
   Result<Weight> PackWeight(std::span<const ConstTensorView> parts,
                             std::span<const ConstTensorView> bias_parts, WeightFormat format);
+  // The same of low-bit parts, which share their spec and input_clip.
+  Result<Weight> PackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                  std::span<const ConstTensorView> bias_parts);
+  // Whether this backend multiplies low-bit weights. One that does not packs none: decode them.
+  virtual bool has_low_bit() const { return false; }
   // Readies scratch memory; must be called before the first step, and again before a larger one.
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
@@ -244,6 +253,9 @@ class Backend {
   virtual Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
                                     std::span<const ConstTensorView> bias_parts,
                                     Weight* weight) = 0;
+  virtual Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                          std::span<const ConstTensorView> bias_parts,
+                                          Weight* weight);
   virtual void DoEmbed(const EmbedArgs& args) = 0;
   virtual void DoRmsNorm(const RmsNormArgs& args) = 0;
   virtual void DoMatMul(const MatMulArgs& args) = 0;

@@ -32,6 +32,7 @@ class ReferenceBackend final : public Backend {
   std::string_view name() const override { return "reference"; }
   CodeOrder code_order() const override { return CodeOrder::kRowMajor; }
   bool deterministic() const override { return true; }
+  bool has_low_bit() const override { return true; }
   int64_t available_bytes() const override { return AvailableHostBytes(); }
 
   Result<Buffer> Allocate(int64_t bytes) override { return AllocateHost(bytes); }
@@ -63,6 +64,10 @@ class ReferenceBackend final : public Backend {
         *out++ = RoundTo(weight->format, ElementAsFloat(part, i));
       }
     }
+    return PackBias(bias_parts, weight);
+  }
+
+  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
     if (bias_parts.empty()) return {};
     ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
     float* bias = reinterpret_cast<float*>(weight->bias.data());
@@ -70,6 +75,22 @@ class ReferenceBackend final : public Backend {
       for (int64_t i = 0; i < part.shape.num_elements(); ++i) *bias++ = ElementAsFloat(part, i);
     }
     return {};
+  }
+
+  // [N, K] F32: T * l, exact.
+  Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                  std::span<const ConstTensorView> bias_parts,
+                                  Weight* weight) override {
+    ASSIGN_OR_RETURN(weight->data, Allocate(weight->rows * weight->cols * 4));
+    float* out = reinterpret_cast<float*>(weight->data.data());
+    for (const LowBitMatrix& part : parts) {
+      for (int64_t n = 0; n < part.rows; ++n) {
+        for (int64_t k = 0; k < part.cols; ++k) {
+          *out++ = part.Clip(n, k) * static_cast<float>(part.Level(n, k));
+        }
+      }
+    }
+    return PackBias(bias_parts, weight);
   }
 
   void DoEmbed(const EmbedArgs& args) override {
@@ -94,18 +115,37 @@ class ReferenceBackend final : public Backend {
     }
   }
 
+  // Inputs [K] as they meet a weight, in units of what is returned.
+  static double RoundInputs(const float* x, const Weight& weight, float* rounded) {
+    if (!weight.low_bit) {
+      const bool bf16 = weight.format == WeightFormat::kBF16;
+      for (int64_t k = 0; k < weight.cols; ++k) {
+        rounded[k] = bf16 ? BF16ToF32(F32ToBF16(x[k])) : x[k];
+      }
+      return 1;
+    }
+    const LowBitSpec& spec = *weight.low_bit;
+    const InputRounding rounding =
+        InputRounding::Of(spec, weight.input_clip, LargestInput(x, weight.cols));
+    for (int64_t k = 0; k < weight.cols; ++k) {
+      rounded[k] = static_cast<float>(rounding.Integer(spec, x[k]));
+    }
+    return static_cast<double>(rounding.down) / spec.max_level();
+  }
+
   void DoMatMul(const MatMulArgs& args) override {
     const Weight& weight = *args.weight;
     const float* w = reinterpret_cast<const float*>(weight.data.data());
     const float* bias = reinterpret_cast<const float*>(weight.bias.data());
+    std::vector<float> rounded(static_cast<size_t>(weight.cols));
     for (int64_t m = 0; m < args.x.shape[0]; ++m) {
-      const float* x = args.x.As<float>() + m * weight.cols;
+      const double unit = RoundInputs(args.x.As<float>() + m * weight.cols, weight, rounded.data());
       for (int64_t n = 0; n < weight.rows; ++n) {
         double sum = 0;
         for (int64_t k = 0; k < weight.cols; ++k) {
-          const float a = weight.format == WeightFormat::kBF16 ? BF16ToF32(F32ToBF16(x[k])) : x[k];
-          sum += static_cast<double>(a) * w[n * weight.cols + k];
+          sum += static_cast<double>(rounded[static_cast<size_t>(k)]) * w[n * weight.cols + k];
         }
+        sum *= unit;
         if (bias != nullptr) sum += bias[n];
         float& out = args.out.As<float>()[m * weight.rows + n];
         out = static_cast<float>(args.accumulate ? out + sum : sum);

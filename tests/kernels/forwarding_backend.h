@@ -16,6 +16,7 @@ class ForwardingBackend : public Backend {
   std::string_view name() const override { return inner_->name(); }
   CodeOrder code_order() const override { return inner_->code_order(); }
   bool deterministic() const override { return inner_->deterministic(); }
+  bool has_low_bit() const override { return inner_->has_low_bit(); }
   Result<Buffer> Allocate(int64_t bytes) override { return inner_->Allocate(bytes); }
   Result<Buffer> Import(ConstTensorView host) override { return inner_->Import(host); }
   Result<void> Reserve(const StepLimits& limits) override { return inner_->Reserve(limits); }
@@ -28,6 +29,11 @@ class ForwardingBackend : public Backend {
   Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
                             std::span<const ConstTensorView> bias, Weight* weight) override {
     ASSIGN_OR_RETURN(*weight, inner_->PackWeight(parts, bias, weight->format));
+    return {};
+  }
+  Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                  std::span<const ConstTensorView> bias, Weight* weight) override {
+    ASSIGN_OR_RETURN(*weight, inner_->PackLowBitWeight(parts, bias));
     return {};
   }
   void DoEmbed(const EmbedArgs& args) override { inner_->Embed(args); }

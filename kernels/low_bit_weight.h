@@ -1,0 +1,168 @@
+// Sigma-based low-bit weights: their codes, levels and scales; host and device.
+//
+// After the abstract of Standard Deviation-Based Quantization for Deep Neural Networks (arXiv
+// 2202.12422); the formulas are ours. The weights w of a group, `group_size` inputs of an output or
+// all of them, share a clip T = alpha * sigma, sigma their standard deviation and alpha learned. A
+// code of B bits stands for one of a few levels, integers l with |l| <= L, and decodes as
+// w = T * l / L:
+//   pow2     0 and +-2^i for i < 2^(B-1) - 1, so L = 2^(2^(B-1) - 2): 1, 4, 64 for 2, 3, 4 bits.
+//            The highest bit of a code is the sign, the others are i + 1, or 0 for a zero.
+//   uniform  all of -L to L, L = 2^(B-1) - 1. A code is l + L; the one beyond 2 L stands for L.
+// T is stored as F16 and is not negative.
+//
+// Inputs x are rounded to integers as well, q = round(x * (Q / R)) with ties to even, |q| <= Q, in
+// F32. Q is 2^(A-1) - 1 for A activation bits, 127 * 128 for 16. R, the range, is the largest |x|
+// of the row of inputs, or a clip that the weight brings. So a product is integer but for a scale
+// per group and one per row:
+//   y = R / (Q L) * sum over groups of T * (sum of l * q)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "kernels/float16.h"
+
+namespace innerq {
+
+enum class LowBitScheme { kPow2, kUniform };
+
+constexpr const char* LowBitSchemeName(LowBitScheme scheme) {
+  return scheme == LowBitScheme::kPow2 ? "pow2" : "uniform";
+}
+
+// K of a low-bit matrix, and its groups, are multiples of this.
+constexpr int64_t kLowBitUnit = 32;
+
+// How a matrix is held and multiplied.
+struct LowBitSpec {
+  LowBitScheme scheme = LowBitScheme::kPow2;
+  int bits = 4;              // B: 2, 3 or 4; uniform also 8
+  int64_t group_size = 64;   // 32, 64 or 128 inputs, or 0: all of an output
+  int activation_bits = 16;  // A: 3, 4, 8 or 16
+
+  bool operator==(const LowBitSpec&) const = default;
+
+  bool valid() const {
+    const bool known_bits =
+        (bits >= 2 && bits <= 4) || (bits == 8 && scheme == LowBitScheme::kUniform);
+    const bool known_group =
+        group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128;
+    return known_bits && known_group &&
+           (activation_bits == 3 || activation_bits == 4 || activation_bits == 8 ||
+            activation_bits == 16);
+  }
+  // Whether a matrix of K inputs can be held so.
+  bool Divides(int64_t cols) const {
+    return cols % kLowBitUnit == 0 && (group_size == 0 || cols % group_size == 0);
+  }
+  int64_t Groups(int64_t cols) const { return group_size == 0 ? 1 : cols / group_size; }
+  int64_t RowBytes(int64_t cols) const { return cols * bits / 8; }  // of codes
+  INNERQ_HOST_DEVICE int max_level() const {                        // L
+    return scheme == LowBitScheme::kPow2 ? 1 << ((1 << (bits - 1)) - 2) : (1 << (bits - 1)) - 1;
+  }
+  INNERQ_HOST_DEVICE int max_activation() const {  // Q
+    return activation_bits == 16 ? 127 * 128 : (1 << (activation_bits - 1)) - 1;
+  }
+  INNERQ_HOST_DEVICE int Level(int code) const {
+    if (scheme == LowBitScheme::kUniform) {
+      const int level = code - max_level();
+      return level > max_level() ? max_level() : level;
+    }
+    const int half = 1 << (bits - 1), exponent = code & (half - 1);
+    if (exponent == 0) return 0;
+    return code < half ? 1 << (exponent - 1) : -(1 << (exponent - 1));
+  }
+};
+
+// A matrix in the order of a file. Borrowed.
+struct LowBitMatrix {
+  LowBitSpec spec;
+  int64_t rows = 0;                  // N
+  int64_t cols = 0;                  // K, which spec divides
+  const uint8_t* codes = nullptr;    // [N][K * B / 8], strings of codes, the lowest bits first
+  const uint16_t* scales = nullptr;  // [N][groups] F16: T
+  float input_clip = 0;              // R of all rows of inputs; 0: each row's own
+
+  float Clip(int64_t n, int64_t k) const {  // T of weight [n][k]
+    const int64_t group = spec.group_size == 0 ? 0 : k / spec.group_size;
+    return F16ToF32(scales[n * spec.Groups(cols) + group]);
+  }
+  int Level(int64_t n, int64_t k) const;
+  float Value(int64_t n, int64_t k) const {
+    return Clip(n, k) * static_cast<float>(Level(n, k)) / static_cast<float>(spec.max_level());
+  }
+};
+
+// Code i of a string of codes.
+INNERQ_HOST_DEVICE inline int ReadLowBitCode(const uint8_t* codes, int bits, int64_t i) {
+  const int64_t bit = i * bits;
+  const int shift = static_cast<int>(bit % 8);
+  int two = codes[bit / 8];
+  if (shift + bits > 8) two |= codes[bit / 8 + 1] << 8;
+  return two >> shift & ((1 << bits) - 1);
+}
+// The same, to a string that was all zero.
+inline void WriteLowBitCode(uint8_t* codes, int bits, int64_t i, int code) {
+  const int64_t bit = i * bits;
+  const int shifted = code << bit % 8;
+  codes[bit / 8] = static_cast<uint8_t>(codes[bit / 8] | shifted);
+  if (shifted > 255) codes[bit / 8 + 1] = static_cast<uint8_t>(codes[bit / 8 + 1] | shifted >> 8);
+}
+
+inline int LowBitMatrix::Level(int64_t n, int64_t k) const {
+  return spec.Level(ReadLowBitCode(codes + n * spec.RowBytes(cols), spec.bits, k));
+}
+
+// The code of the level nearest to u = w / T, `|u| <= 1` or clipped to it; of two as near, the
+// larger in magnitude.
+inline int NearestLowBitCode(const LowBitSpec& spec, float u) {
+  const int max_level = spec.max_level();
+  const float magnitude = (u < 0 ? -u : u) * static_cast<float>(max_level);
+  if (spec.scheme == LowBitScheme::kUniform) {
+    int level =
+        magnitude >= static_cast<float>(max_level) ? max_level : static_cast<int>(magnitude + 0.5f);
+    if (!(magnitude >= 0.5f)) level = 0;  // NaN too
+    return max_level + (u < 0 ? -level : level);
+  }
+  if (!(magnitude >= 0.5f)) return 0;
+  int exponent = 1;  // levels 2^(exponent - 1), with halfway points of 1.5 of them
+  for (int level = 1; level < max_level && magnitude >= 1.5f * static_cast<float>(level);
+       level *= 2) {
+    ++exponent;
+  }
+  return exponent | (u < 0 ? 1 << (spec.bits - 1) : 0);
+}
+
+// The largest |x|; infinity where an x is not finite.
+inline float LargestInput(const float* x, int64_t count) {
+  float largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float magnitude = std::fabs(x[i]);
+    if (magnitude > largest || std::isnan(magnitude)) largest = magnitude;
+    if (!std::isfinite(largest)) return std::numeric_limits<float>::infinity();
+  }
+  return largest;
+}
+
+// How a row of inputs becomes integers: q = round(clamp(x * up, -Q, Q)), and x about q * down.
+struct InputRounding {
+  float up = 0, down = 0;
+
+  // `clip`: as of LowBitMatrix; `largest` input of the row. A row that is not finite gives NaN.
+  static InputRounding Of(const LowBitSpec& spec, float clip, float largest) {
+    constexpr float kTiny = 1e-30f;  // its reciprocal times Q is finite
+    const auto most = static_cast<float>(spec.max_activation());
+    if (!std::isfinite(largest)) return {0, std::numeric_limits<float>::quiet_NaN()};
+    const float range = clip > 0 ? clip : largest;
+    if (range < kTiny) return {0, 0};
+    return {most / range, range / most};
+  }
+  int Integer(const LowBitSpec& spec, float x) const {
+    const auto most = static_cast<float>(spec.max_activation());
+    const float scaled = x * up;
+    return static_cast<int>(std::nearbyintf(std::fmin(std::fmax(scaled, -most), most)));
+  }
+};
+
+}  // namespace innerq
