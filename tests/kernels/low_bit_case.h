@@ -13,7 +13,8 @@ namespace innerq {
 inline std::vector<LowBitSpec> LowBitSpecs(const std::vector<int64_t>& groups,
                                            const std::vector<int>& activation_bits) {
   std::vector<LowBitSpec> specs;
-  for (const LowBitScheme scheme : {LowBitScheme::kPow2, LowBitScheme::kUniform}) {
+  for (const LowBitScheme scheme :
+       {LowBitScheme::kPow2, LowBitScheme::kApot, LowBitScheme::kUniform}) {
     for (const int bits : {2, 3, 4, 8}) {
       for (const int64_t group : groups) {
         for (const int activations : activation_bits) {

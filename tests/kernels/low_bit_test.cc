@@ -73,6 +73,8 @@ TEST(LowBitWeight, LevelsAreThoseOfTheScheme) {
   EXPECT_EQ(levels(LowBitScheme::kPow2, 3), (Levels{0, 1, 2, 4, 0, -1, -2, -4}));
   EXPECT_EQ(levels(LowBitScheme::kPow2, 4),
             (Levels{0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64}));
+  EXPECT_EQ(levels(LowBitScheme::kApot, 4),
+            (Levels{0, 1, 2, 3, 4, 5, 6, 8, 0, -1, -2, -3, -4, -5, -6, -8}));
   EXPECT_EQ(levels(LowBitScheme::kUniform, 2), (Levels{-1, 0, 1, 1}));
   EXPECT_EQ(levels(LowBitScheme::kUniform, 3), (Levels{-3, -2, -1, 0, 1, 2, 3, 3}));
   const Levels bytes = levels(LowBitScheme::kUniform, 8);
@@ -192,7 +194,7 @@ TEST_P(LowBitOfVariant, GivesTheBitsOfTheScalarVariantForEveryNumberOfRowsAndThr
   const auto scalar = LowBitBackend("scalar");
   const auto one_thread = LowBitBackend(GetParam(), 1);
   const auto two_threads = LowBitBackend(GetParam(), 2);
-  const int64_t m = 280, n = 70, k = kLowBitMaxCols;  // more rows than a task, than a slice inputs
+  const int64_t m = 280, n = 36, k = kLowBitMaxCols;  // more rows than a task, than a slice inputs
   for (const LowBitSpec& spec : LowBitSpecs({0, 64}, {8, 16})) {
     const LowBitCase c(random, spec, n, k);
     const std::vector<float> x = LowBitInputsOf(random, m * k);
