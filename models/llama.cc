@@ -5,6 +5,7 @@
 #include <deque>
 #include <string>
 
+#include "models/low_bit_use.h"
 #include "models/tensor_source.h"
 
 namespace innerq {
@@ -488,12 +489,6 @@ class FusedLlama : public LlamaModel {
 };
 
 }  // namespace
-
-LowBitUse PlanLowBitUse(const ModelConfig& config, const Backend& backend,
-                        std::optional<WeightFormat> format) {
-  if (!config.low_bit) return LowBitUse::kNone;
-  return backend.has_low_bit() && !format ? LowBitUse::kMultiplied : LowBitUse::kDecoded;
-}
 
 Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
