@@ -271,8 +271,13 @@ class FusedLlama : public LlamaModel {
                        source_->GetLowBit(part.name, {part.rows, stack.cols}));
       parts.push_back(matrix);
     }
+    const auto drop = [&] {
+      for (const Part& part : stack.parts) source_->Drop(part.name);
+    };
     if (PlanLowBitUse(config_, *backend_, options_.format) == LowBitUse::kMultiplied) {
-      return backend_->PackLowBitWeight(parts, biases);
+      Result<Weight> packed = backend_->PackLowBitWeight(parts, biases);
+      drop();
+      return packed;
     }
     std::vector<std::unique_ptr<float[]>> decoded;
     std::vector<ConstTensorView> weights;
@@ -281,6 +286,7 @@ class FusedLlama : public LlamaModel {
       weights.push_back({reinterpret_cast<const std::byte*>(decoded.back().get()), DType::kF32,
                          Shape{part.rows, part.cols}});
     }
+    drop();
     return backend_->PackWeight(weights, biases, options_.format.value_or(WeightFormat::kBF16));
   }
 
@@ -526,8 +532,8 @@ Result<std::unique_ptr<LlamaModel>> LlamaModel::Load(std::shared_ptr<const Check
 
 Result<std::unique_ptr<LlamaModel>> LlamaModel::Random(const ModelConfig& config, uint64_t seed,
                                                        Backend* backend, LoadOptions options) {
-  auto model =
-      std::make_unique<FusedLlama>(config, backend, CreateRandomSource(seed), std::move(options));
+  auto model = std::make_unique<FusedLlama>(
+      config, backend, CreateRandomSource(seed, config.low_bit), std::move(options));
   RETURN_IF_ERROR(model->Build());
   return std::unique_ptr<LlamaModel>(std::move(model));
 }

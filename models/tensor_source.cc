@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <unordered_map>
 
 #include "kernels/float16.h"
@@ -60,7 +61,7 @@ uint64_t HashName(const std::string& name) {
 
 class RandomSource : public TensorSource {
  public:
-  explicit RandomSource(uint64_t seed) : seed_(seed) {
+  RandomSource(uint64_t seed, std::optional<LowBitSpec> low_bit) : seed_(seed), low_bit_(low_bit) {
     for (size_t i = 0; i < kQuantiles; ++i) {
       normal_[i] = Quantile((static_cast<double>(i) + 0.5) / kQuantiles);
     }
@@ -78,16 +79,50 @@ class RandomSource : public TensorSource {
     return ConstTensorView{reinterpret_cast<const std::byte*>(tensor.get()), DType::kBF16, shape};
   }
 
-  bool HasLowBit(const std::string& /*name*/) const override { return false; }
-
-  Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& /*shape*/) override {
-    return Error{ErrorCode::kDataLoss, "tensor " + name + ": random weights have no codes"};
+  bool HasLowBit(const std::string& name) const override {
+    return low_bit_.has_value() && name.ends_with("_proj");
   }
 
-  void Drop(const std::string& name) override { tensors_.erase(name); }
+  Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) override {
+    CHECK(HasLowBit(name) && low_bit_->Divides(shape[1]), "no codes for such a matrix");
+    Codes& matrix = codes_[name];
+    if (matrix.codes.empty()) matrix = RandomCodes(name, shape);
+    return LowBitMatrix{*low_bit_, shape[0], shape[1], matrix.codes.data(), matrix.scales.data()};
+  }
+
+  void Drop(const std::string& name) override {
+    tensors_.erase(name);
+    codes_.erase(name);
+  }
 
  private:
   static constexpr size_t kQuantiles = 4096;
+
+  struct Codes {
+    std::vector<uint8_t> codes;
+    std::vector<uint16_t> scales;
+  };
+
+  // All codes alike, and scales that make up for how large their levels are.
+  Codes RandomCodes(const std::string& name, const Shape& shape) const {
+    double squares = 0;
+    for (int code = 0; code < 1 << low_bit_->bits; ++code) {
+      squares += std::pow(static_cast<double>(low_bit_->Level(code)) / low_bit_->max_level(), 2);
+    }
+    const double level = std::sqrt(squares / (1 << low_bit_->bits));
+    const double clip = 1.0 / std::sqrt(static_cast<double>(shape[1])) / level;
+    Codes matrix;
+    matrix.scales.assign(static_cast<size_t>(shape[0] * low_bit_->Groups(shape[1])),
+                         F32ToF16(static_cast<float>(clip)));
+    matrix.codes.resize(static_cast<size_t>(shape[0] * low_bit_->RowBytes(shape[1])));
+    const uint64_t stream = HashCounter(seed_ ^ HashName(name));
+    for (size_t i = 0; i < matrix.codes.size(); i += sizeof(uint64_t)) {
+      const uint64_t random = HashCounter(stream + i);
+      std::memcpy(matrix.codes.data() + i, &random,
+                  std::min(sizeof(random), matrix.codes.size() - i));
+    }
+    return matrix;
+  }
 
   // The x below which the standard normal distribution has probability p, by bisection.
   static double Quantile(double p) {
@@ -122,8 +157,10 @@ class RandomSource : public TensorSource {
   }
 
   uint64_t seed_;
+  std::optional<LowBitSpec> low_bit_;
   std::array<double, kQuantiles> normal_{};
   std::unordered_map<std::string, std::unique_ptr<uint16_t[]>> tensors_;
+  std::unordered_map<std::string, Codes> codes_;
 };
 
 }  // namespace
@@ -132,8 +169,8 @@ std::unique_ptr<TensorSource> CreateCheckpointSource(std::shared_ptr<const Check
   return std::make_unique<CheckpointSource>(std::move(checkpoint));
 }
 
-std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed) {
-  return std::make_unique<RandomSource>(seed);
+std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed, std::optional<LowBitSpec> low_bit) {
+  return std::make_unique<RandomSource>(seed, low_bit);
 }
 
 }  // namespace innerq

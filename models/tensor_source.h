@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "kernels/low_bit_weight.h"
@@ -26,7 +27,7 @@ class TensorSource {
   // as of Checkpoint::GetLowBit; data loss, naming tensor and row, for a scale that is negative or
   // not finite.
   virtual Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) = 0;
-  // Says that a tensor's memory is not needed any more.
+  // Says that the memory of a tensor, or of the codes of a matrix, is not needed any more.
   virtual void Drop(const std::string& name) = 0;
 };
 
@@ -35,7 +36,8 @@ std::unique_ptr<TensorSource> CreateCheckpointSource(std::shared_ptr<const Check
 
 // BF16 tensors that depend on `seed` and their names alone: matrices [N, K] normal with deviation
 // 1/sqrt(K), so that products keep the size of their input; vectors of ones where the name ends in
-// "norm.weight"; biases normal with deviation 0.1. No codes. About a nanosecond an element.
-std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed);
+// "norm.weight"; biases normal with deviation 0.1. With `low_bit` matrices whose names end in
+// "_proj" are codes, of the same deviation. About a nanosecond an element.
+std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed, std::optional<LowBitSpec> low_bit);
 
 }  // namespace innerq

@@ -80,8 +80,8 @@ struct NamedSchedule {
   int64_t max_logit_rows = 64;
 };
 
-Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOptions& cache,
-              const NamedSchedule& run) {
+Outcome Serve(const std::string& variant, std::optional<WeightFormat> format,
+              const KvCacheOptions& cache, const NamedSchedule& run) {
   const KvLayout layout =
       KvLayout::Create(ResolveKvCacheSpec(cache, TinyLlama()).value(), CodeOrder::kRowMajor)
           .value();
@@ -132,7 +132,7 @@ Outcome Serve(const std::string& variant, WeightFormat format, const KvCacheOpti
 struct Case {
   std::string variant;
   std::string cache_name;
-  WeightFormat format;
+  std::optional<WeightFormat> format;  // nullopt: codes
   KvCacheOptions cache;
 };
 
@@ -155,6 +155,7 @@ std::vector<Case> Cases() {
     cases.push_back({variant, "base", WeightFormat::kBF16, base});
   }
   const std::string best = CpuVariants().front();
+  cases.push_back({best, "base_codes", std::nullopt, base});
   cases.push_back({"cuda", "base", WeightFormat::kBF16, base});
   for (const std::string& variant : {best, std::string("cuda")}) {
     cases.push_back({variant, "base_f32", WeightFormat::kF32, base});

@@ -50,17 +50,26 @@ inline std::shared_ptr<LlamaWeights> WeightsOn(const std::string& variant) {
   return weights;
 }
 
+// `format` nullopt: codes of 3 bits.
 inline std::shared_ptr<LlamaWeights> RandomWeights(std::unique_ptr<Backend> backend,
-                                                   WeightFormat format, int64_t max_logit_rows) {
+                                                   std::optional<WeightFormat> format,
+                                                   int64_t max_logit_rows) {
   auto weights = std::make_shared<LlamaWeights>();
   weights->backend = std::move(backend);
-  weights->model = LlamaModel::Random(TinyLlama(), format, /*seed=*/11, weights->backend.get(), 512,
-                                      max_logit_rows)
+  ModelConfig config = TinyLlama();
+  if (!format) config.low_bit = LowBitSpec{LowBitScheme::kPow2, 3, 32, 16};
+  weights->model = LlamaModel::Random(config, /*seed=*/11, weights->backend.get(),
+                                      {.max_rows = 512,
+                                       .max_logit_rows = max_logit_rows,
+                                       .format = format,
+                                       .progress = nullptr,
+                                       .observe = nullptr})
                        .value();
   return weights;
 }
 
-inline std::shared_ptr<LlamaWeights> RandomWeights(const std::string& variant, WeightFormat format,
+inline std::shared_ptr<LlamaWeights> RandomWeights(const std::string& variant,
+                                                   std::optional<WeightFormat> format,
                                                    int64_t max_logit_rows) {
   return RandomWeights(CreateBackend(OptionsFor(variant)).value(), format, max_logit_rows);
 }
@@ -83,7 +92,7 @@ class LlamaStepModel : public StepModel {
  public:
   struct Config {
     std::string variant{};
-    WeightFormat format{};
+    std::optional<WeightFormat> format{};
     KvCacheOptions cache{};
     PageCounts pools;
     int64_t max_logit_rows = 512;
