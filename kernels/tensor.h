@@ -15,7 +15,8 @@
 
 namespace innerq {
 
-enum class DType { kF32, kF16, kBF16 };
+// kU8 holds packed codes; what computes with floats takes the others.
+enum class DType { kF32, kF16, kBF16, kU8 };
 
 constexpr int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
@@ -24,6 +25,8 @@ constexpr int64_t DTypeBytes(DType dtype) {
     case DType::kF16:
     case DType::kBF16:
       return 2;
+    case DType::kU8:
+      return 1;
   }
   return 0;
 }
@@ -36,6 +39,8 @@ constexpr const char* DTypeName(DType dtype) {
       return "F16";
     case DType::kBF16:
       return "BF16";
+    case DType::kU8:
+      return "U8";
   }
   return "?";
 }
@@ -99,6 +104,8 @@ inline float ElementAsFloat(const ConstTensorView& view, int64_t i) {
       return F16ToF32(view.As<uint16_t>()[i]);
     case DType::kBF16:
       return BF16ToF32(view.As<uint16_t>()[i]);
+    case DType::kU8:
+      return static_cast<float>(view.As<uint8_t>()[i]);
   }
   return 0;
 }

@@ -1,6 +1,7 @@
 #include "models/checkpoint.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -13,6 +14,11 @@ namespace {
 
 constexpr char kSingleFile[] = "model.safetensors";
 constexpr char kIndexFile[] = "model.safetensors.index.json";
+
+// What follows a matrix's name in those of its tensors.
+constexpr char kCodes[] = ".weight_codes";
+constexpr char kScales[] = ".weight_scales";
+constexpr char kInputClip[] = ".input_clip";
 
 // Which shard holds which tensor: the "weight_map" of the index.
 Result<std::map<std::string, std::string>> ReadIndex(const std::filesystem::path& path) {
@@ -109,19 +115,81 @@ class MappedCheckpoint : public Checkpoint {
   std::vector<CheckpointTensor> tensors_;       // sorted by name
 };
 
+Error BadTensor(const Checkpoint& checkpoint, const std::string& name, const std::string& what) {
+  return Error{ErrorCode::kDataLoss,
+               checkpoint.directory().string() + ": tensor " + name + ": " + what};
+}
+
+// A tensor of a shape, whatever it holds.
+Result<ConstTensorView> GetShaped(const Checkpoint& checkpoint, const std::string& name,
+                                  const Shape& shape) {
+  const CheckpointTensor* tensor = checkpoint.Find(name);
+  if (tensor == nullptr) {
+    return BadTensor(checkpoint, name, "missing; expected shape " + shape.ToString());
+  }
+  if (!(tensor->view.shape == shape)) {
+    return BadTensor(checkpoint, name,
+                     "config.json asks for shape " + shape.ToString() + ", found " +
+                         tensor->view.shape.ToString());
+  }
+  return tensor->view;
+}
+
+Result<ConstTensorView> GetTyped(const Checkpoint& checkpoint, const std::string& name, DType dtype,
+                                 const Shape& shape) {
+  ASSIGN_OR_RETURN(const ConstTensorView view, GetShaped(checkpoint, name, shape));
+  if (view.dtype != dtype) {
+    return BadTensor(
+        checkpoint, name,
+        std::string("expected ") + DTypeName(dtype) + ", found " + DTypeName(view.dtype));
+  }
+  return view;
+}
+
 }  // namespace
 
 Result<ConstTensorView> Checkpoint::Get(const std::string& name, const Shape& shape) const {
-  const std::string where = directory().string() + ": tensor " + name;
-  const CheckpointTensor* tensor = Find(name);
-  if (tensor == nullptr) {
-    return Error{ErrorCode::kDataLoss, where + ": missing; expected shape " + shape.ToString()};
+  ASSIGN_OR_RETURN(const ConstTensorView view, GetShaped(*this, name, shape));
+  if (view.dtype == DType::kU8) {
+    return BadTensor(*this, name, "expected F32, F16 or BF16, found U8");
   }
-  if (!(tensor->view.shape == shape)) {
-    return Error{ErrorCode::kDataLoss, where + ": config.json asks for shape " + shape.ToString() +
-                                           ", found " + tensor->view.shape.ToString()};
+  return view;
+}
+
+bool Checkpoint::HasLowBit(const std::string& name) const {
+  return Find(name + kCodes) != nullptr || Find(name + kScales) != nullptr ||
+         Find(name + kInputClip) != nullptr;
+}
+
+Result<LowBitMatrix> Checkpoint::GetLowBit(const std::string& name, const Shape& shape) const {
+  if (!config().low_bit) {
+    return BadTensor(
+        *this, name + kCodes,
+        "config.json has no \"quantization_config\", which says how a matrix is coded");
   }
-  return tensor->view;
+  if (Find(name + ".weight") != nullptr) {
+    return BadTensor(*this, name + ".weight",
+                     "the matrix is also stored as codes or has their scales or clip");
+  }
+  LowBitMatrix matrix{.spec = *config().low_bit, .rows = shape[0], .cols = shape[1]};
+  ASSIGN_OR_RETURN(
+      const ConstTensorView codes,
+      GetTyped(*this, name + kCodes, DType::kU8, {matrix.rows, matrix.spec.RowBytes(matrix.cols)}));
+  ASSIGN_OR_RETURN(
+      const ConstTensorView scales,
+      GetTyped(*this, name + kScales, DType::kF16, {matrix.rows, matrix.spec.Groups(matrix.cols)}));
+  matrix.codes = codes.As<uint8_t>();
+  matrix.scales = scales.As<uint16_t>();
+  if (Find(name + kInputClip) == nullptr) return matrix;
+  ASSIGN_OR_RETURN(const ConstTensorView clip,
+                   GetTyped(*this, name + kInputClip, DType::kF32, {1}));
+  matrix.input_clip = clip.As<float>()[0];
+  if (!(matrix.input_clip > 0) || !std::isfinite(matrix.input_clip)) {
+    return BadTensor(
+        *this, name + kInputClip,
+        "expected a finite number above 0, found " + std::to_string(matrix.input_clip));
+  }
+  return matrix;
 }
 
 Result<std::shared_ptr<const Checkpoint>> Checkpoint::Open(const std::filesystem::path& directory) {

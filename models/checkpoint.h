@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "kernels/low_bit_weight.h"
 #include "kernels/result.h"
 #include "kernels/tensor.h"
 
@@ -43,8 +44,14 @@ struct ModelConfig {
   bool mlp_bias = false;               // gate, up and down projections have biases
   std::vector<int32_t> bos_token_ids;  // usually one; empty if none
   std::vector<int32_t> eos_token_ids;  // from generation_config.json where present
+  // How matrices that are stored as codes are coded ("quantization_config"); nullopt: none are.
+  std::optional<LowBitSpec> low_bit;
 
   int64_t num_parameters() const;
+  // Weights of all matrices of the layers: those that may be stored as codes.
+  int64_t num_layer_weights() const;
+  // Bytes of codes and scales of those matrices as `low_bit`, which must be there, says.
+  int64_t low_bit_bytes() const;
   // [D/2] rotary frequencies after scaling, computed as Hugging Face transformers does, in F32.
   std::vector<float> InverseFrequencies() const;
 };
@@ -71,9 +78,19 @@ class Checkpoint {
   virtual const std::vector<CheckpointTensor>& tensors() const = 0;
   // Null if absent.
   virtual const CheckpointTensor* Find(std::string_view name) const = 0;
-  // A tensor of the shape that config.json asks for. Errors: data loss, naming the tensor, if it is
-  // absent or has another shape.
+  // A tensor of floats of the shape that config.json asks for. Errors: data loss, naming the
+  // tensor, if it is absent, has another shape, or holds no floats.
   Result<ConstTensorView> Get(const std::string& name, const Shape& shape) const;
+  // Whether matrix `name`, e.g. "model.layers.0.mlp.up_proj", is stored as codes, not as
+  // "<name>.weight": whether any of the tensors that GetLowBit reads is there.
+  bool HasLowBit(const std::string& name) const;
+  // Such a matrix, of `shape` [N, K], as config().low_bit says:
+  //   <name>.weight_codes   U8 [N, K * bits / 8]
+  //   <name>.weight_scales  F16 [N, groups], not read here
+  //   <name>.input_clip     F32 [1], finite and positive; may be absent
+  // Errors: data loss, naming the tensor, for one that is absent or of another type or shape, for a
+  // matrix that is stored as floats as well, and where config.json has no "quantization_config".
+  Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) const;
 };
 
 // Reads and checks config.json (and generation_config.json beside it) alone.

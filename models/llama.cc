@@ -10,14 +10,20 @@
 namespace innerq {
 namespace {
 
+// A packed matrix, and the names of those stacked in it.
+struct Matrix {
+  Weight weight;
+  std::vector<std::string> names;
+};
+
 // Weights of one layer. Norms are F32.
 struct Layer {
   Buffer attention_norm;  // [C]
-  Weight qkv;             // [(H + 2G) * D, C]
-  Weight output;          // [C, H * D]
+  Matrix qkv;             // [(H + 2G) * D, C]
+  Matrix output;          // [C, H * D]
   Buffer mlp_norm;        // [C]
-  Weight gate_up;         // [2 * I, C]
-  Weight down;            // [C, I]
+  Matrix gate_up;         // [2 * I, C]
+  Matrix down;            // [C, I]
 };
 
 // Memory of the largest step, F32.
@@ -38,7 +44,8 @@ struct Activations {
   Buffer top_for_host;
 };
 
-// One matrix of a stack: "<name>.weight" [rows, K] and, if `bias`, "<name>.bias" [rows].
+// One matrix of a stack: "<name>.weight" [rows, K], or its codes, and, if `bias`, "<name>.bias"
+// [rows].
 struct Part {
   std::string name;
   int64_t rows = 0;
@@ -92,9 +99,36 @@ Stack HeadOf(const ModelConfig& config, const std::string& table) {
   return {{{config.tie_word_embeddings ? table : kHead, config.vocab_size}}, config.hidden_size};
 }
 
-Result<void> CheckStack(const Checkpoint& checkpoint, const Stack& stack) {
+// Those of a stack are all codes, with the same clip of inputs, or none of them is.
+Result<void> CheckCodes(const Checkpoint& checkpoint, const Stack& stack) {
+  const std::string& first = stack.parts.front().name;
+  const bool low_bit = checkpoint.HasLowBit(first);
+  float clip = 0;  // of the first
   for (const Part& part : stack.parts) {
-    RETURN_IF_ERROR(checkpoint.Get(part.name + ".weight", {part.rows, stack.cols}));
+    const auto differs = [&](const std::string& tensor, const std::string& how) {
+      return Error{ErrorCode::kDataLoss, checkpoint.directory().string() + ": tensor " + part.name +
+                                             tensor + ": " + how + " " + first +
+                                             ", with which it is multiplied"};
+    };
+    if (checkpoint.HasLowBit(part.name) != low_bit) {
+      return low_bit ? differs(".weight_codes", "missing, unlike the codes of")
+                     : differs(".weight_codes", "codes, unlike the floats of");
+    }
+    if (!low_bit) continue;
+    ASSIGN_OR_RETURN(const LowBitMatrix matrix,
+                     checkpoint.GetLowBit(part.name, {part.rows, stack.cols}));
+    if (&part == &stack.parts.front()) clip = matrix.input_clip;
+    if (matrix.input_clip != clip) return differs(".input_clip", "not that of");
+  }
+  return {};
+}
+
+Result<void> CheckStack(const Checkpoint& checkpoint, const Stack& stack) {
+  RETURN_IF_ERROR(CheckCodes(checkpoint, stack));
+  for (const Part& part : stack.parts) {
+    if (!checkpoint.HasLowBit(part.name)) {
+      RETURN_IF_ERROR(checkpoint.Get(part.name + ".weight", {part.rows, stack.cols}));
+    }
     const std::string bias = part.name + ".bias";
     if (part.bias) {
       RETURN_IF_ERROR(checkpoint.Get(bias, {part.rows}));
@@ -196,15 +230,28 @@ class FusedLlama : public LlamaModel {
     return {};
   }
 
-  Result<Weight> BuildMatrix(const Stack& stack) {
-    std::vector<ConstTensorView> weights, biases;
+  Result<Matrix> BuildMatrix(const Stack& stack) {
+    Matrix matrix;
+    std::vector<ConstTensorView> biases;
+    for (const Part& part : stack.parts) {
+      matrix.names.push_back(part.name);
+      if (!part.bias) continue;
+      ASSIGN_OR_RETURN(const ConstTensorView bias, source_->Get(part.name + ".bias", {part.rows}));
+      biases.push_back(bias);
+    }
+    const bool low_bit = source_->HasLowBit(stack.parts.front().name);
+    ASSIGN_OR_RETURN(matrix.weight, low_bit ? PackCodes(stack, biases) : PackFloats(stack, biases));
+    weight_bytes_ += matrix.weight.data.bytes() + matrix.weight.bias.bytes();
+    RETURN_IF_ERROR(ReportProgress(static_cast<int64_t>(stack.parts.size())));
+    return matrix;
+  }
+
+  Result<Weight> PackFloats(const Stack& stack, std::span<const ConstTensorView> biases) {
+    std::vector<ConstTensorView> weights;
     for (const Part& part : stack.parts) {
       ASSIGN_OR_RETURN(const ConstTensorView weight,
                        source_->Get(part.name + ".weight", {part.rows, stack.cols}));
       weights.push_back(weight);
-      if (!part.bias) continue;
-      ASSIGN_OR_RETURN(const ConstTensorView bias, source_->Get(part.name + ".bias", {part.rows}));
-      biases.push_back(bias);
     }
     ASSIGN_OR_RETURN(
         Weight packed,
@@ -212,9 +259,40 @@ class FusedLlama : public LlamaModel {
     for (const Part& part : stack.parts) {
       if (part.name + ".weight" != embedding_name_) source_->Drop(part.name + ".weight");
     }
-    weight_bytes_ += packed.data.bytes() + packed.bias.bytes();
-    RETURN_IF_ERROR(ReportProgress(static_cast<int64_t>(stack.parts.size())));
     return packed;
+  }
+
+  // As codes where they are multiplied, else decoded.
+  Result<Weight> PackCodes(const Stack& stack, std::span<const ConstTensorView> biases) {
+    std::vector<LowBitMatrix> parts;
+    for (const Part& part : stack.parts) {
+      ASSIGN_OR_RETURN(const LowBitMatrix matrix,
+                       source_->GetLowBit(part.name, {part.rows, stack.cols}));
+      parts.push_back(matrix);
+    }
+    if (PlanLowBitUse(config_, *backend_, options_.format) == LowBitUse::kMultiplied) {
+      return backend_->PackLowBitWeight(parts, biases);
+    }
+    std::vector<std::unique_ptr<float[]>> decoded;
+    std::vector<ConstTensorView> weights;
+    for (const LowBitMatrix& part : parts) {
+      decoded.push_back(Decode(part));
+      weights.push_back({reinterpret_cast<const std::byte*>(decoded.back().get()), DType::kF32,
+                         Shape{part.rows, part.cols}});
+    }
+    return backend_->PackWeight(weights, biases, options_.format.value_or(WeightFormat::kBF16));
+  }
+
+  // [N, K].
+  static std::unique_ptr<float[]> Decode(const LowBitMatrix& matrix) {
+    auto values =
+        std::make_unique_for_overwrite<float[]>(static_cast<size_t>(matrix.rows * matrix.cols));
+    for (int64_t n = 0; n < matrix.rows; ++n) {
+      for (int64_t k = 0; k < matrix.cols; ++k) {
+        values[static_cast<size_t>(n * matrix.cols + k)] = matrix.Value(n, k);
+      }
+    }
+    return values;
   }
 
   // The format that holds every part without loss.
@@ -302,6 +380,13 @@ class FusedLlama : public LlamaModel {
                        static_cast<float>(config_.rms_norm_eps), out});
   }
 
+  // Of a layer.
+  void Multiply(const ConstTensorView& x, const Matrix& matrix, bool accumulate,
+                const TensorView& out) {
+    if (options_.observe && backend_->host_visible()) options_.observe(matrix.names, x);
+    backend_->MatMul({x, &matrix.weight, accumulate, out});
+  }
+
   // x += attention of x.
   void RunAttention(Layer& layer, const ForwardBatch& batch, const KvLayout& layout,
                     const PagedKvView& kv, const TensorView& x) {
@@ -313,7 +398,7 @@ class FusedLlama : public LlamaModel {
     const TensorView cos = Rows(act_.cos, rows, config_.head_dim / 2);
     const TensorView sin = Rows(act_.sin, rows, config_.head_dim / 2);
     Norm(x, layer.attention_norm, normed);
-    backend_->MatMul({normed, &layer.qkv, false, qkv});
+    Multiply(normed, layer.qkv, false, qkv);
     backend_->RopeAppend({qkv, cos, sin, kv, batch.slices, q});
     if (!batch.key_norms.empty() && kv.layout->normalize_keys) {
       backend_->ComputeKeyNorm({kv, batch.key_norms});
@@ -321,7 +406,7 @@ class FusedLlama : public LlamaModel {
     if (!batch.seals.empty()) backend_->Seal({kv, batch.seals});
     const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
     backend_->Attention({q, kv, &layout, batch.slices, config_.num_heads, scale, attention});
-    backend_->MatMul({attention, &layer.output, true, x});
+    Multiply(attention, layer.output, true, x);
   }
 
   // x += MLP of x.
@@ -331,9 +416,9 @@ class FusedLlama : public LlamaModel {
     const TensorView gate_up = Rows(act_.gate_up, rows, 2 * config_.intermediate_size);
     const TensorView gated = Rows(act_.gated, rows, config_.intermediate_size);
     Norm(x, layer.mlp_norm, normed);
-    backend_->MatMul({normed, &layer.gate_up, false, gate_up});
+    Multiply(normed, layer.gate_up, false, gate_up);
     backend_->SwiGlu({gate_up, gated});
-    backend_->MatMul({gated, &layer.down, true, x});
+    Multiply(gated, layer.down, true, x);
   }
 
   ConstTensorView RunHead(const ForwardBatch& batch, const TensorView& x) {
@@ -345,7 +430,7 @@ class FusedLlama : public LlamaModel {
     const TensorView gathered = Rows(act_.gathered, count, hidden());
     backend_->GatherRows({x, batch.logit_rows, gathered});
     Norm(gathered, final_norm_, gathered);
-    backend_->MatMul({gathered, &lm_head_, false, logits});
+    backend_->MatMul({gathered, &lm_head_.weight, false, logits});
     if (backend_->host_visible()) return logits;
     SelectTop(batch.num_top, logits);
     const TensorView readable = Rows(act_.logits_for_host, count, config_.vocab_size);
@@ -393,7 +478,7 @@ class FusedLlama : public LlamaModel {
   std::deque<std::vector<float>> norms_;  // memory that the norms' buffers may borrow
   std::vector<Layer> layers_;
   Buffer final_norm_;  // [C]
-  Weight lm_head_;     // [V, C]
+  Matrix lm_head_;     // [V, C]
   int64_t weight_bytes_ = 0;
   int64_t tensors_done_ = 0;
   Activations act_;
@@ -404,11 +489,22 @@ class FusedLlama : public LlamaModel {
 
 }  // namespace
 
+LowBitUse PlanLowBitUse(const ModelConfig& config, const Backend& backend,
+                        std::optional<WeightFormat> format) {
+  if (!config.low_bit) return LowBitUse::kNone;
+  return backend.has_low_bit() && !format ? LowBitUse::kMultiplied : LowBitUse::kDecoded;
+}
+
 Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
   const Shape norm{config.hidden_size};
   const std::string table =
       TableName(config, checkpoint.Find(std::string(kTable) + ".weight") != nullptr);
+  for (const std::string name : {kTable, kHead}) {
+    if (!checkpoint.HasLowBit(name)) continue;
+    return Error{ErrorCode::kDataLoss, checkpoint.directory().string() + ": tensor " + name +
+                                           ".weight_codes: only matrices of layers may be codes"};
+  }
   RETURN_IF_ERROR(checkpoint.Get(table + ".weight", {config.vocab_size, config.hidden_size}));
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const LayerTensors tensors = TensorsOfLayer(config, i);

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -18,21 +19,32 @@ namespace innerq {
 struct LoadOptions {
   int64_t max_rows = 0;        // of a step
   int64_t max_logit_rows = 0;  // of a step, those that need logits
-  // nullopt: as stored (F32 stays F32, F16 F16, BF16 BF16).
+  // nullopt: as stored (F32 stays F32, F16 F16, BF16 BF16, codes codes). Codes are decoded to a
+  // format that is named, and to BF16 on a backend that does not multiply them.
   std::optional<WeightFormat> format;
   // Called with (tensors done, tensors in all) as weights are packed; false ends it with the error
   // "cancelled". May be empty.
   std::function<bool(int64_t, int64_t)> progress;
   int64_t max_pages = StepLimits{}.max_pages;  // of a step, of all sequences together
+  // Is shown the inputs x [M, K] F32 of each product with matrices of the layers, named as in
+  // "<name>.weight" (those that are stacked share their inputs), before it runs, where the host
+  // sees the backend's memory. May be empty.
+  std::function<void(std::span<const std::string> matrices, ConstTensorView x)> observe{};
 };
+
+// What becomes of a checkpoint's matrices of codes.
+enum class LowBitUse { kNone, kMultiplied, kDecoded };
+LowBitUse PlanLowBitUse(const ModelConfig& config, const Backend& backend,
+                        std::optional<WeightFormat> format);
 
 // Weights on one backend. Immutable after loading, except for the step's activation memory; one
 // thread at a time may call Forward.
 class LlamaModel {
  public:
   // Compares a checkpoint's tensors with its config.json, by names and shapes; reads no weights.
-  // Errors: data loss for one that is missing or misshapen, invalid argument for a bias that
-  // config.json does not declare, which would go unused; the message names the tensor.
+  // Matrices that are multiplied together must be stored as codes, with the same clip of inputs,
+  // all or none. Errors: data loss for one that is missing or misshapen, invalid argument for a
+  // bias that config.json does not declare, which would go unused; the message names the tensor.
   static Result<void> CheckTensors(const Checkpoint& checkpoint);
   // Takes the memory of a step and packs a checkpoint for `backend`, which must outlive the model.
   // The checkpoint stays mapped as long as the model lives. Errors: as of CheckTensors; invalid

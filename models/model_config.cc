@@ -1,5 +1,7 @@
 // ReadModelConfig: config.json and generation_config.json to a checked ModelConfig.
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <nlohmann/json.hpp>
 
 #include "models/checkpoint.h"
@@ -90,6 +92,15 @@ class KeyReader {
       ids.push_back(id.get<int32_t>());
     }
     return ids;
+  }
+
+  // Refuses keys other than those of `known`.
+  void RequireOnly(std::initializer_list<std::string_view> known) {
+    for (const auto& [key, value] : object_.items()) {
+      if (std::find(known.begin(), known.end(), key) == known.end()) {
+        Fail(key.c_str(), &value, "no such key");
+      }
+    }
   }
 
   // Whether the key is there, be its value null.
@@ -210,8 +221,6 @@ Result<void> ReadShape(KeyReader& keys, ModelConfig& config) {
 // Keys that change what the model computes in ways this server does not implement.
 Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   keys.Require(keys.String("hidden_act", "silu") == "silu", "hidden_act", "silu");
-  keys.Require(keys.Find("quantization_config") == nullptr, "quantization_config",
-               "unquantized weights");
   keys.Require(keys.Integer("pretraining_tp", 0, kMaxHeads, 1) <= 1, "pretraining_tp", "1");
   const bool mistral = config.architecture == "MistralForCausalLM";
   const int64_t window =
@@ -224,6 +233,55 @@ Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   keys.Require(!keys.Bool("rope_interleaved", false), "rope_interleaved", "false");
   keys.Require(keys.Number("partial_rotary_factor", 0.0, 1.0, 1.0) == 1.0, "partial_rotary_factor",
                "1");
+  return keys.status();
+}
+
+// "quantization_config" alone.
+Result<LowBitSpec> ReadLowBitSpec(const json& object, const std::string& where) {
+  KeyReader keys(object, where);
+  keys.Require(keys.String("quant_method") == "sigma", "quant_method",
+               "sigma, which `innerq quantize` makes and which alone is supported");
+  RETURN_IF_ERROR(keys.status());
+  keys.RequireOnly({"quant_method", "scheme", "bits", "group_size", "activation_bits"});
+  const std::string scheme = keys.String("scheme");
+  keys.Require(scheme == LowBitSchemeName(LowBitScheme::kPow2) ||
+                   scheme == LowBitSchemeName(LowBitScheme::kUniform),
+               "scheme", "pow2 or uniform");
+  const int64_t bits = keys.Integer("bits", 2, 8);
+  const int64_t group_size = keys.Integer("group_size", 0, 128);
+  const int64_t activation_bits = keys.Integer("activation_bits", 3, 16);
+  RETURN_IF_ERROR(keys.status());
+
+  LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
+  spec.scheme = scheme == LowBitSchemeName(LowBitScheme::kPow2) ? LowBitScheme::kPow2
+                                                                : LowBitScheme::kUniform;
+  spec.bits = static_cast<int>(bits);
+  keys.Require(spec.valid(), "bits", "2, 3 or 4, or 8 where scheme is uniform");
+  spec.group_size = group_size;
+  keys.Require(spec.valid(), "group_size", "0, 32, 64 or 128");
+  spec.activation_bits = static_cast<int>(activation_bits);
+  keys.Require(spec.valid(), "activation_bits", "3, 4, 8 or 16");
+  RETURN_IF_ERROR(keys.status());
+  return spec;
+}
+
+// "quantization_config" into config.low_bit, whose other extents are known.
+Result<void> ReadLowBit(KeyReader& keys, const std::string& file, ModelConfig& config) {
+  constexpr char kKey[] = "quantization_config";
+  const json* object = keys.Find(kKey);
+  if (object == nullptr) return keys.status();
+  keys.Require(object->is_object(), kKey, "an object");
+  RETURN_IF_ERROR(keys.status());
+  ASSIGN_OR_RETURN(const LowBitSpec spec, ReadLowBitSpec(*object, file + ": " + kKey + "."));
+  const std::string multiple =
+      "a multiple of " + std::to_string(std::max(kLowBitUnit, spec.group_size)) + " for " + kKey;
+  keys.Require(spec.Divides(config.hidden_size), "hidden_size", multiple);
+  // Without the key, heads divide hidden_size into the same number of inputs.
+  keys.Require(
+      spec.Divides(config.num_heads * config.head_dim), "head_dim",
+      "that, times num_attention_heads " + std::to_string(config.num_heads) + ", " + multiple);
+  keys.Require(spec.Divides(config.intermediate_size), "intermediate_size", multiple);
+  config.low_bit = spec;
   return keys.status();
 }
 
@@ -258,6 +316,7 @@ Result<ModelConfig> ReadModelConfig(const std::filesystem::path& directory) {
   RETURN_IF_ERROR(ReadShape(keys, config));
   RETURN_IF_ERROR(ReadRope(keys, path, config));
   RETURN_IF_ERROR(RefuseUnsupported(keys, config));
+  RETURN_IF_ERROR(ReadLowBit(keys, path, config));
   // Absent keys mean what transformers' LlamaConfig and MistralConfig say.
   config.rms_norm_eps = keys.Number("rms_norm_eps", 0.0, 0.1, 1e-6);
   config.tie_word_embeddings = keys.Bool("tie_word_embeddings", false);
@@ -270,12 +329,30 @@ Result<ModelConfig> ReadModelConfig(const std::filesystem::path& directory) {
 int64_t ModelConfig::num_parameters() const {
   const int64_t queries = num_heads * head_dim;
   const int64_t keys_values = 2 * num_kv_heads * head_dim;
-  int64_t layer = hidden_size * (queries + keys_values) + queries * hidden_size +
-                  3 * hidden_size * intermediate_size + 2 * hidden_size;
-  if (attention_bias) layer += queries + keys_values + hidden_size;
-  if (mlp_bias) layer += 2 * intermediate_size + hidden_size;
+  int64_t vectors = 2 * hidden_size;  // of a layer
+  if (attention_bias) vectors += queries + keys_values + hidden_size;
+  if (mlp_bias) vectors += 2 * intermediate_size + hidden_size;
   const int64_t vocabulary = vocab_size * hidden_size * (tie_word_embeddings ? 1 : 2);
-  return vocabulary + num_layers * layer + hidden_size;
+  return vocabulary + num_layer_weights() + num_layers * vectors + hidden_size;
+}
+
+int64_t ModelConfig::num_layer_weights() const {
+  const int64_t queries = num_heads * head_dim;
+  const int64_t keys_values = 2 * num_kv_heads * head_dim;
+  return num_layers * (hidden_size * (queries + keys_values) + queries * hidden_size +
+                       3 * hidden_size * intermediate_size);
+}
+
+int64_t ModelConfig::low_bit_bytes() const {
+  CHECK(low_bit.has_value(), "a model without codes");
+  const int64_t queries = num_heads * head_dim;
+  const int64_t keys_values = 2 * num_kv_heads * head_dim;
+  const auto bytes = [this](int64_t rows, int64_t cols) {
+    return rows * (low_bit->RowBytes(cols) + low_bit->Groups(cols) * DTypeBytes(DType::kF16));
+  };
+  return num_layers *
+         (bytes(queries + keys_values, hidden_size) + bytes(hidden_size, queries) +
+          bytes(2 * intermediate_size, hidden_size) + bytes(hidden_size, intermediate_size));
 }
 
 std::vector<float> ModelConfig::InverseFrequencies() const {

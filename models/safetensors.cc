@@ -26,6 +26,7 @@ std::optional<DType> ParseDType(const std::string& name) {
   if (name == "F32") return DType::kF32;
   if (name == "F16") return DType::kF16;
   if (name == "BF16") return DType::kBF16;
+  if (name == "U8") return DType::kU8;
   return std::nullopt;
 }
 
@@ -64,7 +65,7 @@ Result<Entry> ParseEntry(const std::string& where, const json& value) {
   const std::optional<DType> parsed = ParseDType(dtype_name);
   if (!parsed) {
     return InvalidArgument(where + ": dtype " + dtype_name +
-                           " is not supported; expected F32, F16 or BF16");
+                           " is not supported; expected F32, F16, BF16 or U8");
   }
   entry.dtype = *parsed;
   if (shape->size() > Shape::kMaxRank) {

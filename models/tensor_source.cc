@@ -20,6 +20,23 @@ class CheckpointSource : public TensorSource {
     return checkpoint_->Get(name, shape);
   }
 
+  bool HasLowBit(const std::string& name) const override { return checkpoint_->HasLowBit(name); }
+
+  Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) override {
+    ASSIGN_OR_RETURN(const LowBitMatrix matrix, checkpoint_->GetLowBit(name, shape));
+    const int64_t groups = matrix.spec.Groups(matrix.cols);
+    for (int64_t i = 0; i < matrix.rows * groups; ++i) {
+      const float scale = F16ToF32(matrix.scales[i]);
+      if (scale >= 0 && std::isfinite(scale)) continue;
+      return Error{ErrorCode::kDataLoss,
+                   checkpoint_->directory().string() + ": tensor " + name + ".weight_scales: row " +
+                       std::to_string(i / groups) +
+                       ": expected finite scales that are not negative, found " +
+                       std::to_string(scale)};
+    }
+    return matrix;
+  }
+
   void Drop(const std::string& /*name*/) override {}  // mapped pages go when memory is short
 
  private:
@@ -59,6 +76,12 @@ class RandomSource : public TensorSource {
       Fill(name, shape, tensor.get());
     }
     return ConstTensorView{reinterpret_cast<const std::byte*>(tensor.get()), DType::kBF16, shape};
+  }
+
+  bool HasLowBit(const std::string& /*name*/) const override { return false; }
+
+  Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& /*shape*/) override {
+    return Error{ErrorCode::kDataLoss, "tensor " + name + ": random weights have no codes"};
   }
 
   void Drop(const std::string& name) override { tensors_.erase(name); }

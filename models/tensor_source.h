@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "kernels/low_bit_weight.h"
 #include "kernels/result.h"
 #include "kernels/tensor.h"
 #include "models/checkpoint.h"
@@ -19,6 +20,12 @@ class TensorSource {
   // The tensor in host memory: F32, F16 or BF16, valid until it is dropped or the source ends.
   // Errors: data loss, naming the tensor, if it is absent or has another shape.
   virtual Result<ConstTensorView> Get(const std::string& name, const Shape& shape) = 0;
+  // Whether matrix `name` (as in "<name>.weight") is stored as codes.
+  virtual bool HasLowBit(const std::string& name) const = 0;
+  // Such a matrix, of `shape` [N, K], in host memory that is valid until the source ends. Errors:
+  // as of Checkpoint::GetLowBit; data loss, naming tensor and row, for a scale that is negative or
+  // not finite.
+  virtual Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) = 0;
   // Says that a tensor's memory is not needed any more.
   virtual void Drop(const std::string& name) = 0;
 };
@@ -28,7 +35,7 @@ std::unique_ptr<TensorSource> CreateCheckpointSource(std::shared_ptr<const Check
 
 // BF16 tensors that depend on `seed` and their names alone: matrices [N, K] normal with deviation
 // 1/sqrt(K), so that products keep the size of their input; vectors of ones where the name ends in
-// "norm.weight"; biases normal with deviation 0.1. About a nanosecond an element.
+// "norm.weight"; biases normal with deviation 0.1. No codes. About a nanosecond an element.
 std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed);
 
 }  // namespace innerq

@@ -84,6 +84,9 @@ void ReadFloats(const ConstTensorView& view, int64_t begin, int64_t count, const
     case DType::kBF16:
       ops.bf16_to_f32(view.As<uint16_t>() + begin, count, out);
       return;
+    case DType::kU8:
+      std::copy_n(view.As<uint8_t>() + begin, count, out);
+      return;
   }
 }
 

@@ -24,6 +24,8 @@ __device__ float ReadElement(const std::byte* data, DType dtype, int64_t i) {
       return F16ToF32(reinterpret_cast<const uint16_t*>(data)[i]);
     case DType::kBF16:
       return BF16ToF32(reinterpret_cast<const uint16_t*>(data)[i]);
+    case DType::kU8:
+      return static_cast<float>(reinterpret_cast<const uint8_t*>(data)[i]);
   }
   return 0;
 }
