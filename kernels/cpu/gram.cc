@@ -33,8 +33,8 @@ Result<void> AddGram(const AddGramArgs& args) {
     for (int64_t begin = 0; begin < cols; begin += kPanelRows) {
       const int64_t count = std::min(kPanelRows, cols - begin);
       const int64_t end = begin + count;  // of the triangle's columns
-      const dnnl_status_t done = dnnl_sgemm('T', 'N', count, end, rows, 1.0f, x + begin, cols, x,
-                                            cols, 0.0f, panel, end);
+      const dnnl_status_t done =
+          dnnl_sgemm('T', 'N', count, end, rows, 1.0f, x + begin, cols, x, cols, 0.0f, panel, end);
       if (done != dnnl_success) {
         return Error{ErrorCode::kInternal, "oneDNN: sgemm: status " + std::to_string(done)};
       }
