@@ -11,6 +11,7 @@
 #include "engine/kv_cache.h"
 #include "engine/step_model.h"
 #include "models/checkpoint.h"
+#include "models/low_bit_use.h"
 
 namespace innerq {
 
@@ -39,7 +40,8 @@ struct ModelPlan {
 // compute.
 Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptions& options);
 // Errors: resource exhausted, with the numbers, if weights of such a model in `options.dtype`
-// (nullopt: BF16) and `cache_bytes` beside them are more than the device has left. What steps take
+// (nullopt: codes where config.json has a "quantization_config" and the device multiplies them,
+// BF16 otherwise) and `cache_bytes` beside them are more than the device has left. What steps take
 // comes on top.
 Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
                          int64_t cache_bytes);
@@ -50,7 +52,8 @@ struct ModelReport {
   int threads = 1;      // of the host, that compute an operation
   int64_t parameters = 0;
   int64_t weight_bytes = 0;
-  int64_t step_weight_bytes = 0;  // of those, what every step with logits reads
+  LowBitUse low_bit = LowBitUse::kNone;  // of matrices that the checkpoint holds as codes
+  int64_t step_weight_bytes = 0;         // of those, what every step with logits reads
   int64_t open_page_bytes = 0;
   int64_t sealed_page_bytes = 0;
   KvPoolPlan pools;

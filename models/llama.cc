@@ -6,6 +6,7 @@
 #include <string>
 
 #include "models/layer_tensors.h"
+#include "models/low_bit_use.h"
 #include "models/tensor_source.h"
 
 namespace innerq {
@@ -448,12 +449,6 @@ class FusedLlama : public LlamaModel {
 };
 
 }  // namespace
-
-LowBitUse PlanLowBitUse(const ModelConfig& config, const Backend& backend,
-                        std::optional<WeightFormat> format) {
-  if (!config.low_bit) return LowBitUse::kNone;
-  return backend.has_low_bit() && !format ? LowBitUse::kMultiplied : LowBitUse::kDecoded;
-}
 
 Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();

@@ -32,11 +32,6 @@ struct LoadOptions {
   std::function<void(std::span<const std::string> matrices, ConstTensorView x)> observe{};
 };
 
-// What becomes of a checkpoint's matrices of codes.
-enum class LowBitUse { kNone, kMultiplied, kDecoded };
-LowBitUse PlanLowBitUse(const ModelConfig& config, const Backend& backend,
-                        std::optional<WeightFormat> format);
-
 // Weights on one backend. Immutable after loading, except for the step's activation memory; one
 // thread at a time may call Forward.
 class LlamaModel {

@@ -64,6 +64,11 @@ Result<void> PrintConfig(const Options& options) {
   fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", tokenizer->vocab_size(),
              chat_template ? chat_template->name() : "none");
   fmt::print("backend: {}\n", plan.backend->name());
+  const LowBitUse low_bit =
+      PlanLowBitUse(checkpoint->config(), *plan.backend, options.runner.dtype);
+  if (low_bit != LowBitUse::kNone) {
+    fmt::print("weights: {}\n", DescribeLowBit(options, checkpoint->config(), low_bit));
+  }
   for (const std::string& line : DescribeCache(plan.layout)) fmt::print("cache {}\n", line);
   fmt::print(
       "cache memory: {} bytes, {} F16 and {} quantized pages; one sequence could hold {} tokens\n",
@@ -78,6 +83,9 @@ Result<void> PrintInspection(const Options& options) {
   int64_t bytes = 0;
   for (const CheckpointTensor& tensor : checkpoint->tensors()) bytes += tensor.view.bytes();
   fmt::print("weights: {} tensors, {} bytes as stored\n", checkpoint->tensors().size(), bytes);
+  if (checkpoint->config().low_bit) {
+    fmt::print("weights: {}\n", DescribeLowBit(checkpoint->config()));
+  }
   PrintCache(layout);
   return {};
 }

@@ -96,6 +96,33 @@ std::vector<std::string> DescribeCache(const KvLayout& layout) {
   return lines;
 }
 
+std::string DescribeLowBit(const ModelConfig& config) {
+  CHECK(config.low_bit.has_value(), "a model without codes");
+  const LowBitSpec& spec = *config.low_bit;
+  const std::string groups =
+      spec.group_size == 0 ? "whole rows" : fmt::format("groups of {}", spec.group_size);
+  return fmt::format("{} {}-bit, {}, activations {}-bit ({:.2f} bits per weight)",
+                     LowBitSchemeName(spec.scheme), spec.bits, groups, spec.activation_bits,
+                     8 * static_cast<double>(config.low_bit_bytes()) /
+                         static_cast<double>(config.num_layer_weights()));
+}
+
+std::string DescribeLowBit(const Options& options, const ModelConfig& config, LowBitUse use) {
+  switch (use) {
+    case LowBitUse::kNone:
+      return "";
+    case LowBitUse::kMultiplied:
+      return DescribeLowBit(config);
+    case LowBitUse::kDecoded:
+      break;
+  }
+  const auto& dtype = options.runner.dtype;
+  return DescribeLowBit(config) +
+         (dtype ? fmt::format(", decoded to {} (model.dtype)", WeightFormatName(*dtype))
+                : fmt::format(", decoded to bf16: {} cannot multiply them",
+                              options.runner.backend.device));
+}
+
 Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config) {
   ASSIGN_OR_RETURN(const KvCacheSpec spec, ResolveKvCacheSpec(options.runner.kv_cache, config));
   return KvLayout::Create(spec, CodeOrder::kRowMajor);
@@ -175,6 +202,9 @@ std::vector<std::string> DescribeModel(const Options& options, const ModelConfig
                               options.model.alias, static_cast<double>(report.parameters) / 1e6,
                               static_cast<double>(report.weight_bytes) / kMiB,
                               options.model.path.string()));
+  if (report.low_bit != LowBitUse::kNone) {
+    lines.push_back("weights: " + DescribeLowBit(options, config, report.low_bit));
+  }
   lines.push_back(fmt::format("backend {}{}", report.backend,
                               options.runner.backend.deterministic ? ", deterministic" : ""));
   const KvCacheOptions& kv = options.runner.kv_cache;

@@ -55,7 +55,14 @@ Result<LoadedModel> StartModel(ModelParts parts);
 // Both, one after the other.
 Result<LoadedModel> LoadModel(const Options& options);
 
-// The start-up report, a line each: model, backend, cache per range of layers, pools, context.
+// How matrices of codes are stored, e.g. "pow2 3-bit, groups of 64, activations 16-bit (3.25 bits
+// per weight)", with scales counted. `config.low_bit` must be there.
+std::string DescribeLowBit(const ModelConfig& config);
+// And what becomes of them. Empty where there are none.
+std::string DescribeLowBit(const Options& options, const ModelConfig& config, LowBitUse use);
+
+// The start-up report, a line each: model, weights that are codes, backend, cache per range of
+// layers, pools, context.
 std::vector<std::string> DescribeModel(const Options& options, const ModelConfig& config,
                                        const ModelReport& report);
 
