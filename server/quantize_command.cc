@@ -3,10 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
-#include <optional>
+#include <numeric>
 #include <utility>
 
 #include "engine/evaluate.h"
@@ -26,7 +24,8 @@
 namespace innerq {
 namespace {
 
-constexpr int64_t kContext = 2048;  // tokens of a window, unless the model has fewer
+constexpr int64_t kContext = 2048;   // tokens of a window, unless the model has fewer
+constexpr int64_t kLeastTokens = 2;  // of a window: one to begin with, one to score
 constexpr double kLargestPrune = 0.95;
 
 Result<LowBitSpec> SpecOf(const QuantizeArgs& args) {
@@ -67,11 +66,11 @@ Result<void> CheckNumbers(const QuantizeArgs& args) {
     return InvalidArgument(
         fmt::format("--prune: expected a share in [0, {}], found {}", kLargestPrune, args.prune));
   }
-  if (args.calibration_tokens < 2) {
+  if (args.calibration_tokens < kLeastTokens) {
     return InvalidArgument(
         fmt::format("--calibration-tokens: expected 2 or more, found {}", args.calibration_tokens));
   }
-  if (args.evaluation_tokens < 2) {
+  if (args.evaluation_tokens < kLeastTokens) {
     return InvalidArgument(
         fmt::format("--evaluate-tokens: expected 2 or more, found {}", args.evaluation_tokens));
   }
@@ -97,27 +96,24 @@ struct Windows {
   }
 };
 
-// Takes up to `limit` tokens of windows, evenly from beginning to end; the others go to `rest`. A
-// limit below the first window's size cuts that.
-Windows TakeEvenly(std::vector<EvalText> windows, int64_t limit, std::vector<EvalText>* rest) {
-  double total = 0, seen = 0;
-  for (const EvalText& window : windows) total += static_cast<double>(window.tokens.size());
+// Takes up to `limit` tokens of windows from all over them; the others go to `rest`. The last one
+// that is taken is cut to fit, and what is cut off is lost.
+Windows TakeSpread(const std::vector<EvalText>& windows, int64_t limit,
+                   std::vector<EvalText>* rest) {
+  const size_t count = windows.size();
+  // Multiples of a step by the golden ratio spread well, however many there are.
+  auto step = std::max<size_t>(1, static_cast<size_t>(0.618034 * static_cast<double>(count)));
+  while (std::gcd(step, count) > 1) ++step;
   Windows taken;
-  for (EvalText& window : windows) {
-    seen += static_cast<double>(window.tokens.size());
-    const auto with = taken.tokens + static_cast<int64_t>(window.tokens.size());
-    const bool due = static_cast<double>(with) * total <= static_cast<double>(limit) * seen;
-    if (total <= static_cast<double>(limit) || due) {
-      taken.Add(std::move(window));
-    } else {
+  for (size_t i = 0; i < count; ++i) {
+    EvalText window = windows[i * step % count];
+    const int64_t room = limit - taken.tokens;
+    if (room < kLeastTokens) {
       rest->push_back(std::move(window));
+      continue;
     }
-  }
-  if (taken.texts.empty() && !rest->empty()) {
-    EvalText first = std::move(rest->front());
-    rest->erase(rest->begin());
-    first.tokens.resize(std::min(first.tokens.size(), static_cast<size_t>(limit)));
-    taken.Add(std::move(first));
+    window.tokens.resize(std::min(window.tokens.size(), static_cast<size_t>(room)));
+    taken.Add(std::move(window));
   }
   return taken;
 }
@@ -138,7 +134,7 @@ Result<Material> ReadMaterial(const QuantizeArgs& args, const ModelConfig& confi
   if (!args.calibration.empty()) {
     ASSIGN_OR_RETURN(const auto texts, ReadTexts(args.calibration, 0));
     material.calibration =
-        TakeEvenly(CutIntoWindows(*tokenizer, texts, context, 0), args.calibration_tokens, &rest);
+        TakeSpread(CutIntoWindows(*tokenizer, texts, context, 0), args.calibration_tokens, &rest);
     if (material.calibration.texts.empty()) {
       return InvalidArgument("--calibration: the texts give no tokens to run");
     }
@@ -146,13 +142,13 @@ Result<Material> ReadMaterial(const QuantizeArgs& args, const ModelConfig& confi
   if (!args.evaluation.empty()) {
     ASSIGN_OR_RETURN(const auto texts, ReadTexts(args.evaluation, 0));
     material.evaluation =
-        TakeEvenly(CutIntoWindows(*tokenizer, texts, context, 0), args.evaluation_tokens, &unused);
+        TakeSpread(CutIntoWindows(*tokenizer, texts, context, 0), args.evaluation_tokens, &unused);
     material.evaluated = "the texts of --evaluate";
     if (material.evaluation.texts.empty()) {
       return InvalidArgument("--evaluate: the texts give no tokens to score");
     }
   } else if (!rest.empty()) {
-    material.evaluation = TakeEvenly(std::move(rest), args.evaluation_tokens, &unused);
+    material.evaluation = TakeSpread(rest, args.evaluation_tokens, &unused);
     material.evaluated = "calibration texts that calibration did not use";
   } else {
     material.evaluation = material.calibration;
