@@ -10,16 +10,18 @@
 
 namespace innerq {
 
-// A matrix to encode.
+// A matrix to encode. Borrowed.
 struct EncodeLowBitArgs {
   LowBitSpec spec;
   int64_t rows = 0;                // N
   int64_t cols = 0;                // K, which spec divides
   const float* weights = nullptr;  // [N][K], finite
   // H = X^T X [K][K] of inputs X seen in use, to minimize |X W^T - X Q^T|^2; null: the identity.
+  // Only the lower triangle is read.
   const double* hessian = nullptr;
   // The share of weights that become zero because they are small: those with |w| < t * sigma of
-  // their group, t found for the whole matrix. 0: those alone that round to zero. In [0, 1).
+  // their group, t found for the whole matrix. Where about as many would round to zero anyway,
+  // those alone do, as with 0. In [0, 1).
   double prune = 0;
   int threads = 1;
 };
@@ -28,17 +30,26 @@ struct EncodedLowBit {
   std::vector<uint8_t> codes;    // [N][K * B / 8]
   std::vector<uint16_t> scales;  // [N][groups] F16
   double alpha = 0;              // of the matrix, before groups were refined
-  double threshold = 0;          // t of `prune`
+  double threshold = 0;          // t of `prune`; 0: rounding alone made zeros
   double zeros = 0;              // share of weights that are zero
-  // |X W^T - X Q^T|^2 / |X W^T|^2, with a matrix of ones on the diagonal for X^T X if there is
-  // none.
+  // |X W^T - X Q^T|^2 / |X W^T|^2, with the identity for X^T X if there is none; 0 if nothing is to
+  // be met.
   double error = 0;
 };
 
-// Alpha is learned for the whole matrix by descent on that error over alpha with T = alpha * sigma,
-// and refined for each group. With a Hessian, an output's columns are encoded in order and the
-// error of each is taken up by those not yet encoded (GPTQ, arXiv 2210.17323). Errors: invalid
-// argument for weights that are not finite or exceed F16; resource exhausted.
+// Sigma is the root mean square of a group's weights: their standard deviation about zero. Alpha is
+// the one for the whole matrix that makes sum h (w - q)^2 least with T = alpha * sigma, h the
+// diagonal of H; then T of each group is refined on its own weights (low_bit_clip.h). Weights that
+// pruning makes zero have no say in either.
+//
+// With a Hessian an output's columns are encoded in order, and each aims at its weight and at what
+// makes up for the errors of those before it (low_bit_hessian.h). T of a group is fitted when its
+// turn comes, to what its columns then aim at; T of a whole output to the weights as they came,
+// which also decide what is pruned.
+//
+// The result is the same for any number of threads. Takes 6 K^2 bytes beside the arguments with a
+// Hessian, 4 N K with pruning. Errors: invalid argument for a weight that is not finite or exceeds
+// F16, and for a Hessian that cannot be one; resource exhausted.
 Result<EncodedLowBit> EncodeLowBit(const EncodeLowBitArgs& args);
 
 }  // namespace innerq

@@ -1,0 +1,112 @@
+#include "kernels/cpu/low_bit_clip.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+
+#include "kernels/quant_group.h"
+
+namespace innerq {
+namespace {
+
+constexpr int64_t kSums = 8;  // partial sums, which the compiler turns into lanes
+
+// The level nearest to `magnitude` >= 0 of those up to `top`, as NearestLowBitCode chooses it.
+template <LowBitScheme kScheme>
+float NearestLevel(float magnitude, float top) {
+  const float clipped = std::min(magnitude, top);
+  if constexpr (kScheme == LowBitScheme::kUniform) {
+    return static_cast<float>(static_cast<int>(clipped + 0.5f));
+  } else {
+    // Half a unit of the exponent carries into it from 1.5 * 2^i on; then the mantissa is dropped.
+    const float power = FloatFromBits((FloatBits(clipped) + 0x400000u) & 0x7f800000u);
+    return clipped < 0.5f ? 0.0f : std::max(power, 1.0f);
+  }
+}
+
+template <LowBitScheme kScheme>
+RoundingSums SumLevels(float top, std::span<const float> weights, const float* costs, float clip) {
+  const float* values = weights.data();
+  float product[kSums] = {}, square[kSums] = {}, error[kSums] = {};
+  const float scale = top / clip;
+  for (int64_t i = 0; i < std::ssize(weights); i += kSums) {
+    for (int64_t s = 0; s < kSums; ++s) {
+      const float magnitude = std::fabs(values[i + s]) * scale;
+      const float level = NearestLevel<kScheme>(magnitude, top);
+      const float cost = costs[i + s];
+      const float difference = magnitude - level;
+      product[s] += cost * magnitude * level;
+      square[s] += cost * level * level;
+      error[s] += cost * difference * difference;
+    }
+  }
+  RoundingSums sums;
+  for (int64_t s = 0; s < kSums; ++s) {
+    sums.product += product[s];
+    sums.square += square[s];
+    sums.error += error[s];
+  }
+  return sums;
+}
+
+// T as F16; at most the largest, which clips no weight that F16 holds.
+float RoundClip(double clip) {
+  return F16ToF32(F32ToF16(static_cast<float>(std::min(clip, static_cast<double>(kMaxF16)))));
+}
+
+}  // namespace
+
+RoundingSums SumRounding(const LowBitSpec& spec, std::span<const float> weights, const float* costs,
+                         float clip) {
+  const auto top = static_cast<float>(spec.max_level());
+  return spec.scheme == LowBitScheme::kPow2
+             ? SumLevels<LowBitScheme::kPow2>(top, weights, costs, clip)
+             : SumLevels<LowBitScheme::kUniform>(top, weights, costs, clip);
+}
+
+double Sigma(std::span<const float> weights) {
+  double sum = 0;
+  for (const float weight : weights) sum += static_cast<double>(weight) * weight;
+  return std::sqrt(sum / static_cast<double>(weights.size()));
+}
+
+double NormalAlpha(const LowBitSpec& spec) {
+  constexpr double kPow2[] = {1.22, 2.08, 4.20}, kUniform[] = {1.22, 1.96, 2.48};  // 2, 3, 4 bits
+  constexpr double kUniform8 = 3.92;
+  if (spec.bits == 8) return kUniform8;
+  return (spec.scheme == LowBitScheme::kPow2 ? kPow2 : kUniform)[spec.bits - 2];
+}
+
+uint16_t FitClip(const LowBitSpec& spec, double alpha, std::span<const float> weights,
+                 const float* costs) {
+  constexpr double kStarts[] = {1, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3};
+  constexpr int kMaxSteps = 8;
+  double least = 0, largest = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const double weight = weights[i];
+    least += costs[i] * weight * weight;
+    if (costs[i] > 0) largest = std::max(largest, std::fabs(weight));
+  }
+  float best = 0;
+  const auto descend = [&](double start) {
+    float clip = RoundClip(start);
+    for (int step = 0; step < kMaxSteps && clip > 0; ++step) {
+      const RoundingSums sums = SumRounding(spec, weights, costs, clip);
+      const double unit = static_cast<double>(clip) / spec.max_level();
+      const double error = sums.error * unit * unit;
+      if (error < least) {
+        least = error;
+        best = clip;
+      }
+      const float next = sums.square > 0 ? RoundClip(clip * sums.product / sums.square) : clip;
+      if (next == clip) return;
+      clip = next;
+    }
+  };
+  const double usual = alpha * Sigma(weights);
+  for (const double start : kStarts) descend(start * usual);
+  descend(largest);
+  return F32ToF16(best);
+}
+
+}  // namespace innerq
