@@ -7,6 +7,8 @@
 // w = T * l / L:
 //   pow2     0 and +-2^i for i < 2^(B-1) - 1, so L = 2^(2^(B-1) - 2): 1, 4, 64 for 2, 3, 4 bits.
 //            The highest bit of a code is the sign, the others are i + 1, or 0 for a zero.
+//   apot     sums of two powers of two (after APoT, arXiv 1909.13144), of 4 bits alone: 0 and +-1,
+//            2, 3, 4, 5, 6 and 8, so L = 8. Codes as those of pow2.
 //   uniform  all of -L to L, L = 2^(B-1) - 1. A code is l + L; the one beyond 2 L stands for L.
 // T is stored as F16 and is not negative.
 //
@@ -20,15 +22,33 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <string_view>
 
 #include "kernels/float16.h"
 
 namespace innerq {
 
-enum class LowBitScheme { kPow2, kUniform };
+enum class LowBitScheme { kPow2, kApot, kUniform };
 
 constexpr const char* LowBitSchemeName(LowBitScheme scheme) {
-  return scheme == LowBitScheme::kPow2 ? "pow2" : "uniform";
+  switch (scheme) {
+    case LowBitScheme::kPow2:
+      return "pow2";
+    case LowBitScheme::kApot:
+      return "apot";
+    case LowBitScheme::kUniform:
+      return "uniform";
+  }
+  return "?";
+}
+// The scheme of that name, or nothing.
+inline std::optional<LowBitScheme> FindLowBitScheme(std::string_view name) {
+  for (const LowBitScheme scheme :
+       {LowBitScheme::kPow2, LowBitScheme::kApot, LowBitScheme::kUniform}) {
+    if (name == LowBitSchemeName(scheme)) return scheme;
+  }
+  return std::nullopt;
 }
 
 // K of a low-bit matrix, and its groups, are multiples of this.
@@ -37,7 +57,7 @@ constexpr int64_t kLowBitUnit = 32;
 // How a matrix is held and multiplied.
 struct LowBitSpec {
   LowBitScheme scheme = LowBitScheme::kPow2;
-  int bits = 4;              // B: 2, 3 or 4; uniform also 8
+  int bits = 4;              // B: 2, 3 or 4; apot 4 alone, uniform also 8
   int64_t group_size = 64;   // 32, 64 or 128 inputs, or 0: all of an output
   int activation_bits = 16;  // A: 3, 4, 8 or 16
 
@@ -45,7 +65,9 @@ struct LowBitSpec {
 
   bool valid() const {
     const bool known_bits =
-        (bits >= 2 && bits <= 4) || (bits == 8 && scheme == LowBitScheme::kUniform);
+        scheme == LowBitScheme::kApot
+            ? bits == 4
+            : (bits >= 2 && bits <= 4) || (bits == 8 && scheme == LowBitScheme::kUniform);
     const bool known_group =
         group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128;
     return known_bits && known_group &&
@@ -59,6 +81,7 @@ struct LowBitSpec {
   int64_t Groups(int64_t cols) const { return group_size == 0 ? 1 : cols / group_size; }
   int64_t RowBytes(int64_t cols) const { return cols * bits / 8; }  // of codes
   INNERQ_HOST_DEVICE int max_level() const {                        // L
+    if (scheme == LowBitScheme::kApot) return 8;
     return scheme == LowBitScheme::kPow2 ? 1 << ((1 << (bits - 1)) - 2) : (1 << (bits - 1)) - 1;
   }
   INNERQ_HOST_DEVICE int max_activation() const {  // Q
@@ -69,9 +92,11 @@ struct LowBitSpec {
       const int level = code - max_level();
       return level > max_level() ? max_level() : level;
     }
-    const int half = 1 << (bits - 1), exponent = code & (half - 1);
-    if (exponent == 0) return 0;
-    return code < half ? 1 << (exponent - 1) : -(1 << (exponent - 1));
+    const int half = 1 << (bits - 1), index = code & (half - 1);
+    if (index == 0) return 0;
+    const int level =
+        scheme == LowBitScheme::kPow2 ? 1 << (index - 1) : index + (index == half - 1 ? 1 : 0);
+    return code < half ? level : -level;
   }
 };
 
@@ -126,12 +151,18 @@ inline int NearestLowBitCode(const LowBitSpec& spec, float u) {
     return max_level + (u < 0 ? -level : level);
   }
   if (!(magnitude >= 0.5f)) return 0;
+  const int sign = u < 0 ? 1 << (spec.bits - 1) : 0;
+  if (spec.scheme == LowBitScheme::kApot) {
+    return sign | (magnitude >= 7.0f   ? 7
+                   : magnitude >= 6.0f ? 6
+                                       : static_cast<int>(magnitude + 0.5f));
+  }
   int exponent = 1;  // levels 2^(exponent - 1), with halfway points of 1.5 of them
   for (int level = 1; level < max_level && magnitude >= 1.5f * static_cast<float>(level);
        level *= 2) {
     ++exponent;
   }
-  return exponent | (u < 0 ? 1 << (spec.bits - 1) : 0);
+  return sign | exponent;
 }
 
 // The largest |x|; infinity where an x is not finite.

@@ -13,6 +13,7 @@
 
 #include "kernels/cpu/cpu_attention.h"
 #include "kernels/cpu/host_memory.h"
+#include "kernels/cpu/low_bit_matmul.h"
 #include "kernels/cpu/matmul_dnnl.h"
 #include "kernels/cpu/matmul_pack.h"
 #include "kernels/cpu/op_table.h"
@@ -63,6 +64,7 @@ class CpuBackend final : public Backend {
   CpuBackend(CpuIsa isa, int threads, std::unique_ptr<DnnlMatMul> dnnl)
       : name_("cpu/" + std::string(CpuIsaName(isa))),
         ops_(OpTableFor(isa)),
+        low_bit_(LowBitKernelFor(isa)),
         threads_(threads),
         attention_(CpuAttention::Create(isa, threads)),
         dnnl_(std::move(dnnl)) {}
@@ -70,6 +72,7 @@ class CpuBackend final : public Backend {
   std::string_view name() const override { return name_; }
   CodeOrder code_order() const override { return CodeOrder::kPanel16; }
   bool deterministic() const override { return dnnl_ == nullptr; }
+  bool has_low_bit() const override { return true; }
   int threads() const override { return threads_; }
   int64_t available_bytes() const override { return AvailableHostBytes(); }
   Result<std::optional<double>> MeasureReadBandwidth() override {
@@ -85,8 +88,8 @@ class CpuBackend final : public Backend {
 
   Result<void> Reserve(const StepLimits& limits) override {
     const int64_t rows = RoundUp(limits.max_rows, kRowTile);
-    const int64_t packed_bytes =
-        rows * RoundUp(limits.max_features, kDepthUnit) * static_cast<int64_t>(sizeof(float));
+    const int64_t packed_bytes = std::max(rows * RoundUp(limits.max_features, kDepthUnit) * 4,
+                                          LowBitInputBytes(limits.max_rows, limits.max_features));
     if (packed_bytes > packed_.bytes()) {
       ASSIGN_OR_RETURN(packed_, Allocate(packed_bytes));
     }
@@ -115,6 +118,19 @@ class CpuBackend final : public Backend {
                        Allocate(PanelBytes(weight->format, weight->rows, weight->cols)));
       PackPanels(parts, weight->format, ops_, threads_, weight->data.data());
     }
+    return PackBias(bias_parts, weight);
+  }
+
+  Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                  std::span<const ConstTensorView> bias_parts,
+                                  Weight* weight) override {
+    const int64_t bytes = LowBitPanelBytes(*weight->low_bit, weight->rows, weight->cols);
+    ASSIGN_OR_RETURN(weight->data, Allocate(bytes));
+    PackLowBitPanels(parts, threads_, weight->data.data());
+    return PackBias(bias_parts, weight);
+  }
+
+  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
     if (bias_parts.empty()) return {};
     ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
     float* bias = reinterpret_cast<float*>(weight->bias.data());
@@ -155,6 +171,7 @@ class CpuBackend final : public Backend {
   void DoMatMul(const MatMulArgs& args) override {
     const Weight& weight = *args.weight;
     const int64_t rows = args.x.shape[0];
+    if (weight.low_bit) return MultiplyLowBitWeight(args);
     if (UsesDnnl(weight.format)) {
       CHECK(DnnlMatMul::ScratchBytes(rows, weight.cols) <= packed_.bytes(),
             "MatMul: larger than reserved");
@@ -211,6 +228,44 @@ class CpuBackend final : public Backend {
     }
   }
 
+  void MultiplyLowBitWeight(const MatMulArgs& args) {
+    static_assert(kLowBitScratchBytes <= kTaskScratchBytes);
+    const Weight& weight = *args.weight;
+    const int64_t rows = args.x.shape[0], cols = weight.cols;
+    const int64_t stride = LowBitInputs(*weight.low_bit, cols).stride;
+    CHECK(rows * stride <= packed_.bytes() && scratch_.bytes() > 0, "MatMul: larger than reserved");
+    [[maybe_unused]] const bool parallel =
+        weight.rows * cols > kSerialWeights || rows * weight.rows * cols > kSerialProducts;
+    const int64_t panels = CeilDiv(weight.rows, kLowBitOutputs);
+    const int64_t row_chunks = CeilDiv(rows, kLowBitTaskRows);
+    const int64_t task_panels =
+        std::clamp(panels * row_chunks / (threads_ * kTasksPerThread), int64_t{1}, kTaskPanels);
+    const int64_t num_tasks = CeilDiv(panels, task_panels) * row_chunks;
+#pragma omp parallel num_threads(threads_) if (parallel)
+    {
+      std::byte* const scratch = scratch_.data() + ThreadIndex() * kTaskScratchBytes;
+#pragma omp for
+      for (int64_t row = 0; row < rows; ++row) {
+        RoundLowBitInputs(low_bit_, weight, args.x.As<float>() + row * cols,
+                          packed_.data() + row * stride, scratch);
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < num_tasks; ++i) {
+        LowBitTask task;
+        task.inputs = packed_.data();
+        task.weight = &weight;
+        task.out = args.out.As<float>();
+        task.scratch = scratch;
+        task.row_begin = i % row_chunks * kLowBitTaskRows;
+        task.row_end = std::min(task.row_begin + kLowBitTaskRows, rows);
+        task.panel_begin = i / row_chunks * task_panels;
+        task.panel_end = std::min(task.panel_begin + task_panels, panels);
+        task.accumulate = args.accumulate;
+        MultiplyLowBit(low_bit_, task);
+      }
+    }
+  }
+
   void DoRopeTable(const RopeTableArgs& args) override {
     const int64_t rows = args.cos.shape[0];
     const int64_t half = args.cos.shape[1];
@@ -258,6 +313,7 @@ class CpuBackend final : public Backend {
 
   std::string name_;
   OpTable ops_;
+  LowBitKernel low_bit_;
   int threads_;
   std::unique_ptr<CpuAttention> attention_;
   std::unique_ptr<DnnlMatMul> dnnl_;  // null: all products are our own

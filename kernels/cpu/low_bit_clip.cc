@@ -17,6 +17,9 @@ float NearestLevel(float magnitude, float top) {
   const float clipped = std::min(magnitude, top);
   if constexpr (kScheme == LowBitScheme::kUniform) {
     return static_cast<float>(static_cast<int>(clipped + 0.5f));
+  } else if constexpr (kScheme == LowBitScheme::kApot) {
+    const auto rounded = static_cast<float>(static_cast<int>(clipped + 0.5f));
+    return clipped >= 7.0f ? 8.0f : std::min(rounded, 6.0f);
   } else {
     // Half a unit of the exponent carries into it from 1.5 * 2^i on; then the mantissa is dropped.
     const float power = FloatFromBits((FloatBits(clipped) + 0x400000u) & 0x7f800000u);
@@ -59,9 +62,15 @@ float RoundClip(double clip) {
 RoundingSums SumRounding(const LowBitSpec& spec, std::span<const float> weights, const float* costs,
                          float clip) {
   const auto top = static_cast<float>(spec.max_level());
-  return spec.scheme == LowBitScheme::kPow2
-             ? SumLevels<LowBitScheme::kPow2>(top, weights, costs, clip)
-             : SumLevels<LowBitScheme::kUniform>(top, weights, costs, clip);
+  switch (spec.scheme) {
+    case LowBitScheme::kPow2:
+      return SumLevels<LowBitScheme::kPow2>(top, weights, costs, clip);
+    case LowBitScheme::kApot:
+      return SumLevels<LowBitScheme::kApot>(top, weights, costs, clip);
+    case LowBitScheme::kUniform:
+      return SumLevels<LowBitScheme::kUniform>(top, weights, costs, clip);
+  }
+  return {};
 }
 
 double Sigma(std::span<const float> weights) {
@@ -73,6 +82,8 @@ double Sigma(std::span<const float> weights) {
 double NormalAlpha(const LowBitSpec& spec) {
   constexpr double kPow2[] = {1.22, 2.08, 4.20}, kUniform[] = {1.22, 1.96, 2.48};  // 2, 3, 4 bits
   constexpr double kUniform8 = 3.92;
+  constexpr double kApot = 2.58;
+  if (spec.scheme == LowBitScheme::kApot) return kApot;
   if (spec.bits == 8) return kUniform8;
   return (spec.scheme == LowBitScheme::kPow2 ? kPow2 : kUniform)[spec.bits - 2];
 }

@@ -154,6 +154,22 @@ def test_inspect_takes_one_model():
     expect_error(2, "model.path", "inspect", str(MODEL), "--set", "model.path=/none")
 
 
+def test_inspect_tells_how_weights_are_coded():
+    with tempfile.TemporaryDirectory() as directory:
+        write_empty_model(pathlib.Path(directory), head_dim=128)
+        path = pathlib.Path(directory) / "config.json"
+        config = json.loads(path.read_text())
+        config["quantization_config"] = {"quant_method": "sigma", "scheme": "pow2", "bits": 3,
+                                         "group_size": 64, "activation_bits": 16}
+        path.write_text(json.dumps(config))
+        done = run("inspect", directory)
+        assert ("weights: pow2 3-bit, groups of 64, activations 16-bit (3.25 bits per weight)\n"
+                in done.stdout), done
+        config["quantization_config"]["quant_method"] = "awq"
+        path.write_text(json.dumps(config))
+        expect_error(2, "quantization_config.quant_method", "inspect", directory)
+
+
 def test_inspect_tells_the_bits_of_the_quantized_cache():
     with tempfile.TemporaryDirectory() as directory:
         write_empty_model(pathlib.Path(directory), head_dim=128)

@@ -128,6 +128,15 @@ TEST(CheckMemory, SaysWhatIsNeededAndWhatThereIs) {
   // A layer has 256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 512 + 2 * 256 parameters, in BF16.
   EXPECT_EQ(model.message.substr(0, 51), "weights of 1180672000262656 bytes and a cache of 0 ")
       << model.message;
+  // As codes of 3 bits, with a scale of 16 bits for each 64.
+  large.low_bit = LowBitSpec{.bits = 3};
+  ModelRunnerOptions codes = TinyOptions();
+  codes.backend.device = "reference";
+  const Error low_bit = CheckMemory(large, codes, 0).error();
+  EXPECT_EQ(low_bit.message.substr(0, 32), "weights of 240640000262656 bytes") << low_bit.message;
+  codes.dtype = WeightFormat::kBF16;
+  const Error decoded = CheckMemory(large, codes, 0).error();
+  EXPECT_EQ(decoded.message.substr(0, 33), "weights of 1180672000262656 bytes") << decoded.message;
   ModelRunnerOptions wide = TinyOptions();
   wide.dtype = WeightFormat::kF32;
   const Error cache = CheckMemory(TinyLlama(), wide, int64_t{1} << 60).error();

@@ -4,6 +4,7 @@
 
 #include "gtest/gtest.h"
 #include "tests/engine/engine_test_util.h"
+#include "tests/models/low_bit_files.h"
 #include "tests/models/test_files.h"
 
 namespace innerq {
@@ -37,6 +38,36 @@ TEST(ModelRunner, ReportsWhatCameUp) {
   EXPECT_EQ(runner->num_sealed_pages(), report.pools.sealed_pages);
   EXPECT_EQ(runner->num_norm_slots(), report.pools.norm_slots);
   EXPECT_EQ(runner->vocab_size(), 128);
+}
+
+TEST(ModelRunner, SaysWhatBecomesOfLowBitWeights) {
+  const TemporaryDirectory directory;
+  nlohmann::json config = nlohmann::json::parse(ReadAll(TinyLlamaDirectory() / "config.json"));
+  const LowBitSpec spec{.bits = 3, .group_size = 32};
+  config["quantization_config"] = QuantizationConfig(spec);
+  WriteAll(directory.path() / "config.json", config.dump());
+  WriteAll(directory.path() / "model.safetensors",
+           Safetensors(StoreLayersAsCodes(spec, StoredTensors(*TinyCheckpoint())).coded));
+  const auto checkpoint = Checkpoint::Open(directory.path()).value();
+  for (const char* device : {"cpu", "reference"}) {
+    for (const auto& dtype : {std::optional<WeightFormat>(), std::optional(WeightFormat::kF16)}) {
+      ModelRunnerOptions options = TinyOptions();
+      options.backend.device = device;
+      options.dtype = dtype;
+      std::string warning;
+      options.backend.warn = [&](std::string_view text) { warning += text; };
+      const auto runner = ModelRunner::Create(checkpoint, options).value();
+      const bool has_products = CreateBackend(options.backend).value()->has_low_bit();
+      EXPECT_EQ(runner->report().low_bit,
+                has_products && !dtype ? LowBitUse::kMultiplied : LowBitUse::kDecoded);
+      const bool warned =
+          warning.find("cannot multiply low-bit weights: they are decoded to bf16") !=
+          std::string::npos;
+      EXPECT_EQ(warned, !has_products && !dtype) << device << ": " << warning;
+    }
+  }
+  EXPECT_EQ(ModelRunner::Create(TinyCheckpoint(), TinyOptions()).value()->report().low_bit,
+            LowBitUse::kNone);
 }
 
 TEST(ModelRunner, LimitsTheContextToWhatTheCacheHolds) {

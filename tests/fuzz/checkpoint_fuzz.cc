@@ -59,6 +59,10 @@ void Use(const std::shared_ptr<const Checkpoint>& checkpoint) {
   for (const float frequency : config.InverseFrequencies()) {
     CHECK(std::isfinite(frequency), "rope frequency");
   }
+  if (config.low_bit) {
+    CHECK(config.low_bit->valid() && config.low_bit->Divides(config.hidden_size), "codes");
+    CHECK(config.low_bit_bytes() > 0, "codes");
+  }
   ReadTensors(checkpoint->tensors());
   for (const CheckpointTensor& tensor : checkpoint->tensors()) {
     CHECK(checkpoint->Find(tensor.name) == &tensor, tensor.name);

@@ -16,7 +16,7 @@ if [[ ${#targets[@]} -eq 0 ]]; then
 fi
 parallel=2
 work=$PWD/build/asan/fuzz
-declare -A max_len=([tokenizer_roundtrip_fuzz]=2048 [http_fuzz]=2048 [variants_fuzz]=64)
+declare -A max_len=([checkpoint_fuzz]=6144 [tokenizer_roundtrip_fuzz]=2048 [http_fuzz]=2048 [variants_fuzz]=64)
 
 docker/install-deps.sh test
 cmake --preset asan >/dev/null

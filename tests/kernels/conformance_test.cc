@@ -17,6 +17,7 @@
 #include "kernels/float16.h"
 #include "tests/kernels/forwarding_backend.h"
 #include "tests/kernels/host_mirror.h"
+#include "tests/kernels/low_bit_case.h"
 
 namespace innerq::conformance {
 namespace {
@@ -223,6 +224,33 @@ std::string CheckMatMul(Backend& candidate) {
         }));
       }
     }
+  }
+  return "";
+}
+
+// Codes in place of floats: integer sums, so few roundings.
+std::string CheckLowBitMatMul(Backend& candidate) {
+  if (!candidate.has_low_bit()) return "";
+  std::mt19937_64 random(kSeed);
+  const std::unique_ptr<Backend> reference = CreateReferenceBackend();
+  const int64_t m = 11, n = 50, k = 256;
+  for (const LowBitSpec& spec : LowBitSpecs({0, 64}, {8, 16})) {
+    const LowBitCase c(random, spec, n, k);
+    const Weight exact = reference->PackLowBitWeight({&c.matrix, 1}, {}).value();
+    const Result<Weight> packed = candidate.PackLowBitWeight({&c.matrix, 1}, {});
+    if (!packed.ok()) return "PackLowBitWeight: " + packed.error().message;
+    const std::vector<float> x = Normal(random, m * k);
+    Guarded want(Shape{m, n}), got(Shape{m, n});
+    reference->MatMul({View(x, Shape{m, k}), &exact, false, want.view()});
+    candidate.MatMul({View(x, Shape{m, k}), &*packed, false, got.view()});
+    RETURN_IF_WRONG(Failed(candidate, "MatMul"));
+    RETURN_IF_WRONG(Compare(want, got, m * n, "MatMul of low-bit weights", [&](int64_t i) {
+      double sum = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        sum += std::fabs(x[static_cast<size_t>(i / n * k + j)] * c.matrix.Value(i % n, j));
+      }
+      return 24 * kU * sum;
+    }));
   }
   return "";
 }
@@ -734,9 +762,9 @@ struct ConformanceCheck {
 // The other operations; with CacheChecks() one entry for every operation of Backend.
 const std::vector<ConformanceCheck>& ConformanceChecks() {
   static const std::vector<ConformanceCheck> checks = {
-      {"Embed", CheckEmbed},         {"RmsNorm", CheckRmsNorm}, {"MatMul", CheckMatMul},
-      {"RopeTable", CheckRopeTable}, {"SwiGlu", CheckSwiGlu},   {"GatherRows", CheckGatherRows},
-      {"SelectTop", CheckSelectTop},
+      {"Embed", CheckEmbed},           {"RmsNorm", CheckRmsNorm},     {"MatMul", CheckMatMul},
+      {"MatMul", CheckLowBitMatMul},   {"RopeTable", CheckRopeTable}, {"SwiGlu", CheckSwiGlu},
+      {"GatherRows", CheckGatherRows}, {"SelectTop", CheckSelectTop},
   };
   return checks;
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/cpu/low_bit_clip.h"
+#include "tests/kernels/low_bit_case.h"
 
 namespace innerq {
 namespace {
@@ -42,19 +43,7 @@ std::vector<double> CorrelatedHessian(int64_t cols) {
   return hessian;
 }
 
-std::vector<LowBitSpec> EncoderSpecs() {
-  std::vector<LowBitSpec> specs;
-  for (const auto& [scheme, bits] : {std::pair{kEncoderPow2, 2},
-                                     {kEncoderPow2, 3},
-                                     {kEncoderPow2, 4},
-                                     {kEncoderUniform, 2},
-                                     {kEncoderUniform, 3},
-                                     {kEncoderUniform, 4},
-                                     {kEncoderUniform, 8}}) {
-    for (const int group_size : {0, 32, 64, 128}) specs.push_back({scheme, bits, group_size});
-  }
-  return specs;
-}
+std::vector<LowBitSpec> EncoderSpecs() { return LowBitSpecs({0, 32, 64, 128}, {16}); }
 
 std::string EncoderSpecName(const LowBitSpec& spec) {
   return std::string(LowBitSchemeName(spec.scheme)) + " " + std::to_string(spec.bits) + " bits, " +
@@ -138,9 +127,10 @@ TEST(LowBitEncoder, NormalWeightsGetTheOptimalAlphas) {
   };
   // The least of the integral of (x - Q(x))^2 over N(0, 1), and where it is.
   const Optimum optima[] = {
-      {{kEncoderPow2, 2, 0}, 1.224, 0.19017},     {{kEncoderPow2, 3, 0}, 2.073, 0.047560},
-      {{kEncoderPow2, 4, 0}, 4.194, 0.037745},    {{kEncoderUniform, 2, 0}, 1.224, 0.19017},
-      {{kEncoderUniform, 3, 0}, 1.952, 0.046860}, {{kEncoderUniform, 4, 0}, 2.474, 0.012889},
+      {{kEncoderPow2, 2, 0}, 1.224, 0.19017},         {{kEncoderPow2, 3, 0}, 2.073, 0.047560},
+      {{kEncoderPow2, 4, 0}, 4.194, 0.037745},        {{kEncoderUniform, 2, 0}, 1.224, 0.19017},
+      {{kEncoderUniform, 3, 0}, 1.952, 0.046860},     {{kEncoderUniform, 4, 0}, 2.474, 0.012889},
+      {{LowBitScheme::kApot, 4, 0}, 2.588, 0.011470},
   };
   constexpr int64_t kCols = 1 << 16;
   const std::vector<float> weights = NormalQuantiles(kCols);

@@ -60,17 +60,26 @@ TEST_F(CheckpointTest, MapsTensorsOfEveryDtypeSortedByName) {
   std::memcpy(floats.data(), values, sizeof(values));
   Write("model.safetensors", Safetensors({{"z", {2}, floats},
                                           {"a", {1, 2, 1, 1}, std::string(4, '\2'), "BF16"},
-                                          {"m", {}, std::string(2, '\3'), "F16"}}));
+                                          {"m", {}, std::string(2, '\3'), "F16"},
+                                          {"u", {3}, "\1\2\xff", "U8"}}));
   const auto checkpoint = Open();
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.error().message;
   const auto& tensors = (*checkpoint)->tensors();
-  ASSERT_EQ(tensors.size(), 3u);
+  ASSERT_EQ(tensors.size(), 4u);
   EXPECT_EQ(tensors[0].name, "a");
   EXPECT_EQ(tensors[0].view.dtype, DType::kBF16);
   EXPECT_EQ(tensors[0].view.shape, (Shape{1, 2, 1, 1}));
   EXPECT_EQ(tensors[1].view.shape, Shape{});
   EXPECT_EQ((*checkpoint)->Find("z")->view.As<float>()[1], -2.0f);
   EXPECT_EQ((*checkpoint)->Find("y"), nullptr);
+  const ConstTensorView bytes = (*checkpoint)->Find("u")->view;
+  EXPECT_EQ(bytes.dtype, DType::kU8);
+  EXPECT_EQ(bytes.bytes(), 3);
+  EXPECT_EQ(ElementAsFloat(bytes, 2), 255.0f);
+  EXPECT_TRUE((*checkpoint)->Get("z", {2}).ok());
+  EXPECT_NE(
+      (*checkpoint)->Get("u", {3}).error().message.find("tensor u: expected F32, F16 or BF16"),
+      std::string::npos);
 }
 
 TEST_F(CheckpointTest, RefusesDamagedHeaders) {

@@ -210,6 +210,116 @@ TEST_F(ModelConfigTest, RefusesNumbersOutOfRangeByName) {
   }
 }
 
+json SigmaConfig() {
+  return {{"quant_method", "sigma"},
+          {"scheme", "pow2"},
+          {"bits", 3},
+          {"group_size", 64},
+          {"activation_bits", 8}};
+}
+
+TEST_F(ModelConfigTest, ReadsHowMatricesAreCoded) {
+  json file = Llama2Config();
+  EXPECT_EQ(Read(file)->low_bit, std::nullopt);
+  file["quantization_config"] = nullptr;
+  EXPECT_EQ(Read(file)->low_bit, std::nullopt);
+  file["quantization_config"] = SigmaConfig();
+  const auto config = Read(file);
+  ASSERT_TRUE(config.ok()) << config.error().message;
+  EXPECT_EQ(config->low_bit, (LowBitSpec{LowBitScheme::kPow2, 3, 64, 8}));
+  EXPECT_EQ(config->num_parameters(), 6738415616) << "whatever they are stored in";
+  // 32 layers of 4 C^2 + 3 C I weights, each group of 64 with a scale of 16 bits.
+  constexpr int64_t kWeights = 32 * (4 * 4096ll * 4096 + 3 * 4096ll * 11008);
+  EXPECT_EQ(config->num_layer_weights(), kWeights);
+  EXPECT_EQ(config->low_bit_bytes(), kWeights / 64 * (64 * 3 + 16) / 8);
+
+  file["quantization_config"]["scheme"] = "uniform";
+  file["quantization_config"]["bits"] = 8;
+  file["quantization_config"]["group_size"] = 0;
+  const auto whole = Read(file);
+  ASSERT_TRUE(whole.ok()) << whole.error().message;
+  EXPECT_EQ(whole->low_bit, (LowBitSpec{LowBitScheme::kUniform, 8, 0, 8}));
+  // A scale for each of 5 C + 2 I outputs.
+  EXPECT_EQ(whole->low_bit_bytes(), kWeights + 32 * 2 * (5 * 4096 + 2 * 11008));
+}
+
+TEST_F(ModelConfigTest, RefusesOtherQuantizationsByName) {
+  json file = Llama2Config();
+  file["quantization_config"] = {{"quant_method", "gptq"}, {"bits", 4}, {"desc_act", true}};
+  ExpectRefused(Read(file),
+                "config.json: quantization_config.quant_method: expected sigma, which `innerq "
+                "quantize` makes and which alone is supported, found \"gptq\"");
+  file["quantization_config"] = "sigma";
+  ExpectRefused(Read(file), "quantization_config: expected an object");
+  file["quantization_config"] = json::object();
+  ExpectRefused(Read(file), "quantization_config.quant_method: missing");
+}
+
+TEST_F(ModelConfigTest, RefusesCodesThatDoNotExistByTheirKey) {
+  const std::vector<std::pair<std::string, json>> bad = {
+      {"scheme", "log2"},
+      {"scheme", 2},
+      {"bits", 1},
+      {"bits", 5},
+      {"bits", 8},  // of pow2
+      {"bits", 9},
+      {"bits", "3"},
+      {"bits", 3.5},
+      {"bits", 18446744073709551615u},
+      {"group_size", -32},
+      {"group_size", 16},
+      {"group_size", 96},
+      {"group_size", 256},
+      {"group_size", "none"},
+      {"activation_bits", 2},
+      {"activation_bits", 5},
+      {"activation_bits", 32},
+      {"activation_bits", true},
+      {"alpha", 1.0},
+      {"version", nullptr},
+  };
+  for (const auto& [key, value] : bad) {
+    json file = Llama2Config();
+    file["quantization_config"] = SigmaConfig();
+    file["quantization_config"][key] = value;
+    ExpectRefused(Read(file), "quantization_config." + key + ": expected");
+  }
+  const json good = SigmaConfig();
+  for (const auto& [key, value] : good.items()) {
+    json file = Llama2Config();
+    file["quantization_config"] = good;
+    file["quantization_config"].erase(key);
+    ExpectRefused(Read(file), "quantization_config." + key + ": missing");
+    file["quantization_config"][key] = nullptr;
+    ExpectRefused(Read(file), "quantization_config." + key + ": missing");
+    file["quantization_config"][key] = "here";
+    std::string text = file.dump();
+    text.replace(text.find("\"here\""), 6, DeepJson());
+    ExpectRefused(Read(text), "quantization_config." + key);
+  }
+}
+
+TEST_F(ModelConfigTest, RefusesExtentsThatGroupsDoNotDivide) {
+  json file = Llama2Config();
+  file["quantization_config"] = SigmaConfig();
+  file["intermediate_size"] = 11008 + 32;
+  ExpectRefused(Read(file), "intermediate_size: expected a multiple of 64 for quantization_config");
+  file["quantization_config"]["group_size"] = 32;
+  EXPECT_TRUE(Read(file).ok());
+  file["quantization_config"]["group_size"] = 0;
+  EXPECT_TRUE(Read(file).ok());
+  file["intermediate_size"] = 11008 + 16;
+  ExpectRefused(Read(file), "intermediate_size: expected a multiple of 32 for quantization_config");
+  file["intermediate_size"] = 11008;
+  file["quantization_config"]["group_size"] = 128;
+  file["head_dim"] = 66;  // 32 heads
+  ExpectRefused(Read(file),
+                "head_dim: expected that, times num_attention_heads 32, a multiple of 128");
+  file["head_dim"] = 128;
+  file["hidden_size"] = 4096 + 64;
+  ExpectRefused(Read(file), "hidden_size: expected a multiple of 128 for quantization_config");
+}
+
 TEST_F(ModelConfigTest, RefusesFilesThatAreNotJsonObjects) {
   std::string infinite = Llama2Config().dump();
   infinite.replace(infinite.find("1e-05"), 5, "1e999");

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "tests/models/test_files.h"
@@ -45,6 +46,40 @@ TEST(ModelSetup, AStopTokenThatTheModelDoesNotHaveIsRefusedByItsRole) {
   EXPECT_EQ(refusal(), "model.path: the end of a turn in the chat template " +
                            (directory.path() / "chat_template.jinja").string() +
                            ": expected a token id below vocab_size 1024 (config.json), found 1024");
+}
+
+TEST(ModelSetup, SaysHowLowBitWeightsAreHeld) {
+  ModelConfig config;
+  config.hidden_size = config.intermediate_size = 128;
+  config.num_layers = config.num_heads = config.num_kv_heads = 2;
+  config.head_dim = 64;
+  config.vocab_size = config.max_positions = 100;
+  Options options = ParseOptions("{}", {"backend.device=cuda"}).value();
+  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kNone), "");
+  config.low_bit = LowBitSpec{.scheme = LowBitScheme::kPow2, .bits = 3, .group_size = 64};
+  const std::string stored = "pow2 3-bit, groups of 64, activations 16-bit (3.25 bits per weight)";
+  EXPECT_EQ(DescribeLowBit(config), stored);
+  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kMultiplied), stored);
+  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kDecoded),
+            stored + ", decoded to bf16: cuda cannot multiply them");
+  options.runner.dtype = WeightFormat::kF16;
+  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kDecoded),
+            stored + ", decoded to f16 (model.dtype)");
+  const auto report_has = [&](LowBitUse use, const std::string& text) {
+    ModelReport report;
+    report.low_bit = use;
+    const std::vector<std::string> lines = DescribeModel(options, config, report);
+    return std::any_of(lines.begin(), lines.end(), [&](const std::string& line) {
+      return line.find(text) != std::string::npos;
+    });
+  };
+  EXPECT_TRUE(report_has(LowBitUse::kMultiplied, "weights: pow2 3-bit"));
+  EXPECT_TRUE(report_has(LowBitUse::kDecoded, "decoded to f16"));
+  EXPECT_FALSE(report_has(LowBitUse::kNone, "weights: "));
+  config.low_bit = LowBitSpec{LowBitScheme::kUniform, 8, 0, 3};
+  // A scale of 16 bits for each output of 128 inputs.
+  EXPECT_EQ(DescribeLowBit(config),
+            "uniform 8-bit, whole rows, activations 3-bit (8.12 bits per weight)");
 }
 
 }  // namespace
