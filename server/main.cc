@@ -199,10 +199,11 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
       ->required();
   quantize
       ->add_option("--scheme", args->scheme,
-                   "Levels of weights: zero and powers of two (pow2), or evenly spaced (uniform)")
-      ->check(CLI::IsMember({"pow2", "uniform"}))
+                   "Levels of weights: powers of two (pow2), sums of two of them (apot), or evenly "
+                   "spaced (uniform)")
+      ->check(CLI::IsMember({"pow2", "apot", "uniform"}))
       ->capture_default_str();
-  quantize->add_option("--bits", args->bits, "Of a weight: 2, 3, 4; uniform also 8")
+  quantize->add_option("--bits", args->bits, "Of a weight: 2, 3, 4; apot 4 alone, uniform also 8")
       ->check(CLI::IsMember({2, 3, 4, 8}))
       ->capture_default_str();
   quantize

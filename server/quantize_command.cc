@@ -28,18 +28,29 @@ constexpr int64_t kContext = 2048;   // tokens of a window, unless the model has
 constexpr int64_t kLeastTokens = 2;  // of a window: one to begin with, one to score
 constexpr double kLargestPrune = 0.95;
 
+const char* KnownBits(LowBitScheme scheme) {
+  switch (scheme) {
+    case LowBitScheme::kPow2:
+      return "2, 3 or 4";
+    case LowBitScheme::kApot:
+      return "4";
+    case LowBitScheme::kUniform:
+      return "2, 3, 4 or 8";
+  }
+  return "?";
+}
+
 Result<LowBitSpec> SpecOf(const QuantizeArgs& args) {
   LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
-  if (args.scheme == LowBitSchemeName(LowBitScheme::kUniform)) {
-    spec.scheme = LowBitScheme::kUniform;
-  } else if (args.scheme != LowBitSchemeName(LowBitScheme::kPow2)) {
-    return InvalidArgument("--scheme: expected pow2 or uniform, found " + args.scheme);
+  const auto scheme = FindLowBitScheme(args.scheme);
+  if (!scheme) {
+    return InvalidArgument("--scheme: expected pow2, apot or uniform, found " + args.scheme);
   }
+  spec.scheme = *scheme;
   spec.bits = args.bits;
   if (!spec.valid()) {
-    return InvalidArgument(fmt::format(
-        "--bits: expected {} for --scheme {}, found {}",
-        spec.scheme == LowBitScheme::kPow2 ? "2, 3 or 4" : "2, 3, 4 or 8", args.scheme, args.bits));
+    return InvalidArgument(fmt::format("--bits: expected {} for --scheme {}, found {}",
+                                       KnownBits(*scheme), args.scheme, args.bits));
   }
   spec.group_size = args.group_size;
   if (!spec.valid()) {

@@ -14,7 +14,7 @@ namespace innerq {
 struct QuantizeArgs {
   std::filesystem::path model;   // a directory
   std::filesystem::path output;  // a directory that is empty, or not there
-  std::string scheme = "pow2";   // or "uniform"
+  std::string scheme = "pow2";   // apot, uniform: as of LowBitSpec
   int bits = 4;
   int64_t group_size = 64;  // inputs of an output that share a scale; 0: all
   int activation_bits = 16;

@@ -144,7 +144,7 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
     const std::string message = Refusal(args).message;
     EXPECT_NE(message.find(part), std::string::npos) << message;
   };
-  refuses([](auto& args) { args.scheme = "round"; }, "--scheme: expected pow2 or uniform");
+  refuses([](auto& args) { args.scheme = "round"; }, "--scheme: expected pow2, apot or uniform");
   refuses([](auto& args) { args.bits = 8; },
           "--bits: expected 2, 3 or 4 for --scheme pow2, found 8");
   refuses([](auto& args) { args.group_size = 48; }, "--group-size: expected 32, 64 or 128");
