@@ -74,7 +74,15 @@ class QuantizeTest : public testing::Test {
   TemporaryDirectory directory_;
 };
 
+// What weights are worth is not a question for sanitizers, under which it takes minutes.
+#if defined(INNERQ_SANITIZED)
+#define SKIP_WHERE_SLOW() GTEST_SKIP() << "slow under a sanitizer"
+#else
+#define SKIP_WHERE_SLOW()
+#endif
+
 TEST_F(QuantizeTest, EightBitsAreNearlyLosslessAndFewerAreWorse) {
+  SKIP_WHERE_SLOW();
   QuantizeArgs args = Args("uniform8");
   args.evaluation = {Recall()};
   args.scheme = "uniform";
@@ -102,6 +110,7 @@ TEST_F(QuantizeTest, EightBitsAreNearlyLosslessAndFewerAreWorse) {
 }
 
 TEST_F(QuantizeTest, CalibratesAndMeasuresOnWhatIsLeft) {
+  SKIP_WHERE_SLOW();
   QuantizeArgs args = Args("pow2-4");
   args.calibration = {Recall()};
   const Measured four = Run(args);
