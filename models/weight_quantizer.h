@@ -47,8 +47,9 @@ struct QuantizedCheckpoint {
   int64_t file_bytes = 0;                 // of the new model.safetensors
 };
 
-// What QuantizeCheckpoint would refuse without reading weights. Sizes that the spec does not divide
-// have the param "group_size".
+// Looks for what makes a source unfit, without reading weights. Errors: invalid argument for one
+// that is quantized already, and for sizes that the spec does not divide (param "group_size"); as
+// of LlamaModel::CheckTensors.
 Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec);
 
 // Writes to `directory`, which is there and empty:

@@ -18,6 +18,7 @@ Error CannotCreate(const std::filesystem::path& path, const std::string& reason)
 
 Result<OutputDirectory> OutputDirectory::Create(const std::filesystem::path& path,
                                                 const std::string& option) {
+  if (path.empty()) return InvalidArgument(option + ": expected a directory, found nothing");
   std::error_code failed;
   std::filesystem::path final = std::filesystem::weakly_canonical(path, failed);
   if (failed) return CannotCreate(path, failed.message());

@@ -168,6 +168,7 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
   refuses([](auto& args) { args.calibration = {"/nonexistent.txt"}; }, "/nonexistent.txt");
   refuses([](auto& args) { args.model = "/nonexistent"; }, "/nonexistent");
   refuses([](auto& args) { args.output = "/nonexistent/a"; }, "cannot create /nonexistent/a");
+  refuses([](auto& args) { args.output = ""; }, "OUT_DIR: expected a directory");
   refuses([](auto& args) { args.output = Demo(); },
           "is there already; expected an empty directory");
   refuses(
