@@ -243,20 +243,17 @@ Result<LowBitSpec> ReadLowBitSpec(const json& object, const std::string& where) 
                "sigma, which `innerq quantize` makes and which alone is supported");
   RETURN_IF_ERROR(keys.status());
   keys.RequireOnly({"quant_method", "scheme", "bits", "group_size", "activation_bits"});
-  const std::string scheme = keys.String("scheme");
-  keys.Require(scheme == LowBitSchemeName(LowBitScheme::kPow2) ||
-                   scheme == LowBitSchemeName(LowBitScheme::kUniform),
-               "scheme", "pow2 or uniform");
+  const std::optional<LowBitScheme> scheme = FindLowBitScheme(keys.String("scheme"));
+  keys.Require(scheme.has_value(), "scheme", "pow2, apot or uniform");
   const int64_t bits = keys.Integer("bits", 2, 8);
   const int64_t group_size = keys.Integer("group_size", 0, 128);
   const int64_t activation_bits = keys.Integer("activation_bits", 3, 16);
   RETURN_IF_ERROR(keys.status());
 
-  LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
-  spec.scheme = scheme == LowBitSchemeName(LowBitScheme::kPow2) ? LowBitScheme::kPow2
-                                                                : LowBitScheme::kUniform;
+  LowBitSpec spec;  // valid with 4 bits; what a change makes invalid is the change's fault
+  spec.scheme = *scheme;
   spec.bits = static_cast<int>(bits);
-  keys.Require(spec.valid(), "bits", "2, 3 or 4, or 8 where scheme is uniform");
+  keys.Require(spec.valid(), "bits", "2, 3 or 4 (4 alone where scheme is apot), or 8 where it is uniform");
   spec.group_size = group_size;
   keys.Require(spec.valid(), "group_size", "0, 32, 64 or 128");
   spec.activation_bits = static_cast<int>(activation_bits);

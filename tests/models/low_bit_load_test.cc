@@ -110,6 +110,7 @@ std::vector<LowBitSpec> EverySpec() {
   std::vector<LowBitSpec> all;
   for (const int64_t group : {32, 0}) {
     for (const int bits : {2, 3, 4}) all.push_back({LowBitScheme::kPow2, bits, group});
+    all.push_back({LowBitScheme::kApot, 4, group});
     for (const int bits : {2, 3, 4, 8}) all.push_back({LowBitScheme::kUniform, bits, group});
   }
   return all;
