@@ -63,10 +63,10 @@ Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec);
 //                      "source" FNV-1a of 64 bits over the source's tensors by name: name, dtype,
 //                      shape (each of these with a newline after it) and data
 //   and copies of the source's other regular files but weights and their indices.
-// One matrix is in memory at a time. What was written stays where it fails. Errors: invalid
-// argument for a source that is quantized already, sizes that the spec does not divide, weights
-// that are not finite, and static activations without statistics; as of LlamaModel::CheckTensors;
-// unavailable, with path and reason, for what cannot be read or written; cancelled.
+// One matrix is in memory at a time. What was written stays where it fails. CHECK: the spec is
+// valid, and there are statistics for static activations. Errors: as of CheckQuantizable; invalid
+// argument for weights that are not finite or exceed F16, and as of LearnInputClip; resource
+// exhausted; unavailable, with path and reason, for what cannot be read or written; cancelled.
 Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,
                                                const QuantizeOptions& options,
                                                const std::filesystem::path& directory);

@@ -196,6 +196,42 @@ Result<void> RunTexts(ModelRunner& runner, const Windows& windows,
   return {};
 }
 
+// The model to quantize, as far as it takes part.
+struct FloatModel {
+  std::unique_ptr<InputCollector> inputs;  // null: without calibration, or not needed any more
+  std::unique_ptr<ModelRunner> weights;    // null: there is nothing to run
+};
+
+// Threads that a computation on the CPU takes. Reads no weights.
+Result<int> ThreadsOf(const Options& options, const Checkpoint& source) {
+  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(source, options.runner));
+  return plan.backend->threads();
+}
+
+// How long work may go on, and how wide.
+struct Limits {
+  int threads = 1;
+  const std::function<bool()>& interrupted;
+};
+
+// Fills `model`, which must outlive its weights' last step.
+Result<void> LoadAndCalibrate(Options options, const std::shared_ptr<const Checkpoint>& source,
+                              const Material& material, const Limits& limits, FloatModel* model) {
+  if (material.evaluation.texts.empty()) return {};
+  const bool calibrates = !material.calibration.texts.empty();
+  if (calibrates) {
+    ASSIGN_OR_RETURN(model->inputs, InputCollector::Create(source->config(), limits.threads));
+    options.runner.observe = [model](std::span<const std::string> matrices, ConstTensorView x) {
+      if (model->inputs) model->inputs->Add(matrices, x);
+    };
+  }
+  ASSIGN_OR_RETURN(model->weights, LoadWeights(options, source, limits.interrupted));
+  if (!calibrates) return {};
+  ASSIGN_OR_RETURN(const auto runner, RunnerOn(*model->weights, source->config()));
+  RETURN_IF_ERROR(RunTexts(*runner, material.calibration, limits.interrupted));
+  return model->inputs->Check();
+}
+
 Result<QuantizedCheckpoint> Encode(const Checkpoint& source, QuantizeOptions options,
                                    const std::filesystem::path& directory,
                                    const std::function<bool()>& interrupted) {
@@ -234,7 +270,12 @@ std::string TableRow(const std::string& kind, const QuantizedCheckpoint& result)
                      100 * zeros / count, error / count, worst, worst_name);
 }
 
-void PrintMatrices(const QuantizedCheckpoint& result, bool calibrated) {
+void PrintMatrices(const QuantizedCheckpoint& result, const Windows& calibration) {
+  const bool calibrated = !calibration.texts.empty();
+  if (calibrated) {
+    fmt::print("calibrated on {} tokens in {} windows\n", calibration.tokens,
+               calibration.texts.size());
+  }
   fmt::print(
       "means over layers; alpha: the clip in standard deviations, of weights and of static "
       "inputs; error: squared, relative, of {}\n\n",
@@ -249,8 +290,8 @@ void PrintMatrices(const QuantizedCheckpoint& result, bool calibrated) {
     fmt::print("{}", TableRow(kind, result));
   }
   fmt::print(
-      "\n{} weights in {:.3f} bits each, scales included; {:.1f} % are zero; tensors {} bytes, "
-      "model.safetensors {} bytes\n",
+      "\n{} weights in {:.3f} bits each, scales included; {:.1f} % are zero; {} bytes of "
+      "tensors became a model.safetensors of {} bytes\n",
       result.num_weights,
       8 * static_cast<double>(result.low_bit_bytes) / static_cast<double>(result.num_weights),
       100 * result.zeros, result.source_bytes, result.file_bytes);
@@ -313,41 +354,19 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
   ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));
 
   ASSIGN_OR_RETURN(Options options, OptionsOf(args, config));
-  QuantizeOptions quantize{.spec = spec, .prune = args.prune};
-  {
-    ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(*source, options.runner));
-    quantize.threads = plan.backend->threads();
-  }
-  std::unique_ptr<InputCollector> inputs;
-  std::unique_ptr<ModelRunner> float_weights;
-  if (!material.calibration.texts.empty()) {
-    ASSIGN_OR_RETURN(inputs, InputCollector::Create(config, quantize.threads));
-    options.runner.observe = [&inputs](std::span<const std::string> matrices, ConstTensorView x) {
-      if (inputs) inputs->Add(matrices, x);
-    };
-  }
-  if (!material.evaluation.texts.empty()) {
-    ASSIGN_OR_RETURN(float_weights, LoadWeights(options, source, interrupted));
-  }
-  options.runner.observe = {};
-  if (inputs) {
-    ASSIGN_OR_RETURN(const auto runner, RunnerOn(*float_weights, config));
-    RETURN_IF_ERROR(RunTexts(*runner, material.calibration, interrupted));
-    RETURN_IF_ERROR(inputs->Check());
-    quantize.inputs = inputs.get();
-  }
-  ASSIGN_OR_RETURN(const QuantizedCheckpoint result,
-                   Encode(*source, quantize, output.path(), interrupted));
+  ASSIGN_OR_RETURN(const int threads, ThreadsOf(options, *source));
+  FloatModel model;
+  RETURN_IF_ERROR(LoadAndCalibrate(options, source, material, {threads, interrupted}, &model));
+  ASSIGN_OR_RETURN(
+      const QuantizedCheckpoint result,
+      Encode(*source,
+             {.spec = spec, .prune = args.prune, .threads = threads, .inputs = model.inputs.get()},
+             output.path(), interrupted));
   RETURN_IF_ERROR(output.Commit());
-  const bool calibrated = inputs != nullptr;
-  inputs.reset();
-  if (calibrated) {
-    fmt::print("calibrated on {} tokens in {} windows\n", material.calibration.tokens,
-               material.calibration.texts.size());
-  }
-  PrintMatrices(result, calibrated);
-  if (!float_weights) return {};
-  if (Result<void> measured = Measure(args, options, material, *float_weights, interrupted);
+  PrintMatrices(result, material.calibration);
+  model.inputs.reset();
+  if (model.weights == nullptr) return {};
+  if (Result<void> measured = Measure(args, options, material, *model.weights, interrupted);
       !measured) {
     Error error = measured.error();
     error.message = args.output.string() + " is complete, but was not measured: " + error.message;
