@@ -10,6 +10,7 @@
 #   CALIBRATION   text to calibrate on                 the first 20 of models/demo/eval/recall.jsonl
 #   HELD_OUT      text to measure on, another          the last 20 of them
 #   TOKENS        of each, at most                     16384
+#   SPECS         schemes and bits, a list             all, and pow2:4 with fewer bits of inputs, and pruned
 #   INNERQ        the program                          build/release/innerq, which it builds
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -45,13 +46,14 @@ measure() {
 
 printf '| %-26s | %5s | perplexity | KL, mean            | 99th pct | top-1   |\n' weights bits
 printf '|%s|------:|-----------:|--------------------:|---------:|--------:|\n' "$(printf -- '-%.0s' {1..28})"
-for spec in "uniform 8" "uniform 4" "apot 4" "pow2 4" "uniform 3" "pow2 3" "pow2 2"; do
-  read -r scheme bits <<<"$spec"
+for spec in ${SPECS:-uniform:8 uniform:4 apot:4 pow2:4 uniform:3 pow2:3 pow2:2}; do
+  IFS=: read -r scheme bits <<<"$spec"
   options=(--scheme "$scheme" --bits "$bits")
   measure "$scheme $bits" "${options[@]}"
   options+=(--calibration "$calibration" --calibration-tokens "$tokens")
   measure "$scheme $bits, calibrated" "${options[@]}"
 done
+if [[ -n ${SPECS:-} ]]; then exit; fi
 options=(--scheme pow2 --bits 4 --calibration "$calibration" --calibration-tokens "$tokens")
 for activation_bits in 8 4 3; do
   measure "pow2 4, inputs of $activation_bits bits" "${options[@]}" --activation-bits "$activation_bits"
