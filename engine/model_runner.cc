@@ -264,7 +264,8 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
                                                  .max_logit_rows = weights->max_logit_rows,
                                                  .format = options.dtype,
                                                  .progress = options.progress,
-                                                 .max_pages = engine.max_sequences * most_pages}));
+                                                 .max_pages = engine.max_sequences * most_pages,
+                                                 .observe = options.observe}));
   return std::unique_ptr<ModelRunner>(
       std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
 }

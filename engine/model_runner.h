@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "engine/engine.h"
@@ -23,6 +24,8 @@ struct ModelRunnerOptions {
   EngineOptions engine;
   // While loading weights; false ends it with the error "cancelled". May be empty.
   std::function<bool(int64_t done, int64_t total)> progress;
+  // As of LlamaModel's LoadOptions. May be empty.
+  std::function<void(std::span<const std::string> matrices, ConstTensorView x)> observe{};
 };
 
 // What would come up: the device, and how the cache fills its memory. Cheap; reads no weights.

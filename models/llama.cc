@@ -5,6 +5,7 @@
 #include <deque>
 #include <string>
 
+#include "models/layer_tensors.h"
 #include "models/low_bit_use.h"
 #include "models/tensor_source.h"
 
@@ -44,47 +45,6 @@ struct Activations {
   Buffer top;              // [R, k <= kMaxTopLogits] TopLogit
   Buffer top_for_host;
 };
-
-// One matrix of a stack: "<name>.weight" [rows, K], or its codes, and, if `bias`, "<name>.bias"
-// [rows].
-struct Part {
-  std::string name;
-  int64_t rows = 0;
-  bool bias = false;
-};
-
-// Matrices [n_i, cols], stacked along N.
-struct Stack {
-  std::vector<Part> parts;
-  int64_t cols = 0;  // K
-};
-
-// The tensors of one layer by their names in a checkpoint.
-struct LayerTensors {
-  std::string attention_norm;
-  Stack qkv, output;
-  std::string mlp_norm;
-  Stack gate_up, down;
-};
-
-LayerTensors TensorsOfLayer(const ModelConfig& config, int64_t index) {
-  const std::string prefix = "model.layers." + std::to_string(index) + ".";
-  const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
-  const int64_t hidden = config.hidden_size, inner = config.intermediate_size;
-  const int64_t queries = config.num_heads * config.head_dim;
-  const int64_t keys = config.num_kv_heads * config.head_dim;
-  const bool attention_bias = config.attention_bias, mlp_bias = config.mlp_bias;
-  return {.attention_norm = prefix + "input_layernorm.weight",
-          .qkv = {{{attention + "q_proj", queries, attention_bias},
-                   {attention + "k_proj", keys, attention_bias},
-                   {attention + "v_proj", keys, attention_bias}},
-                  hidden},
-          .output = {{{attention + "o_proj", hidden, attention_bias}}, queries},
-          .mlp_norm = prefix + "post_attention_layernorm.weight",
-          .gate_up = {{{mlp + "gate_proj", inner, mlp_bias}, {mlp + "up_proj", inner, mlp_bias}},
-                      hidden},
-          .down = {{{mlp + "down_proj", hidden, mlp_bias}}, inner}};
-}
 
 constexpr char kTable[] = "model.embed_tokens";
 constexpr char kHead[] = "lm_head";

@@ -14,6 +14,7 @@
 #include "server/bench_shapes.h"
 #include "server/commands.h"
 #include "server/eval_command.h"
+#include "server/quantize_command.h"
 
 namespace {
 
@@ -188,6 +189,64 @@ CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArg
   return bench;
 }
 
+CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
+  CLI::App* const quantize =
+      app->add_subcommand("quantize", "Make a checkpoint with low-bit weights of one with floats");
+  quantize->add_option("MODEL_DIR", args->model, "The model's directory")->required();
+  quantize
+      ->add_option("OUT_DIR", args->output,
+                   "The new model's directory, which must not exist, or be empty")
+      ->required();
+  quantize
+      ->add_option("--scheme", args->scheme,
+                   "Levels of weights: powers of two (pow2), sums of two of them (apot), or evenly "
+                   "spaced (uniform)")
+      ->check(CLI::IsMember({"pow2", "apot", "uniform"}))
+      ->capture_default_str();
+  quantize->add_option("--bits", args->bits, "Of a weight: 2, 3, 4; apot 4 alone, uniform also 8")
+      ->check(CLI::IsMember({2, 3, 4, 8}))
+      ->capture_default_str();
+  quantize
+      ->add_option("--group-size", args->group_size,
+                   "Weights of an output that share a scale: 32, 64, 128; 0: all")
+      ->check(CLI::IsMember({0, 32, 64, 128}))
+      ->capture_default_str();
+  quantize
+      ->add_option(
+          "--activation-bits", args->activation_bits,
+          "Of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned "
+          "from --calibration")
+      ->check(CLI::IsMember({3, 4, 8, 16}))
+      ->capture_default_str();
+  quantize->add_option("--prune", args->prune, "Share of weights to make zero, the smallest")
+      ->check(CLI::Range(0.0, 0.95))
+      ->capture_default_str();
+  quantize
+      ->add_option("--calibration", args->calibration,
+                   "Text to run first (repeatable), so that errors count by the inputs that there "
+                   "are: plain, or .jsonl as of `innerq eval`. Default: all inputs count alike")
+      ->allow_extra_args(false);
+  quantize
+      ->add_option("--calibration-tokens", args->calibration_tokens,
+                   "Tokens of these texts to run, at most, from all over them")
+      ->check(CLI::Range(2, 1 << 24))
+      ->capture_default_str();
+  quantize
+      ->add_option("--evaluate", args->evaluation,
+                   "Text to measure the models on (repeatable), before and after. Default: what "
+                   "calibration leaves of its own")
+      ->allow_extra_args(false);
+  quantize
+      ->add_option("--evaluate-tokens", args->evaluation_tokens,
+                   "Tokens of these texts to measure on, at most, from all over them")
+      ->check(CLI::Range(2, 1 << 24))
+      ->capture_default_str();
+  quantize->add_option("--threads", args->threads, "0: one per core")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  return quantize;
+}
+
 // Opens /dev/null in place of standard files that were closed. A connection would else be given the
 // number of standard error, and the logs.
 void OpenStandardFiles() {
@@ -252,6 +311,9 @@ int main(int argc, char** argv) {
   innerq::BenchArgs bench_args;
   CLI::App* const bench = AddBench(&app, &source, &bench_args);
 
+  innerq::QuantizeArgs quantize_args;
+  CLI::App* const quantize = AddQuantize(&app, &quantize_args);
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -263,6 +325,7 @@ int main(int argc, char** argv) {
   if (bench->parsed()) {
     return ExitCode(innerq::BenchCommand(source, bench_args, INNERQ_VERSION));
   }
+  if (quantize->parsed()) return ExitCode(innerq::QuantizeCommand(quantize_args));
   if (check->parsed()) return ExitCode(innerq::CheckConfigCommand(source));
   return ExitCode(innerq::InspectCommand(path, source.overrides));
 }

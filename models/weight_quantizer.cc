@@ -1,0 +1,285 @@
+#include "models/weight_quantizer.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <span>
+#include <system_error>
+
+#include "kernels/cpu/low_bit_encoder.h"
+#include "models/files.h"
+#include "models/layer_tensors.h"
+#include "models/llama.h"
+#include "models/safetensors_writer.h"
+
+namespace innerq {
+namespace {
+
+constexpr char kConfigFile[] = "config.json";
+constexpr char kWeightsFile[] = "model.safetensors";
+constexpr std::string_view kSuffix = ".weight";
+
+// FNV-1a of 64 bits (Fowler, Noll and Vo; draft-eastlake-fnv).
+class Fnv1a {
+ public:
+  void Add(std::span<const std::byte> bytes) {
+    for (const std::byte byte : bytes) {
+      hash_ = (hash_ ^ static_cast<uint64_t>(byte)) * 0x100000001b3u;
+    }
+  }
+  void AddLine(const std::string& text) {
+    const std::string line = text + "\n";
+    Add(std::as_bytes(std::span(line)));
+  }
+  std::string Hex() const {
+    std::string text;
+    for (int shift = 60; shift >= 0; shift -= 4) text += "0123456789abcdef"[hash_ >> shift & 15];
+    return text;
+  }
+
+ private:
+  uint64_t hash_ = 0xcbf29ce484222325u;
+};
+
+// A matrix that becomes codes, and its place in the report.
+struct Target {
+  size_t index = 0;
+  const InputStatistics* inputs = nullptr;  // null: none were seen
+  InputClip clip;                           // of static activations
+};
+
+std::span<const std::byte> BytesOf(const ConstTensorView& view) {
+  return {view.data, static_cast<size_t>(view.bytes())};
+}
+
+// The text of the source's config.json with the key added at its end, where it replaces a null one.
+// The others stay as they are, to the last digit.
+Result<std::string> ConfigWith(const LowBitSpec& spec, const std::filesystem::path& directory) {
+  ASSIGN_OR_RETURN(std::string text, ReadTextFile(directory / kConfigFile, kMaxTextFileBytes));
+  const size_t end = text.rfind('}');
+  CHECK(end != text.npos && end > 0, "a config.json that was read is an object with keys");
+  text.resize(text.find_last_not_of(" \t\r\n", end - 1) + 1);
+  text += ",\n  \"quantization_config\": {\n    \"quant_method\": \"sigma\",\n    \"scheme\": \"";
+  text += LowBitSchemeName(spec.scheme);
+  text += "\",\n    \"bits\": " + std::to_string(spec.bits);
+  text += ",\n    \"group_size\": " + std::to_string(spec.group_size);
+  text += ",\n    \"activation_bits\": " + std::to_string(spec.activation_bits) + "\n  }\n}\n";
+  return text;
+}
+
+Error CannotWrite(const std::filesystem::path& path, const std::string& reason) {
+  return {ErrorCode::kUnavailable, "cannot write " + path.string() + ": " + reason};
+}
+
+Result<void> WriteText(const std::filesystem::path& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary);
+  file << text << std::flush;
+  if (!file) return CannotWrite(path, std::strerror(errno));
+  return {};
+}
+
+// Whether a file of a model's directory is written anew, or holds its weights in some format.
+bool IsReplaced(const std::string& name) {
+  if (name == kConfigFile) return true;
+  for (const char* end : {".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf"}) {
+    if (name.ends_with(end)) return true;
+  }
+  return false;
+}
+
+Result<void> CopyOthers(const std::filesystem::path& from, const std::filesystem::path& to) {
+  std::error_code failed;
+  for (std::filesystem::directory_iterator it(from, failed), end; !failed && it != end;
+       it.increment(failed)) {
+    // Models that the Hugging Face hub keeps are links to files.
+    std::error_code unseen;
+    if (!it->is_regular_file(unseen) || IsReplaced(it->path().filename().string())) continue;
+    const std::filesystem::path copy = to / it->path().filename();
+    std::filesystem::copy_file(it->path(), copy, failed);
+    if (failed) return CannotWrite(copy, failed.message());
+  }
+  if (failed) {
+    return Error{ErrorCode::kUnavailable, "cannot read " + from.string() + ": " + failed.message()};
+  }
+  return {};
+}
+
+// Reads a checkpoint's tensors in the order of their names and writes what becomes of them.
+class Quantizer {
+ public:
+  Quantizer(const Checkpoint& source, const QuantizeOptions& options)
+      : source_(source), options_(options), spec_(options.spec) {}
+
+  // Finds the matrices, with clips of static activations.
+  Result<void> Prepare() {
+    for (const Stack& stack : LayerStacks(source_.config())) {
+      Target target;
+      if (options_.inputs != nullptr) target.inputs = &options_.inputs->Of(stack.parts[0].name);
+      if (HasStaticActivations(spec_)) {
+        CHECK(target.inputs != nullptr, "static activations without statistics of inputs");
+        const auto clip = LearnInputClip(*target.inputs, spec_);
+        if (!clip) {
+          return Error{clip.error().code, stack.parts[0].name + ": " + clip.error().message};
+        }
+        target.clip = *clip;
+      }
+      for (const Part& part : stack.parts) {
+        target.index = report_.matrices.size();
+        targets_[part.name] = target;
+        report_.matrices.push_back({.name = part.name,
+                                    .rows = part.rows,
+                                    .cols = stack.cols,
+                                    .input_alpha = target.clip.alpha});
+      }
+    }
+    return {};
+  }
+
+  Result<QuantizedCheckpoint> Write(const std::filesystem::path& path) {
+    ASSIGN_OR_RETURN(SafetensorsWriter file, SafetensorsWriter::Create(path, Outputs()));
+    for (const CheckpointTensor& tensor : source_.tensors()) {
+      report_.source_bytes += tensor.view.bytes();
+    }
+    int64_t done = 0;
+    for (const CheckpointTensor& tensor : source_.tensors()) {
+      if (options_.progress && !options_.progress(done, report_.source_bytes)) {
+        return Error{ErrorCode::kCancelled, "interrupted"};
+      }
+      Hash(tensor);
+      const std::string matrix = MatrixOf(tensor.name);
+      const auto target = targets_.find(matrix);
+      if (target == targets_.end()) {
+        RETURN_IF_ERROR(file.Write(tensor.name, BytesOf(tensor.view)));
+      } else {
+        const auto written = WriteMatrix(matrix, target->second, tensor.view, &file);
+        if (!written) {
+          const std::string where = source_.directory().string() + ": tensor " + tensor.name + ": ";
+          return Error{written.error().code, where + written.error().message};
+        }
+      }
+      done += tensor.view.bytes();
+    }
+    report_.zeros = zeros_ / static_cast<double>(report_.num_weights);
+    RETURN_IF_ERROR(file.Finish(Metadata()));
+    report_.file_bytes = file.bytes();
+    return std::move(report_);
+  }
+
+ private:
+  // "<name>" of "<name>.weight"; else an empty string.
+  static std::string MatrixOf(const std::string& tensor) {
+    return tensor.ends_with(kSuffix) ? tensor.substr(0, tensor.size() - kSuffix.size()) : "";
+  }
+
+  std::vector<TensorToWrite> Outputs() const {
+    std::vector<TensorToWrite> outputs;
+    for (const CheckpointTensor& tensor : source_.tensors()) {
+      const std::string matrix = MatrixOf(tensor.name);
+      if (!targets_.contains(matrix)) {
+        outputs.push_back({tensor.name, tensor.view.dtype, tensor.view.shape});
+        continue;
+      }
+      const int64_t rows = tensor.view.shape[0], cols = tensor.view.shape[1];
+      outputs.push_back({matrix + ".weight_codes", DType::kU8, {rows, spec_.RowBytes(cols)}});
+      outputs.push_back({matrix + ".weight_scales", DType::kF16, {rows, spec_.Groups(cols)}});
+      if (!HasStaticActivations(spec_)) continue;
+      outputs.push_back({matrix + ".input_clip", DType::kF32, {1}});
+    }
+    return outputs;
+  }
+
+  void Hash(const CheckpointTensor& tensor) {
+    hash_.AddLine(tensor.name);
+    hash_.AddLine(DTypeName(tensor.view.dtype));
+    hash_.AddLine(tensor.view.shape.ToString());
+    hash_.Add(BytesOf(tensor.view));
+  }
+
+  Result<void> WriteMatrix(const std::string& name, const Target& target,
+                           const ConstTensorView& stored, SafetensorsWriter* file) {
+    QuantizedMatrix& matrix = report_.matrices[target.index];
+    std::vector<float> weights(static_cast<size_t>(stored.shape.num_elements()));
+    for (size_t i = 0; i < weights.size(); ++i) {
+      weights[i] = ElementAsFloat(stored, static_cast<int64_t>(i));
+    }
+    ASSIGN_OR_RETURN(
+        const EncodedLowBit encoded,
+        EncodeLowBit({.spec = spec_,
+                      .rows = matrix.rows,
+                      .cols = matrix.cols,
+                      .weights = weights.data(),
+                      .hessian = target.inputs == nullptr ? nullptr : target.inputs->hessian(),
+                      .prune = options_.prune,
+                      .threads = options_.threads}));
+    const auto codes = std::as_bytes(std::span(encoded.codes));
+    const auto scales = std::as_bytes(std::span(encoded.scales));
+    RETURN_IF_ERROR(file->Write(name + ".weight_codes", codes));
+    RETURN_IF_ERROR(file->Write(name + ".weight_scales", scales));
+    if (HasStaticActivations(spec_)) {
+      const std::span<const float> clip(&target.clip.range, 1);
+      RETURN_IF_ERROR(file->Write(name + ".input_clip", std::as_bytes(clip)));
+    }
+    matrix.alpha = encoded.alpha;
+    matrix.zeros = encoded.zeros;
+    matrix.error = encoded.error;
+    report_.num_weights += matrix.rows * matrix.cols;
+    report_.low_bit_bytes += static_cast<int64_t>(codes.size() + scales.size());
+    zeros_ += encoded.zeros * static_cast<double>(matrix.rows * matrix.cols);
+    return {};
+  }
+
+  std::map<std::string, std::string> Metadata() const {
+    return {{"format", "pt"},
+            {"scheme", LowBitSchemeName(spec_.scheme)},
+            {"bits", std::to_string(spec_.bits)},
+            {"group_size", std::to_string(spec_.group_size)},
+            {"activation_bits", std::to_string(spec_.activation_bits)},
+            {"prune", std::to_string(options_.prune)},
+            {"zeros", std::to_string(report_.zeros)},
+            {"source", "fnv1a64:" + hash_.Hex()}};
+  }
+
+  const Checkpoint& source_;
+  const QuantizeOptions& options_;
+  const LowBitSpec spec_;
+  std::map<std::string, Target> targets_;  // by matrix
+  QuantizedCheckpoint report_;
+  double zeros_ = 0;  // weights
+  Fnv1a hash_;
+};
+
+}  // namespace
+
+Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec) {
+  CHECK(spec.valid(), "a spec that is not valid");
+  const ModelConfig& config = source.config();
+  if (config.low_bit) {
+    return InvalidArgument((source.directory() / kConfigFile).string() +
+                           ": quantization_config: the model is quantized already");
+  }
+  RETURN_IF_ERROR(LlamaModel::CheckTensors(source));
+  for (const Stack& stack : LayerStacks(config)) {
+    if (spec.Divides(stack.cols)) continue;
+    const int64_t unit = std::max(kLowBitUnit, spec.group_size);
+    return InvalidArgument(stack.parts[0].name + ": " + std::to_string(stack.cols) +
+                               " inputs are no multiple of " + std::to_string(unit),
+                           "group_size");
+  }
+  return {};
+}
+
+Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,
+                                               const QuantizeOptions& options,
+                                               const std::filesystem::path& directory) {
+  RETURN_IF_ERROR(CheckQuantizable(source, options.spec));
+  ASSIGN_OR_RETURN(const std::string config, ConfigWith(options.spec, source.directory()));
+  Quantizer quantizer(source, options);
+  RETURN_IF_ERROR(quantizer.Prepare());
+  RETURN_IF_ERROR(CopyOthers(source.directory(), directory));
+  RETURN_IF_ERROR(WriteText(directory / kConfigFile, config));
+  return quantizer.Write(directory / kWeightsFile);
+}
+
+}  // namespace innerq

@@ -1,0 +1,74 @@
+// QuantizeCheckpoint: makes a checkpoint with low-bit weights of one with floats.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/low_bit_weight.h"
+#include "kernels/result.h"
+#include "models/checkpoint.h"
+#include "models/input_statistics.h"
+
+namespace innerq {
+
+// How to encode the matrices of a model's layers.
+struct QuantizeOptions {
+  LowBitSpec spec;   // divides the K of all of them
+  double prune = 0;  // as of EncodeLowBitArgs
+  int threads = 1;
+  // Of the layers' inputs; null: none were seen, all count alike. Static activations take them.
+  const InputCollector* inputs = nullptr;
+  // Called as tensors are read; false ends it with the error "cancelled". May be empty.
+  std::function<bool(int64_t bytes_done, int64_t bytes_total)> progress{};
+};
+
+// Activations of so few bits have a clip that is learned; others take each row's own range.
+constexpr bool HasStaticActivations(const LowBitSpec& spec) { return spec.activation_bits < 8; }
+
+struct QuantizedMatrix {
+  std::string name;        // as in "<name>.weight"
+  int64_t rows = 0;        // N
+  int64_t cols = 0;        // K
+  double alpha = 0;        // of weights, before groups were refined
+  double zeros = 0;        // share of weights
+  double error = 0;        // relative, squared, of outputs; of weights without statistics
+  double input_alpha = 0;  // of static activations, else 0
+};
+
+struct QuantizedCheckpoint {
+  std::vector<QuantizedMatrix> matrices;  // in order of layers
+  int64_t num_weights = 0;                // of them all
+  int64_t low_bit_bytes = 0;              // of their codes and scales
+  double zeros = 0;                       // share of `num_weights`
+  int64_t source_bytes = 0;               // of all tensors, as stored
+  int64_t file_bytes = 0;                 // of the new model.safetensors
+};
+
+// Looks for what makes a source unfit, without reading weights. Errors: invalid argument for one
+// that is quantized already, and for sizes that the spec does not divide (param "group_size"); as
+// of LlamaModel::CheckTensors.
+Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec);
+
+// Writes to `directory`, which is there and empty:
+//   config.json        the source's, with
+//                      "quantization_config": {"quant_method": "sigma", "scheme", "bits",
+//                      "group_size", "activation_bits"}
+//   model.safetensors  every "<name>.weight" of a layer's matrix as the tensors of
+//                      Checkpoint::GetLowBit, "<name>.input_clip" for static activations alone; all
+//                      others as stored. "__metadata__": "format" pt, "scheme", "bits",
+//                      "group_size", "activation_bits", "prune" as asked, "zeros" as reached,
+//                      "source" FNV-1a of 64 bits over the source's tensors by name: name, dtype,
+//                      shape (each of these with a newline after it) and data
+//   and copies of the source's other regular files but weights and their indices.
+// One matrix is in memory at a time. What was written stays where it fails. CHECK: the spec is
+// valid, and there are statistics for static activations. Errors: as of CheckQuantizable; invalid
+// argument for weights that are not finite or exceed F16, and as of LearnInputClip; resource
+// exhausted; unavailable, with path and reason, for what cannot be read or written; cancelled.
+Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,
+                                               const QuantizeOptions& options,
+                                               const std::filesystem::path& directory);
+
+}  // namespace innerq

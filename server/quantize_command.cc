@@ -1,0 +1,383 @@
+#include "server/quantize_command.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "engine/evaluate.h"
+#include "engine/model_runner.h"
+#include "engine/page_budget.h"
+#include "models/checkpoint.h"
+#include "models/tokenizer.h"
+#include "models/weight_quantizer.h"
+#include "server/cache_choice.h"
+#include "server/commands.h"
+#include "server/eval_data.h"
+#include "server/model_setup.h"
+#include "server/options.h"
+#include "server/output_directory.h"
+#include "server/progress_bar.h"
+
+namespace innerq {
+namespace {
+
+constexpr int64_t kContext = 2048;   // tokens of a window, unless the model has fewer
+constexpr int64_t kLeastTokens = 2;  // of a window: one to begin with, one to score
+constexpr double kLargestPrune = 0.95;
+
+const char* KnownBits(LowBitScheme scheme) {
+  switch (scheme) {
+    case LowBitScheme::kPow2:
+      return "2, 3 or 4";
+    case LowBitScheme::kApot:
+      return "4";
+    case LowBitScheme::kUniform:
+      return "2, 3, 4 or 8";
+  }
+  return "?";
+}
+
+Result<LowBitSpec> SpecOf(const QuantizeArgs& args) {
+  LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
+  const auto scheme = FindLowBitScheme(args.scheme);
+  if (!scheme) {
+    return InvalidArgument("--scheme: expected pow2, apot or uniform, found " + args.scheme);
+  }
+  spec.scheme = *scheme;
+  spec.bits = args.bits;
+  if (!spec.valid()) {
+    return InvalidArgument(fmt::format("--bits: expected {} for --scheme {}, found {}",
+                                       KnownBits(*scheme), args.scheme, args.bits));
+  }
+  spec.group_size = args.group_size;
+  if (!spec.valid()) {
+    return InvalidArgument(
+        fmt::format("--group-size: expected 32, 64 or 128, or 0 for all inputs of an output, "
+                    "found {}",
+                    args.group_size));
+  }
+  spec.activation_bits = args.activation_bits;
+  if (!spec.valid()) {
+    return InvalidArgument(
+        fmt::format("--activation-bits: expected 3, 4, 8 or 16, found {}", args.activation_bits));
+  }
+  if (HasStaticActivations(spec) && args.calibration.empty()) {
+    return InvalidArgument(
+        fmt::format("--activation-bits {} takes --calibration: its clip is learned from inputs",
+                    args.activation_bits));
+  }
+  return spec;
+}
+
+Result<void> CheckNumbers(const QuantizeArgs& args) {
+  if (!(args.prune >= 0 && args.prune <= kLargestPrune)) {
+    return InvalidArgument(
+        fmt::format("--prune: expected a share in [0, {}], found {}", kLargestPrune, args.prune));
+  }
+  if (args.calibration_tokens < kLeastTokens) {
+    return InvalidArgument(
+        fmt::format("--calibration-tokens: expected 2 or more, found {}", args.calibration_tokens));
+  }
+  if (args.evaluation_tokens < kLeastTokens) {
+    return InvalidArgument(
+        fmt::format("--evaluate-tokens: expected 2 or more, found {}", args.evaluation_tokens));
+  }
+  return {};
+}
+
+// The default configuration on the CPU, with a cache of F16.
+Result<Options> OptionsOf(const QuantizeArgs& args, const ModelConfig& config) {
+  ASSIGN_OR_RETURN(Options options, ParseOptions(R"({"model": {"path": "/"}})", {}));
+  options.model.path = args.model;
+  options.runner.backend.threads = args.threads;
+  return WithLeastCache(std::move(options), config);
+}
+
+// Windows of texts and how many tokens they have.
+struct Windows {
+  std::vector<EvalText> texts;
+  int64_t tokens = 0;
+
+  void Add(EvalText text) {
+    tokens += static_cast<int64_t>(text.tokens.size());
+    texts.push_back(std::move(text));
+  }
+};
+
+// Takes up to `limit` tokens of windows from all over them; the others go to `rest`. The last one
+// that is taken is cut to fit, and what is cut off is lost.
+Windows TakeSpread(const std::vector<EvalText>& windows, int64_t limit,
+                   std::vector<EvalText>* rest) {
+  const size_t count = windows.size();
+  // Multiples of a step by the golden ratio spread well, however many there are.
+  auto step = std::max<size_t>(1, static_cast<size_t>(0.618034 * static_cast<double>(count)));
+  while (std::gcd(step, count) > 1) ++step;
+  Windows taken;
+  for (size_t i = 0; i < count; ++i) {
+    EvalText window = windows[i * step % count];
+    const int64_t room = limit - taken.tokens;
+    if (room < kLeastTokens) {
+      rest->push_back(std::move(window));
+      continue;
+    }
+    window.tokens.resize(std::min(window.tokens.size(), static_cast<size_t>(room)));
+    taken.Add(std::move(window));
+  }
+  return taken;
+}
+
+// What texts there are to run.
+struct Material {
+  Windows calibration;
+  Windows evaluation;
+  std::string evaluated;  // what `evaluation` is, in words
+};
+
+Result<Material> ReadMaterial(const QuantizeArgs& args, const ModelConfig& config) {
+  Material material;
+  if (args.calibration.empty() && args.evaluation.empty()) return material;
+  ASSIGN_OR_RETURN(const auto tokenizer, Tokenizer::Load(args.model));
+  const int64_t context = std::min(kContext, config.max_positions);
+  std::vector<EvalText> rest, unused;
+  if (!args.calibration.empty()) {
+    ASSIGN_OR_RETURN(const auto texts, ReadTexts(args.calibration, 0));
+    material.calibration =
+        TakeSpread(CutIntoWindows(*tokenizer, texts, context, 0), args.calibration_tokens, &rest);
+    if (material.calibration.texts.empty()) {
+      return InvalidArgument("--calibration: the texts give no tokens to run");
+    }
+  }
+  if (!args.evaluation.empty()) {
+    ASSIGN_OR_RETURN(const auto texts, ReadTexts(args.evaluation, 0));
+    material.evaluation =
+        TakeSpread(CutIntoWindows(*tokenizer, texts, context, 0), args.evaluation_tokens, &unused);
+    material.evaluated = "the texts of --evaluate";
+    if (material.evaluation.texts.empty()) {
+      return InvalidArgument("--evaluate: the texts give no tokens to score");
+    }
+  } else if (!rest.empty()) {
+    material.evaluation = TakeSpread(rest, args.evaluation_tokens, &unused);
+    material.evaluated = "calibration texts that calibration did not use";
+  } else {
+    material.evaluation = material.calibration;
+    material.evaluated = "the texts that calibration used";
+  }
+  return material;
+}
+
+// A runner on loaded weights for one sequence of a window, with a cache of F16.
+Result<std::unique_ptr<ModelRunner>> RunnerOn(const ModelRunner& weights,
+                                              const ModelConfig& config) {
+  const int64_t context = std::min(kContext, config.max_positions);
+  CacheChoice cache{"fp16", HalfPrecision()};
+  ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf(cache, config));
+  const PageCounts longest = WorstPeakPages(layout, context, /*exact_prefill=*/false);
+  cache.options.memory_bytes = layout.open_pool_bytes(longest.open);
+  return weights.WithCache(cache.options, {.max_context = context, .max_sequences = 1});
+}
+
+// Runs texts for the sake of what is observed.
+Result<void> RunTexts(ModelRunner& runner, const Windows& windows,
+                      const std::function<bool()>& interrupted) {
+  ProgressBar bar("calibrating");
+  int64_t done = 0;
+  const EvalProgress progress = [&](int64_t more) {
+    bar.Show(done += more, windows.tokens);
+    return !interrupted();
+  };
+  for (EvalText text : windows.texts) {
+    text.first_scored = static_cast<int64_t>(text.tokens.size()) - 1;  // few logits
+    const auto drop = [](int64_t, std::span<const float>) -> Result<void> { return {}; };
+    RETURN_IF_ERROR(ScoreText(runner, text, drop, progress));
+  }
+  return {};
+}
+
+// The model to quantize, as far as it takes part.
+struct FloatModel {
+  std::unique_ptr<InputCollector> inputs;  // null: without calibration, or not needed any more
+  std::unique_ptr<ModelRunner> weights;    // null: there is nothing to run
+};
+
+// Threads that a computation on the CPU takes. Reads no weights.
+Result<int> ThreadsOf(const Options& options, const Checkpoint& source) {
+  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(source, options.runner));
+  return plan.backend->threads();
+}
+
+// How long work may go on, and how wide.
+struct Limits {
+  int threads = 1;
+  const std::function<bool()>& interrupted;
+};
+
+// Fills `model`, which must outlive its weights' last step.
+Result<void> LoadAndCalibrate(Options options, const std::shared_ptr<const Checkpoint>& source,
+                              const Material& material, const Limits& limits, FloatModel* model) {
+  if (material.evaluation.texts.empty()) return {};
+  const bool calibrates = !material.calibration.texts.empty();
+  if (calibrates) {
+    ASSIGN_OR_RETURN(model->inputs, InputCollector::Create(source->config(), limits.threads));
+    options.runner.observe = [model](std::span<const std::string> matrices, ConstTensorView x) {
+      if (model->inputs) model->inputs->Add(matrices, x);
+    };
+  }
+  ASSIGN_OR_RETURN(model->weights, LoadWeights(options, source, limits.interrupted));
+  if (!calibrates) return {};
+  ASSIGN_OR_RETURN(const auto runner, RunnerOn(*model->weights, source->config()));
+  RETURN_IF_ERROR(RunTexts(*runner, material.calibration, limits.interrupted));
+  return model->inputs->Check();
+}
+
+Result<QuantizedCheckpoint> Encode(const Checkpoint& source, QuantizeOptions options,
+                                   const std::filesystem::path& directory,
+                                   const std::function<bool()>& interrupted) {
+  ProgressBar bar("quantizing");
+  options.progress = [&](int64_t done, int64_t total) {
+    bar.Show(done, total);
+    return !interrupted();
+  };
+  return QuantizeCheckpoint(source, options, directory);
+}
+
+// The last part of a matrix's name: "q_proj".
+std::string KindOf(const QuantizedMatrix& matrix) {
+  return matrix.name.substr(matrix.name.rfind('.') + 1);
+}
+
+// The matrices of a kind, in all layers.
+std::string TableRow(const std::string& kind, const QuantizedCheckpoint& result) {
+  double count = 0, alpha = 0, zeros = 0, error = 0, worst = -1, input_alpha = 0;
+  std::string worst_name;
+  for (const QuantizedMatrix& matrix : result.matrices) {
+    if (KindOf(matrix) != kind) continue;
+    count += 1;
+    alpha += matrix.alpha;
+    zeros += matrix.zeros;
+    error += matrix.error;
+    input_alpha += matrix.input_alpha;
+    if (matrix.error > worst) {
+      worst = matrix.error;
+      worst_name = matrix.name;
+    }
+  }
+  return fmt::format("| {:<9} | {:8.0f} | {:6.3f} | {:>6} | {:5.1f} % | {:8.5f} | {:8.5f}, {} |\n",
+                     kind, count, alpha / count,
+                     input_alpha > 0 ? fmt::format("{:.3f}", input_alpha / count) : "",
+                     100 * zeros / count, error / count, worst, worst_name);
+}
+
+void PrintMatrices(const QuantizedCheckpoint& result, const Windows& calibration) {
+  const bool calibrated = !calibration.texts.empty();
+  if (calibrated) {
+    fmt::print("calibrated on {} tokens in {} windows\n", calibration.tokens,
+               calibration.texts.size());
+  }
+  fmt::print(
+      "means over layers; alpha: the clip in standard deviations, of weights and of static "
+      "inputs; error: squared, relative, of {}\n\n",
+      calibrated ? "the outputs" : "the weights");
+  fmt::print("| matrix    | matrices |  alpha | inputs |   zeros |    error | largest |\n");
+  fmt::print("|-----------|---------:|-------:|-------:|--------:|---------:|---------|\n");
+  std::vector<std::string> kinds;
+  for (const QuantizedMatrix& matrix : result.matrices) {
+    const std::string kind = KindOf(matrix);
+    if (std::find(kinds.begin(), kinds.end(), kind) != kinds.end()) continue;
+    kinds.push_back(kind);
+    fmt::print("{}", TableRow(kind, result));
+  }
+  fmt::print(
+      "\n{} weights in {:.3f} bits each, scales included; {:.1f} % are zero; {} bytes of "
+      "tensors became a model.safetensors of {} bytes\n",
+      result.num_weights,
+      8 * static_cast<double>(result.low_bit_bytes) / static_cast<double>(result.num_weights),
+      100 * result.zeros, result.source_bytes, result.file_bytes);
+}
+
+// Scores texts by both models and prints a table.
+Result<void> Measure(const QuantizeArgs& args, const Options& options, const Material& material,
+                     const ModelRunner& float_weights, const std::function<bool()>& interrupted) {
+  ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(args.output));
+  const ModelConfig config = checkpoint->config();
+  ASSIGN_OR_RETURN(const auto low_bit_weights,
+                   LoadWeights(options, std::move(checkpoint), interrupted));
+  std::vector<std::unique_ptr<ModelRunner>> runners;
+  const ModelRunner* const both[] = {&float_weights, low_bit_weights.get()};
+  for (const ModelRunner* weights : both) {
+    ASSIGN_OR_RETURN(auto runner, RunnerOn(*weights, config));
+    runners.push_back(std::move(runner));
+  }
+  ProgressBar bar("measuring");
+  int64_t done = 0;
+  const int64_t total = 2 * material.evaluation.tokens;
+  const EvalProgress progress = [&](int64_t more) {
+    bar.Show(done += more, total);
+    return !interrupted();
+  };
+  ASSIGN_OR_RETURN(const auto scores,
+                   ScoreTexts(runners, material.evaluation.texts, /*compare=*/true, progress));
+  const auto all = [](const TokenScore&) { return true; };
+  const ScoreSummary before = Summarize(scores[0].tokens, all);
+  const ScoreSummary after = Summarize(scores[1].tokens, all);
+  fmt::print(
+      "\n{} tokens of {}, in {} windows of up to {}; caches of F16, {}; KL divergence from the "
+      "float model, nats\n\n",
+      after.tokens, material.evaluated, material.evaluation.texts.size(),
+      std::min(kContext, config.max_positions), runners[0]->report().backend);
+  fmt::print("| weights   | perplexity | KL, mean            | 99th pct | top-1   |\n");
+  fmt::print("|-----------|-----------:|--------------------:|---------:|--------:|\n");
+  fmt::print("| float     | {:10.3f} | {:>19} | {:>8} | {:>7} |\n", before.perplexity, "0", "0",
+             "100.0 %");
+  fmt::print("| {:<9} | {:10.3f} | {:>19} | {:8.3g} | {:5.1f} % |\n",
+             fmt::format("{} {}", args.scheme, args.bits), after.perplexity,
+             fmt::format("{:.3g} +- {:.1g}", after.kl_mean, after.kl_error), after.kl_p99,
+             100 * after.top1_agreement);
+  return {};
+}
+
+}  // namespace
+
+Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupted) {
+  ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args));
+  RETURN_IF_ERROR(CheckNumbers(args));
+  ASSIGN_OR_RETURN(const auto source, Checkpoint::Open(args.model));
+  const ModelConfig& config = source->config();
+  if (Result<void> possible = CheckQuantizable(*source, spec); !possible) {
+    if (possible.error().param != "group_size") return possible;
+    return InvalidArgument(
+        fmt::format("--group-size {}: {}", args.group_size, possible.error().message));
+  }
+  ASSIGN_OR_RETURN(Material material, ReadMaterial(args, config));
+  ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));
+
+  ASSIGN_OR_RETURN(Options options, OptionsOf(args, config));
+  ASSIGN_OR_RETURN(const int threads, ThreadsOf(options, *source));
+  FloatModel model;
+  RETURN_IF_ERROR(LoadAndCalibrate(options, source, material, {threads, interrupted}, &model));
+  ASSIGN_OR_RETURN(
+      const QuantizedCheckpoint result,
+      Encode(*source,
+             {.spec = spec, .prune = args.prune, .threads = threads, .inputs = model.inputs.get()},
+             output.path(), interrupted));
+  RETURN_IF_ERROR(output.Commit());
+  PrintMatrices(result, material.calibration);
+  model.inputs.reset();
+  if (model.weights == nullptr) return {};
+  if (Result<void> measured = Measure(args, options, material, *model.weights, interrupted);
+      !measured) {
+    Error error = measured.error();
+    error.message = args.output.string() + " is complete, but was not measured: " + error.message;
+    return error;
+  }
+  return {};
+}
+
+int QuantizeCommand(const QuantizeArgs& args) {
+  return RunUntilSignal(
+      [&](std::function<bool()> interrupted) { return Quantize(args, std::move(interrupted)); });
+}
+
+}  // namespace innerq

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Tests `innerq quantize` from outside: options, exit codes, signals, a full disk, what it writes.
+
+Usage: test_quantize.py BINARY CONFIG
+What becomes of the weights is tested in tests/models/weight_quantizer_test.cc and
+tests/server/quantize_test.cc. Standard library only.
+"""
+
+import json
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from server_process import run_tests
+
+BINARY, CONFIG = sys.argv[1:3]
+DEMO = pathlib.Path(CONFIG).resolve().parent.parent / "models" / "demo"
+RECALL = DEMO / "eval" / "recall.jsonl"
+
+
+def command(out, *arguments):
+    return [BINARY, "quantize", "--threads", "1", *map(str, (DEMO, out, *arguments))]
+
+
+def run(out, *arguments, **keywords):
+    return subprocess.run(command(out, *arguments), capture_output=True, text=True, timeout=250,
+                          check=False, **keywords)
+
+
+def test_what_it_makes_is_inspected_and_answers():
+    with tempfile.TemporaryDirectory() as name:
+        out = pathlib.Path(name) / "out"
+        done = run(out, "--scheme", "uniform", "--bits", 8, "--group-size", 128)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert "3932160 weights in 8.125 bits each" in done.stdout, done.stdout
+        assert {path.name for path in pathlib.Path(name).iterdir()} == {"out"}
+        config = json.loads((out / "config.json").read_text())
+        assert config.pop("quantization_config") == {
+            "quant_method": "sigma", "scheme": "uniform", "bits": 8, "group_size": 128,
+            "activation_bits": 16}
+        assert config == json.loads((DEMO / "config.json").read_text())
+        for file in ("LICENSE", "tokenizer.model", "tokenizer_config.json",
+                     "generation_config.json"):
+            assert (out / file).read_bytes() == (DEMO / file).read_bytes()
+        inspected = subprocess.run([BINARY, "inspect", out], capture_output=True, text=True,
+                                   timeout=60, check=False)
+        assert inspected.returncode == 0, inspected.stderr
+        answers = [subprocess.run([BINARY, "generate", "-c", CONFIG, "--set", f"model.path={path}",
+                                   "-p", "Question: Tom has 12 coins. Tom buys 5 more. How many "
+                                   "coins does Tom have now?\nAnswer:", "-n", "60"],
+                                  capture_output=True, text=True, timeout=60, check=False)
+                   for path in (DEMO, out)]
+        assert "#### 17" in answers[0].stdout, answers[0]
+        assert "#### 17" in answers[1].stdout, answers[1]
+        again = run(out)
+        assert again.returncode == 2 and "is there already" in again.stderr, again.stderr
+        twice = subprocess.run([BINARY, "quantize", out, out / "again"], capture_output=True,
+                               text=True, timeout=60, check=False)
+        assert twice.returncode == 2 and "quantized already" in twice.stderr, twice.stderr
+
+
+def test_wrong_usage_is_exit_code_2():
+    with tempfile.TemporaryDirectory() as name:
+        for word, options in (
+                ("--scheme", ["--scheme", "log"]),
+                ("--bits", ["--bits", 5]),
+                ("--bits", ["--bits", 8]),
+                ("--bits", ["--scheme", "apot", "--bits", 3]),
+                ("--group-size", ["--group-size", 16]),
+                ("--activation-bits", ["--activation-bits", 2]),
+                ("its clip is learned from inputs", ["--activation-bits", 4]),
+                ("--prune", ["--prune", 0.96]),
+                ("--prune", ["--prune", "nan"]),
+                ("--calibration-tokens", ["--calibration-tokens", 0]),
+                ("--threads", ["--threads", -1]),
+                ("none.txt", ["--calibration", "none.txt"]),
+                ("none.txt", ["--evaluate", "none.txt"])):
+            done = run(pathlib.Path(name) / "out", *options)
+            assert done.returncode == 2 and word in done.stderr, (options, done.stderr)
+            assert done.stdout == "" and not list(pathlib.Path(name).iterdir())
+    assert subprocess.run([BINARY, "quantize", DEMO], capture_output=True,
+                          check=False).returncode == 2
+
+
+def test_a_full_disk_is_exit_code_1_and_leaves_nothing():
+    def limit_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    with tempfile.TemporaryDirectory() as name:
+        done = run(pathlib.Path(name) / "out", preexec_fn=limit_files)
+        assert done.returncode == 1, (done.returncode, done.stderr)
+        assert "model.safetensors: File too large" in done.stderr, done.stderr
+        assert done.stdout == "" and not list(pathlib.Path(name).iterdir())
+
+
+def test_a_signal_ends_it_and_leaves_nothing():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with tempfile.TemporaryDirectory() as name:
+            parent = pathlib.Path(name)
+            process = subprocess.Popen(
+                command(parent / "out", "--calibration", RECALL, "--calibration-tokens", 1 << 20),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while not list(parent.iterdir()):  # under another name, before the work begins
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            time.sleep(0.5)
+            process.send_signal(number)
+            stdout, stderr = process.communicate(timeout=60)
+            assert process.returncode == 128 + number, (process.returncode, stderr)
+            assert stdout == "" and stderr == "innerq: interrupted\n", (stdout, stderr)
+            assert not list(parent.iterdir())
+
+
+if __name__ == "__main__":
+    sys.exit(run_tests(globals()))

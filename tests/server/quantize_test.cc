@@ -1,0 +1,222 @@
+// `innerq quantize` on the demo model, small.
+#include "server/quantize_command.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <regex>
+
+#include "server/output_directory.h"
+#include "tests/models/test_files.h"
+
+namespace innerq {
+namespace {
+
+std::filesystem::path Demo() { return std::filesystem::path(INNERQ_SOURCE_DIR) / "models/demo"; }
+std::filesystem::path Recall() { return Demo() / "eval/recall.jsonl"; }
+
+#if defined(INNERQ_SANITIZED)
+constexpr int64_t kTokens = 64;
+#else
+constexpr int64_t kTokens = 1024;
+#endif
+
+// What was printed about the models.
+struct Measured {
+  double perplexity_before = 0, perplexity = 0;
+  double kl = 0;
+  std::string text;
+};
+
+class QuantizeTest : public testing::Test {
+ protected:
+  QuantizeArgs Args(const std::string& name = "out") const {
+    QuantizeArgs args;
+    args.model = Demo();
+    args.output = directory_.path() / name;
+    args.calibration_tokens = args.evaluation_tokens = kTokens;
+    args.threads = 1;
+    return args;
+  }
+
+  // Runs what succeeds.
+  static Measured Run(const QuantizeArgs& args) {
+    testing::internal::CaptureStdout();
+    testing::internal::CaptureStderr();  // may warn of what this machine cannot multiply
+    const Result<void> done = Quantize(args, [] { return false; });
+    testing::internal::GetCapturedStderr();
+    Measured measured;
+    measured.text = testing::internal::GetCapturedStdout();
+    EXPECT_TRUE(done.ok()) << (done.ok() ? "" : done.error().message);
+    std::smatch row;
+    if (std::regex_search(measured.text, row, std::regex(R"(\| float +\| +([0-9.]+) \|)"))) {
+      measured.perplexity_before = std::stod(row[1]);
+    }
+    const std::regex after("\\| " + args.scheme + " " + std::to_string(args.bits) +
+                           R"( +\| +([0-9.]+) \| +([-+0-9.e]+) \+- )");
+    if (std::regex_search(measured.text, row, after)) {
+      measured.perplexity = std::stod(row[1]);
+      measured.kl = std::stod(row[2]);
+    }
+    return measured;
+  }
+
+  Error Refusal(const QuantizeArgs& args) const {
+    testing::internal::CaptureStdout();
+    const Result<void> done = Quantize(args, [] { return false; });
+    EXPECT_EQ(testing::internal::GetCapturedStdout(), "");
+    EXPECT_FALSE(done.ok());
+    EXPECT_TRUE(std::filesystem::is_empty(directory_.path())) << "nothing is left behind";
+    return done.ok() ? Error{} : done.error();
+  }
+
+  TemporaryDirectory directory_;
+};
+
+// What weights are worth is not a question for sanitizers, under which it takes minutes.
+#if defined(INNERQ_SANITIZED)
+#define SKIP_WHERE_SLOW() GTEST_SKIP() << "slow under a sanitizer"
+#else
+#define SKIP_WHERE_SLOW()
+#endif
+
+TEST_F(QuantizeTest, EightBitsAreNearlyLosslessAndFewerAreWorse) {
+  SKIP_WHERE_SLOW();
+  QuantizeArgs args = Args("uniform8");
+  args.evaluation = {Recall()};
+  args.scheme = "uniform";
+  args.bits = 8;
+  const Measured eight = Run(args);
+  EXPECT_LT(eight.kl, 0.01) << eight.text;
+  EXPECT_GT(eight.kl, 0) << eight.text;
+  EXPECT_NEAR(eight.perplexity / eight.perplexity_before, 1, 0.02) << eight.text;
+  EXPECT_NE(eight.text.find("error: squared, relative, of the weights"), std::string::npos);
+  EXPECT_NE(eight.text.find("3932160 weights in 8.250 bits each"), std::string::npos) << eight.text;
+  EXPECT_NE(eight.text.find("the texts of --evaluate, in"), std::string::npos);
+  args.output = directory_.path() / "uniform4";
+  args.bits = 4;
+  const Measured four = Run(args);
+  args.output = directory_.path() / "uniform3";
+  args.bits = 3;
+  const Measured three = Run(args);
+  EXPECT_LT(eight.kl, four.kl);
+  EXPECT_LT(four.kl, three.kl);
+  const std::regex row(R"(\| down_proj +\| +5 \| +[0-9.]+ \| +\| +[0-9.]+ % \| +([0-9.]+) \|)");
+  std::smatch of_four, of_three;
+  ASSERT_TRUE(std::regex_search(four.text, of_four, row)) << four.text;
+  ASSERT_TRUE(std::regex_search(three.text, of_three, row)) << three.text;
+  EXPECT_LT(std::stod(of_four[1]), std::stod(of_three[1]));
+}
+
+TEST_F(QuantizeTest, CalibratesAndMeasuresOnWhatIsLeft) {
+  SKIP_WHERE_SLOW();
+  QuantizeArgs args = Args("pow2-4");
+  args.calibration = {Recall()};
+  const Measured four = Run(args);
+  EXPECT_NE(four.text.find("calibrated on " + std::to_string(kTokens) + " tokens in 1 windows"),
+            std::string::npos)
+      << four.text;
+  EXPECT_NE(four.text.find("error: squared, relative, of the outputs"), std::string::npos);
+  EXPECT_NE(four.text.find("calibration texts that calibration did not use"), std::string::npos);
+  EXPECT_NE(four.text.find("3932160 weights in 4.250 bits each"), std::string::npos) << four.text;
+  args.output = directory_.path() / "pow2-3";
+  args.bits = 3;
+  const Measured three = Run(args);
+  EXPECT_GT(four.kl, 0);
+  EXPECT_LT(four.kl, three.kl) << four.text << three.text;
+}
+
+TEST_F(QuantizeTest, StaticActivationsAreClippedAndWeightsPruned) {
+  QuantizeArgs args = Args();
+  const std::filesystem::path text = directory_.path() / "text.txt";
+  WriteAll(text, "The code of the red lantern is 4821.");
+  args.calibration = {text};
+  args.activation_bits = 3;
+  args.prune = 0.4;
+  std::filesystem::create_directory(args.output);  // empty: may be there
+  const Measured measured = Run(args);
+  EXPECT_NE(measured.text.find("the texts that calibration used"), std::string::npos);
+  const std::regex row(R"(\| q_proj +\| +5 \| +[0-9.]+ \| +([0-9.]+) \| +([0-9.]+) % \|)");
+  std::smatch found;
+  ASSERT_TRUE(std::regex_search(measured.text, found, row)) << measured.text;
+  EXPECT_GT(std::stod(found[1]), 1);
+  EXPECT_NEAR(std::stod(found[2]), 40, 3);
+  EXPECT_NE(ReadAll(args.output / "model.safetensors").find("input_clip"), std::string::npos);
+}
+
+TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
+  const auto refuses = [this](const std::function<void(QuantizeArgs&)>& change,
+                              const std::string& part) {
+    QuantizeArgs args = Args();
+    change(args);
+    const std::string message = Refusal(args).message;
+    EXPECT_NE(message.find(part), std::string::npos) << message;
+  };
+  refuses([](auto& args) { args.scheme = "round"; }, "--scheme: expected pow2, apot or uniform");
+  refuses([](auto& args) { args.bits = 8; },
+          "--bits: expected 2, 3 or 4 for --scheme pow2, found 8");
+  refuses([](auto& args) { args.group_size = 48; }, "--group-size: expected 32, 64 or 128");
+  refuses([](auto& args) { args.activation_bits = 5; },
+          "--activation-bits: expected 3, 4, 8 or 16");
+  refuses([](auto& args) { args.activation_bits = 3; },
+          "--activation-bits 3 takes --calibration: its clip is learned from inputs");
+  refuses([](auto& args) { args.prune = 0.96; }, "--prune: expected a share in [0, 0.95]");
+  refuses([](auto& args) { args.prune = std::nan(""); }, "--prune: ");
+  refuses([](auto& args) { args.calibration_tokens = 1; }, "--calibration-tokens: ");
+  refuses([](auto& args) { args.evaluation_tokens = 0; }, "--evaluate-tokens: ");
+  refuses([](auto& args) { args.calibration = {"/nonexistent.txt"}; }, "/nonexistent.txt");
+  refuses([](auto& args) { args.model = "/nonexistent"; }, "/nonexistent");
+  refuses([](auto& args) { args.output = "/nonexistent/a"; }, "cannot create /nonexistent/a");
+  refuses([](auto& args) { args.output = ""; }, "OUT_DIR: expected a directory");
+  refuses([](auto& args) { args.output = Demo(); },
+          "is there already; expected an empty directory");
+  refuses(
+      [](auto& args) {
+        args.model = TinyLlamaDirectory();
+        args.group_size = 128;
+      },
+      "--group-size 128: model.layers.0.self_attn.q_proj: 64 inputs are no multiple of 128");
+}
+
+TEST_F(QuantizeTest, AnInterruptedRunLeavesNothing) {
+  QuantizeArgs args = Args();
+  for (const bool calibrates : {false, true}) {
+    if (calibrates) args.calibration = {Recall()};
+    int asked = 0;
+    // Late enough that the file has been begun.
+    const Result<void> stopped = Quantize(args, [&asked] { return ++asked > 8; });
+    ASSERT_FALSE(stopped.ok());
+    EXPECT_EQ(stopped.error().code, ErrorCode::kCancelled);
+    EXPECT_TRUE(std::filesystem::is_empty(directory_.path()));
+  }
+}
+
+TEST(OutputDirectory, AppearsAtTheEndAndReplacesOnlyAnEmptyOne) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path path = directory.path() / "out";
+  {
+    const auto dropped = OutputDirectory::Create(path, "OUT");
+    ASSERT_TRUE(dropped.ok());
+    WriteAll(dropped->path() / "a", "a");
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
+  auto first = OutputDirectory::Create(path / "", "OUT");
+  auto second = OutputDirectory::Create(path, "OUT");
+  ASSERT_TRUE(first.ok() && second.ok());
+  EXPECT_NE(first->path(), second->path());
+  WriteAll(first->path() / "a", "a");
+  EXPECT_FALSE(std::filesystem::exists(path));
+  ASSERT_TRUE(first->Commit().ok());
+  EXPECT_EQ(ReadAll(path / "a"), "a");
+  const Result<void> taken = second->Commit();
+  ASSERT_FALSE(taken.ok());
+  EXPECT_EQ(taken.error().message, "cannot create " + path.string() + ": Directory not empty");
+  const auto third = OutputDirectory::Create(path, "OUT");
+  ASSERT_FALSE(third.ok());
+  EXPECT_EQ(third.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_FALSE(OutputDirectory::Create(path / "a", "OUT").ok()) << "a file";
+}
+
+}  // namespace
+}  // namespace innerq
