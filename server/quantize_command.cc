@@ -220,7 +220,12 @@ Result<void> LoadAndCalibrate(Options options, const std::shared_ptr<const Check
   if (material.evaluation.texts.empty()) return {};
   const bool calibrates = !material.calibration.texts.empty();
   if (calibrates) {
-    ASSIGN_OR_RETURN(model->inputs, InputCollector::Create(source->config(), limits.threads));
+    auto inputs = InputCollector::Create(source->config(), limits.threads);
+    if (!inputs) {
+      return Error{inputs.error().code, "--calibration: " + inputs.error().message +
+                                            "; do without, or use a machine with more memory"};
+    }
+    model->inputs = std::move(inputs).value();
     options.runner.observe = [model](std::span<const std::string> matrices, ConstTensorView x) {
       if (model->inputs) model->inputs->Add(matrices, x);
     };

@@ -62,6 +62,14 @@ class QuantizeTest : public testing::Test {
     return measured;
   }
 
+  // The mean error of all down_proj, as printed.
+  static double DownError(const Measured& measured) {
+    const std::regex row(R"(\| down_proj +\| +5 \| +[0-9.]+ \| +\| +[0-9.]+ % \| +([0-9.]+) \|)");
+    std::smatch found;
+    EXPECT_TRUE(std::regex_search(measured.text, found, row)) << measured.text;
+    return found.empty() ? 0 : std::stod(found[1]);
+  }
+
   Error Refusal(const QuantizeArgs& args) const {
     testing::internal::CaptureStdout();
     const Result<void> done = Quantize(args, [] { return false; });
@@ -102,11 +110,16 @@ TEST_F(QuantizeTest, EightBitsAreNearlyLosslessAndFewerAreWorse) {
   const Measured three = Run(args);
   EXPECT_LT(eight.kl, four.kl);
   EXPECT_LT(four.kl, three.kl);
-  const std::regex row(R"(\| down_proj +\| +5 \| +[0-9.]+ \| +\| +[0-9.]+ % \| +([0-9.]+) \|)");
-  std::smatch of_four, of_three;
-  ASSERT_TRUE(std::regex_search(four.text, of_four, row)) << four.text;
-  ASSERT_TRUE(std::regex_search(three.text, of_three, row)) << three.text;
-  EXPECT_LT(std::stod(of_four[1]), std::stod(of_three[1]));
+  EXPECT_LT(DownError(four), DownError(three));
+  args.scheme = "pow2";
+  args.evaluation = {};
+  args.output = directory_.path() / "pow2-3";
+  const Measured pow2_three = Run(args);
+  args.output = directory_.path() / "pow2-4";
+  args.bits = 4;
+  const Measured pow2_four = Run(args);
+  EXPECT_LT(DownError(pow2_four), DownError(pow2_three));
+  EXPECT_EQ(pow2_four.perplexity, 0) << "there was nothing to measure on";
 }
 
 TEST_F(QuantizeTest, CalibratesAndMeasuresOnWhatIsLeft) {
@@ -120,11 +133,8 @@ TEST_F(QuantizeTest, CalibratesAndMeasuresOnWhatIsLeft) {
   EXPECT_NE(four.text.find("error: squared, relative, of the outputs"), std::string::npos);
   EXPECT_NE(four.text.find("calibration texts that calibration did not use"), std::string::npos);
   EXPECT_NE(four.text.find("3932160 weights in 4.250 bits each"), std::string::npos) << four.text;
-  args.output = directory_.path() / "pow2-3";
-  args.bits = 3;
-  const Measured three = Run(args);
-  EXPECT_GT(four.kl, 0);
-  EXPECT_LT(four.kl, three.kl) << four.text << three.text;
+  EXPECT_GT(four.kl, 0) << four.text;
+  EXPECT_LT(four.kl, 0.1) << four.text;
 }
 
 TEST_F(QuantizeTest, StaticActivationsAreClippedAndWeightsPruned) {
