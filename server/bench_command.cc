@@ -96,6 +96,18 @@ Result<std::vector<BenchLoad>> MakeLoads(const BenchArgs& args, const EngineOpti
   return loads;
 }
 
+// How random weights of a shape are coded.
+Result<LowBitSpec> RandomCodes(const LowBitArgs& args, const ModelConfig& model) {
+  ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args));
+  for (const int64_t inputs :
+       {model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size}) {
+    if (spec.Divides(inputs)) continue;
+    return InvalidArgument(
+        fmt::format("--group-size: {} does not divide {} inputs", args.group_size, inputs));
+  }
+  return spec;
+}
+
 Result<BenchPlan> MakePlan(const ConfigSource& source, const BenchArgs& args) {
   BenchPlan plan;
   ASSIGN_OR_RETURN(plan.options, LoadOptions(source.file, source.overrides));
@@ -113,6 +125,9 @@ Result<BenchPlan> MakePlan(const ConfigSource& source, const BenchArgs& args) {
         fmt::format("--layers: {} has {}, not {}", args.shape, plan.layers_of_model, args.layers));
   }
   if (args.layers > 0) plan.model.num_layers = args.layers;
+  if (!args.weights.scheme.empty()) {
+    ASSIGN_OR_RETURN(plan.model.low_bit, RandomCodes(args.weights, plan.model));
+  }
   const ModelRunnerOptions& runner = plan.options.runner;
   ASSIGN_OR_RETURN(plan.loads, MakeLoads(args, runner.engine, plan.model));
   int64_t most_bytes = 0;
@@ -194,17 +209,18 @@ Result<Measured> Measure(const BenchPlan& plan, int64_t num_runs,
 std::string WeightsOf(const BenchPlan& plan, const Measured& measured) {
   const auto& dtype = plan.options.runner.dtype;
   const char* format = WeightFormatName(dtype.value_or(WeightFormat::kBF16));
-  if (plan.checkpoint == nullptr) return fmt::format("random {}", format);
+  const bool random = plan.checkpoint == nullptr;
+  const char* prefix = random ? "random " : "";
   switch (measured.model.low_bit) {
     case LowBitUse::kNone:
       break;
     case LowBitUse::kMultiplied:
-      return fmt::format("{} {}-bit", LowBitSchemeName(plan.model.low_bit->scheme),
+      return fmt::format("{}{} {}-bit", prefix, LowBitSchemeName(plan.model.low_bit->scheme),
                          plan.model.low_bit->bits);
     case LowBitUse::kDecoded:
-      return fmt::format("{} decoded", format);
+      return fmt::format("{}{} decoded", prefix, format);
   }
-  return dtype ? format : "stored";
+  return random || dtype ? fmt::format("{}{}", prefix, format) : "stored";
 }
 
 std::string Scope(const BenchPlan& plan, const BenchArgs& args, const Measured& measured,

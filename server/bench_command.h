@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "server/commands.h"
+#include "server/low_bit_args.h"
 
 namespace innerq {
 
@@ -16,6 +17,7 @@ struct BenchArgs {
   std::vector<std::string> caches;  // see ReadCacheChoices
   std::string shape;                // with random weights; empty: the configuration's model
   int64_t layers = 0;               // of the shape; 0: all
+  LowBitArgs weights;               // of the shape's layers; without a scheme: floats
   std::vector<int64_t> batches = {1};
   std::vector<int64_t> depths = {0};  // tokens of each sequence that are cached before its prompt
   int64_t prompt = 512;               // tokens

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -146,6 +147,30 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
   return eval;
 }
 
+// How weights are coded. Without a default for the scheme the others need it.
+void AddLowBitOptions(CLI::App* command, innerq::LowBitArgs* args) {
+  CLI::Option* const scheme =
+      command
+          ->add_option("--scheme", args->scheme,
+                       "Levels of weights: powers of two (pow2), sums of two of them (apot), or "
+                       "evenly spaced (uniform)")
+          ->check(CLI::IsMember({"pow2", "apot", "uniform"}))
+          ->capture_default_str();
+  const auto add = [&](const char* name, auto& value, const char* what,
+                       const std::set<int>& known) {
+    CLI::Option* const option =
+        command->add_option(name, value, what)->check(CLI::IsMember(known))->capture_default_str();
+    if (args->scheme.empty()) option->needs(scheme);
+  };
+  add("--bits", args->bits, "Of a weight: 2, 3, 4; apot 4 alone, uniform also 8", {2, 3, 4, 8});
+  add("--group-size", args->group_size,
+      "Weights of an output that share a scale: 32, 64, 128; 0: all", {0, 32, 64, 128});
+  add("--activation-bits", args->activation_bits,
+      "Of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned from "
+      "calibration",
+      {3, 4, 8, 16});
+}
+
 CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArgs* args) {
   CLI::App* const bench =
       app->add_subcommand("bench", "Measure how fast a model and its caches are");
@@ -164,6 +189,8 @@ CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArg
   bench->add_option("--layers", args->layers, "Layers of the shape; default: all")
       ->check(CLI::Range(1, 1000))
       ->needs(shape);
+  AddLowBitOptions(bench, &args->weights);
+  bench->get_option("--scheme")->needs(shape);
   bench->add_option("--batch", args->batches, "Sequences at once")
       ->delimiter(',')
       ->check(CLI::Range(1, 65536))
@@ -197,27 +224,7 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
       ->add_option("OUT_DIR", args->output,
                    "The new model's directory, which must not exist, or be empty")
       ->required();
-  quantize
-      ->add_option("--scheme", args->scheme,
-                   "Levels of weights: powers of two (pow2), sums of two of them (apot), or evenly "
-                   "spaced (uniform)")
-      ->check(CLI::IsMember({"pow2", "apot", "uniform"}))
-      ->capture_default_str();
-  quantize->add_option("--bits", args->bits, "Of a weight: 2, 3, 4; apot 4 alone, uniform also 8")
-      ->check(CLI::IsMember({2, 3, 4, 8}))
-      ->capture_default_str();
-  quantize
-      ->add_option("--group-size", args->group_size,
-                   "Weights of an output that share a scale: 32, 64, 128; 0: all")
-      ->check(CLI::IsMember({0, 32, 64, 128}))
-      ->capture_default_str();
-  quantize
-      ->add_option(
-          "--activation-bits", args->activation_bits,
-          "Of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned "
-          "from --calibration")
-      ->check(CLI::IsMember({3, 4, 8, 16}))
-      ->capture_default_str();
+  AddLowBitOptions(quantize, &args->weights);
   quantize->add_option("--prune", args->prune, "Share of weights to make zero, the smallest")
       ->check(CLI::Range(0.0, 0.95))
       ->capture_default_str();

@@ -28,51 +28,12 @@ constexpr int64_t kContext = 2048;   // tokens of a window, unless the model has
 constexpr int64_t kLeastTokens = 2;  // of a window: one to begin with, one to score
 constexpr double kLargestPrune = 0.95;
 
-const char* KnownBits(LowBitScheme scheme) {
-  switch (scheme) {
-    case LowBitScheme::kPow2:
-      return "2, 3 or 4";
-    case LowBitScheme::kApot:
-      return "4";
-    case LowBitScheme::kUniform:
-      return "2, 3, 4 or 8";
-  }
-  return "?";
-}
-
-Result<LowBitSpec> SpecOf(const QuantizeArgs& args) {
-  LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
-  const auto scheme = FindLowBitScheme(args.scheme);
-  if (!scheme) {
-    return InvalidArgument("--scheme: expected pow2, apot or uniform, found " + args.scheme);
-  }
-  spec.scheme = *scheme;
-  spec.bits = args.bits;
-  if (!spec.valid()) {
-    return InvalidArgument(fmt::format("--bits: expected {} for --scheme {}, found {}",
-                                       KnownBits(*scheme), args.scheme, args.bits));
-  }
-  spec.group_size = args.group_size;
-  if (!spec.valid()) {
-    return InvalidArgument(
-        fmt::format("--group-size: expected 32, 64 or 128, or 0 for all inputs of an output, "
-                    "found {}",
-                    args.group_size));
-  }
-  spec.activation_bits = args.activation_bits;
-  if (!spec.valid()) {
-    return InvalidArgument(
-        fmt::format("--activation-bits: expected 3, 4, 8 or 16, found {}", args.activation_bits));
-  }
+Result<void> CheckNumbers(const QuantizeArgs& args, const LowBitSpec& spec) {
   if (HasStaticActivations(spec) && args.calibration.empty()) {
     return InvalidArgument(
         fmt::format("--activation-bits {} takes --calibration: its clip is learned from inputs",
-                    args.activation_bits));
+                    spec.activation_bits));
   }
-  return spec;
-}
-
-Result<void> CheckNumbers(const QuantizeArgs& args) {
   if (!(args.prune >= 0 && args.prune <= kLargestPrune)) {
     return InvalidArgument(
         fmt::format("--prune: expected a share in [0, {}], found {}", kLargestPrune, args.prune));
@@ -337,7 +298,7 @@ Result<void> Measure(const QuantizeArgs& args, const Options& options, const Mat
   fmt::print("| float     | {:10.3f} | {:>19} | {:>8} | {:>7} |\n", before.perplexity, "0", "0",
              "100.0 %");
   fmt::print("| {:<9} | {:10.3f} | {:>19} | {:8.3g} | {:5.1f} % |\n",
-             fmt::format("{} {}", args.scheme, args.bits), after.perplexity,
+             fmt::format("{} {}", args.weights.scheme, args.weights.bits), after.perplexity,
              fmt::format("{:.3g} +- {:.1g}", after.kl_mean, after.kl_error), after.kl_p99,
              100 * after.top1_agreement);
   return {};
@@ -346,14 +307,14 @@ Result<void> Measure(const QuantizeArgs& args, const Options& options, const Mat
 }  // namespace
 
 Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupted) {
-  ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args));
-  RETURN_IF_ERROR(CheckNumbers(args));
+  ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args.weights));
+  RETURN_IF_ERROR(CheckNumbers(args, spec));
   ASSIGN_OR_RETURN(const auto source, Checkpoint::Open(args.model));
   const ModelConfig& config = source->config();
   if (Result<void> possible = CheckQuantizable(*source, spec); !possible) {
     if (possible.error().param != "group_size") return possible;
     return InvalidArgument(
-        fmt::format("--group-size {}: {}", args.group_size, possible.error().message));
+        fmt::format("--group-size {}: {}", args.weights.group_size, possible.error().message));
   }
   ASSIGN_OR_RETURN(Material material, ReadMaterial(args, config));
   ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));

@@ -8,16 +8,14 @@
 #include <vector>
 
 #include "kernels/result.h"
+#include "server/low_bit_args.h"
 
 namespace innerq {
 
 struct QuantizeArgs {
   std::filesystem::path model;   // a directory
   std::filesystem::path output;  // a directory that is empty, or not there
-  std::string scheme = "pow2";   // apot, uniform: as of LowBitSpec
-  int bits = 4;
-  int64_t group_size = 64;  // inputs of an output that share a scale; 0: all
-  int activation_bits = 16;
+  LowBitArgs weights{.scheme = "apot"};
   double prune = 0;                                // share of weights, in [0, 0.95]
   std::vector<std::filesystem::path> calibration;  // texts, as of ReadTexts
   int64_t calibration_tokens = 8192;               // of them in all, at most

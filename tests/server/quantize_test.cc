@@ -53,7 +53,7 @@ class QuantizeTest : public testing::Test {
     if (std::regex_search(measured.text, row, std::regex(R"(\| float +\| +([0-9.]+) \|)"))) {
       measured.perplexity_before = std::stod(row[1]);
     }
-    const std::regex after("\\| " + args.scheme + " " + std::to_string(args.bits) +
+    const std::regex after("\\| " + args.weights.scheme + " " + std::to_string(args.weights.bits) +
                            R"( +\| +([0-9.]+) \| +([-+0-9.e]+) \+- )");
     if (std::regex_search(measured.text, row, after)) {
       measured.perplexity = std::stod(row[1]);
@@ -93,8 +93,8 @@ TEST_F(QuantizeTest, EightBitsAreNearlyLosslessAndFewerAreWorse) {
   SKIP_WHERE_SLOW();
   QuantizeArgs args = Args("uniform8");
   args.evaluation = {Recall()};
-  args.scheme = "uniform";
-  args.bits = 8;
+  args.weights.scheme = "uniform";
+  args.weights.bits = 8;
   const Measured eight = Run(args);
   EXPECT_LT(eight.kl, 0.01) << eight.text;
   EXPECT_GT(eight.kl, 0) << eight.text;
@@ -103,20 +103,20 @@ TEST_F(QuantizeTest, EightBitsAreNearlyLosslessAndFewerAreWorse) {
   EXPECT_NE(eight.text.find("3932160 weights in 8.250 bits each"), std::string::npos) << eight.text;
   EXPECT_NE(eight.text.find("the texts of --evaluate, in"), std::string::npos);
   args.output = directory_.path() / "uniform4";
-  args.bits = 4;
+  args.weights.bits = 4;
   const Measured four = Run(args);
   args.output = directory_.path() / "uniform3";
-  args.bits = 3;
+  args.weights.bits = 3;
   const Measured three = Run(args);
   EXPECT_LT(eight.kl, four.kl);
   EXPECT_LT(four.kl, three.kl);
   EXPECT_LT(DownError(four), DownError(three));
-  args.scheme = "pow2";
+  args.weights.scheme = "pow2";
   args.evaluation = {};
   args.output = directory_.path() / "pow2-3";
   const Measured pow2_three = Run(args);
   args.output = directory_.path() / "pow2-4";
-  args.bits = 4;
+  args.weights.bits = 4;
   const Measured pow2_four = Run(args);
   EXPECT_LT(DownError(pow2_four), DownError(pow2_three));
   EXPECT_EQ(pow2_four.perplexity, 0) << "there was nothing to measure on";
@@ -142,7 +142,7 @@ TEST_F(QuantizeTest, StaticActivationsAreClippedAndWeightsPruned) {
   const std::filesystem::path text = directory_.path() / "text.txt";
   WriteAll(text, "The code of the red lantern is 4821.");
   args.calibration = {text};
-  args.activation_bits = 3;
+  args.weights.activation_bits = 3;
   args.prune = 0.4;
   std::filesystem::create_directory(args.output);  // empty: may be there
   const Measured measured = Run(args);
@@ -163,13 +163,14 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
     const std::string message = Refusal(args).message;
     EXPECT_NE(message.find(part), std::string::npos) << message;
   };
-  refuses([](auto& args) { args.scheme = "round"; }, "--scheme: expected pow2, apot or uniform");
-  refuses([](auto& args) { args.bits = 8; },
+  refuses([](auto& args) { args.weights.scheme = "round"; },
+          "--scheme: expected pow2, apot or uniform");
+  refuses([](auto& args) { args.weights.bits = 8; },
           "--bits: expected 2, 3 or 4 for --scheme pow2, found 8");
-  refuses([](auto& args) { args.group_size = 48; }, "--group-size: expected 32, 64 or 128");
-  refuses([](auto& args) { args.activation_bits = 5; },
+  refuses([](auto& args) { args.weights.group_size = 48; }, "--group-size: expected 32, 64 or 128");
+  refuses([](auto& args) { args.weights.activation_bits = 5; },
           "--activation-bits: expected 3, 4, 8 or 16");
-  refuses([](auto& args) { args.activation_bits = 3; },
+  refuses([](auto& args) { args.weights.activation_bits = 3; },
           "--activation-bits 3 takes --calibration: its clip is learned from inputs");
   refuses([](auto& args) { args.prune = 0.96; }, "--prune: expected a share in [0, 0.95]");
   refuses([](auto& args) { args.prune = std::nan(""); }, "--prune: ");
@@ -184,7 +185,7 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
   refuses(
       [](auto& args) {
         args.model = TinyLlamaDirectory();
-        args.group_size = 128;
+        args.weights.group_size = 128;
       },
       "--group-size 128: model.layers.0.self_attn.q_proj: 64 inputs are no multiple of 128");
 }

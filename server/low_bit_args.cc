@@ -1,0 +1,49 @@
+#include "server/low_bit_args.h"
+
+#include <fmt/format.h>
+
+namespace innerq {
+namespace {
+
+const char* KnownBits(LowBitScheme scheme) {
+  switch (scheme) {
+    case LowBitScheme::kPow2:
+      return "2, 3 or 4";
+    case LowBitScheme::kApot:
+      return "4";
+    case LowBitScheme::kUniform:
+      return "2, 3, 4 or 8";
+  }
+  return "?";
+}
+
+}  // namespace
+
+Result<LowBitSpec> SpecOf(const LowBitArgs& args) {
+  LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
+  const auto scheme = FindLowBitScheme(args.scheme);
+  if (!scheme) {
+    return InvalidArgument("--scheme: expected pow2, apot or uniform, found " + args.scheme);
+  }
+  spec.scheme = *scheme;
+  spec.bits = args.bits;
+  if (!spec.valid()) {
+    return InvalidArgument(fmt::format("--bits: expected {} for --scheme {}, found {}",
+                                       KnownBits(*scheme), args.scheme, args.bits));
+  }
+  spec.group_size = args.group_size;
+  if (!spec.valid()) {
+    return InvalidArgument(
+        fmt::format("--group-size: expected 32, 64 or 128, or 0 for all inputs of an output, "
+                    "found {}",
+                    args.group_size));
+  }
+  spec.activation_bits = args.activation_bits;
+  if (!spec.valid()) {
+    return InvalidArgument(
+        fmt::format("--activation-bits: expected 3, 4, 8 or 16, found {}", args.activation_bits));
+  }
+  return spec;
+}
+
+}  // namespace innerq
