@@ -19,7 +19,7 @@ namespace {
 
 constexpr char kConfigFile[] = "config.json";
 constexpr char kWeightsFile[] = "model.safetensors";
-constexpr std::string_view kSuffix = ".weight";
+constexpr std::string_view kWeightSuffix = ".weight";
 
 // FNV-1a of 64 bits (Fowler, Noll and Vo; draft-eastlake-fnv).
 class Fnv1a {
@@ -44,7 +44,7 @@ class Fnv1a {
 };
 
 // A matrix that becomes codes, and its place in the report.
-struct Target {
+struct MatrixTarget {
   size_t index = 0;
   const InputStatistics* inputs = nullptr;  // null: none were seen
   InputClip clip;                           // of static activations
@@ -69,14 +69,14 @@ Result<std::string> ConfigWith(const LowBitSpec& spec, const std::filesystem::pa
   return text;
 }
 
-Error CannotWrite(const std::filesystem::path& path, const std::string& reason) {
+Error WriteError(const std::filesystem::path& path, const std::string& reason) {
   return {ErrorCode::kUnavailable, "cannot write " + path.string() + ": " + reason};
 }
 
 Result<void> WriteText(const std::filesystem::path& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
   file << text << std::flush;
-  if (!file) return CannotWrite(path, std::strerror(errno));
+  if (!file) return WriteError(path, std::strerror(errno));
   return {};
 }
 
@@ -98,7 +98,7 @@ Result<void> CopyOthers(const std::filesystem::path& from, const std::filesystem
     if (!it->is_regular_file(unseen) || IsReplaced(it->path().filename().string())) continue;
     const std::filesystem::path copy = to / it->path().filename();
     std::filesystem::copy_file(it->path(), copy, failed);
-    if (failed) return CannotWrite(copy, failed.message());
+    if (failed) return WriteError(copy, failed.message());
   }
   if (failed) {
     return Error{ErrorCode::kUnavailable, "cannot read " + from.string() + ": " + failed.message()};
@@ -115,7 +115,7 @@ class Quantizer {
   // Finds the matrices, with clips of static activations.
   Result<void> Prepare() {
     for (const Stack& stack : LayerStacks(source_.config())) {
-      Target target;
+      MatrixTarget target;
       if (options_.inputs != nullptr) target.inputs = &options_.inputs->Of(stack.parts[0].name);
       if (HasStaticActivations(spec_)) {
         CHECK(target.inputs != nullptr, "static activations without statistics of inputs");
@@ -170,7 +170,8 @@ class Quantizer {
  private:
   // "<name>" of "<name>.weight"; else an empty string.
   static std::string MatrixOf(const std::string& tensor) {
-    return tensor.ends_with(kSuffix) ? tensor.substr(0, tensor.size() - kSuffix.size()) : "";
+    return tensor.ends_with(kWeightSuffix) ? tensor.substr(0, tensor.size() - kWeightSuffix.size())
+                                           : "";
   }
 
   std::vector<TensorToWrite> Outputs() const {
@@ -197,7 +198,7 @@ class Quantizer {
     hash_.Add(BytesOf(tensor.view));
   }
 
-  Result<void> WriteMatrix(const std::string& name, const Target& target,
+  Result<void> WriteMatrix(const std::string& name, const MatrixTarget& target,
                            const ConstTensorView& stored, SafetensorsWriter* file) {
     QuantizedMatrix& matrix = report_.matrices[target.index];
     std::vector<float> weights(static_cast<size_t>(stored.shape.num_elements()));
@@ -244,7 +245,7 @@ class Quantizer {
   const Checkpoint& source_;
   const QuantizeOptions& options_;
   const LowBitSpec spec_;
-  std::map<std::string, Target> targets_;  // by matrix
+  std::map<std::string, MatrixTarget> targets_;  // by matrix
   QuantizedCheckpoint report_;
   double zeros_ = 0;  // weights
   Fnv1a hash_;

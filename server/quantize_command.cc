@@ -170,14 +170,15 @@ Result<int> ThreadsOf(const Options& options, const Checkpoint& source) {
 }
 
 // How long work may go on, and how wide.
-struct Limits {
+struct WorkLimits {
   int threads = 1;
   const std::function<bool()>& interrupted;
 };
 
 // Fills `model`, which must outlive its weights' last step.
 Result<void> LoadAndCalibrate(Options options, const std::shared_ptr<const Checkpoint>& source,
-                              const Material& material, const Limits& limits, FloatModel* model) {
+                              const Material& material, const WorkLimits& limits,
+                              FloatModel* model) {
   if (material.evaluation.texts.empty()) return {};
   const bool calibrates = !material.calibration.texts.empty();
   if (calibrates) {
@@ -264,8 +265,9 @@ void PrintMatrices(const QuantizedCheckpoint& result, const Windows& calibration
 }
 
 // Scores texts by both models and prints a table.
-Result<void> Measure(const QuantizeArgs& args, const Options& options, const Material& material,
-                     const ModelRunner& float_weights, const std::function<bool()>& interrupted) {
+Result<void> MeasureModels(const QuantizeArgs& args, const Options& options,
+                           const Material& material, const ModelRunner& float_weights,
+                           const std::function<bool()>& interrupted) {
   ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(args.output));
   const ModelConfig config = checkpoint->config();
   ASSIGN_OR_RETURN(const auto low_bit_weights,
@@ -332,7 +334,7 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
   PrintMatrices(result, material.calibration);
   model.inputs.reset();
   if (model.weights == nullptr) return {};
-  if (Result<void> measured = Measure(args, options, material, *model.weights, interrupted);
+  if (Result<void> measured = MeasureModels(args, options, material, *model.weights, interrupted);
       !measured) {
     Error error = measured.error();
     error.message = args.output.string() + " is complete, but was not measured: " + error.message;
