@@ -127,6 +127,19 @@ TEST(Bench, TakesAShapeWithRandomWeightsAndFewerLayers) {
       << outputs.table;
 }
 
+TEST(Bench, TakesAShapeWithRandomCodes) {
+  BenchArgs args = Small();
+  args.shape = "tinyllama-1.1b";
+  args.layers = 1;
+  args.weights = {.scheme = "uniform", .bits = 3, .group_size = 128, .activation_bits = 8};
+  args.prompt = 2;
+  args.generate = 1;
+  args.runs = 1;
+  const Outputs outputs = Measure(args);
+  EXPECT_EQ(outputs.json["settings"]["weights"], "random uniform 3-bit");
+  EXPECT_EQ(outputs.json["parameters"], 1100048384 - 21 * 44044288);
+}
+
 // The shadow of the gigabyte that is read would be several.
 TEST(Bench, ComparesDecodeWithReadingItsBytesOnce) {
   ConfigSource source = Source();
