@@ -100,13 +100,13 @@ void RoundLowBitInputs(const LowBitKernel& kernel, const Weight& weight, const f
   const InputRounding rounding =
       InputRounding::Of(spec, weight.input_clip, kernel.largest(x, weight.cols));
   *layout.Unit(row) = rounding.down;
-  int32_t* sums = layout.Sums(row);
+  int32_t* starts = layout.Starts(row);
   auto* q = reinterpret_cast<int16_t*>(scratch);
   for (int64_t begin = 0; begin < weight.cols; begin += chunk) {
     kernel.round(x + begin, chunk, rounding.up, static_cast<float>(spec.max_activation()), q);
     int32_t sum = 0;
     for (int64_t i = 0; i < chunk; ++i) sum += q[i];
-    *sums++ = sum;
+    *starts++ = -spec.max_level() * sum;
     kernel.arrange(q, chunk, spec.activation_bits, row + layout.data_offset + begin * 2);
   }
 }
@@ -136,7 +136,7 @@ void MultiplyLowBit(const LowBitKernel& kernel, const LowBitTask& task) {
       slice.codes = reinterpret_cast<const uint8_t*>(at + PanelCodeBytes(spec, begin));
       slice.scales = scales + chunks * slice.scale_step;
       slice.inputs = inputs + layout.data_offset + begin * 2;
-      slice.sums = reinterpret_cast<const int32_t*>(inputs + 4) + chunks;
+      slice.starts = reinterpret_cast<const int32_t*>(inputs + 4) + chunks;
       if (!packed) kernel.unpack(slice);
       (packed ? kernel.add_packed : kernel.add)(slice);
     }

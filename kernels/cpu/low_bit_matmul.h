@@ -34,17 +34,18 @@ constexpr int64_t kLowBitMaxInputs = 1 << 17;  // K
 // Inputs of a chunk.
 int64_t LowBitChunk(const LowBitSpec& spec, int64_t cols);
 
-// How rows of inputs lie in memory: what a unit of their integers is worth, sums of the integers of
-// each chunk, and the integers in the order of the variant, 64 bytes for every 32.
+// How rows of inputs lie in memory: what a unit of their integers is worth; where sums of a chunk
+// begin, since levels are multiplied as level + L: at -L times the sum of its integers; and the
+// integers in the order of the variant, 64 bytes for every 32.
 struct LowBitInputs {
-  int64_t data_offset = 0;  // in bytes, of the integers; sums begin at byte 4
+  int64_t data_offset = 0;  // in bytes, of the integers; starts begin at byte 4
   int64_t stride = 0;       // from row to row
 
   LowBitInputs(const LowBitSpec& spec, int64_t cols)
       : data_offset(RoundUp(4 + cols / LowBitChunk(spec, cols) * 4, 64)),
         stride(data_offset + cols * 2) {}
   float* Unit(std::byte* row) const { return reinterpret_cast<float*>(row); }
-  int32_t* Sums(std::byte* row) const { return reinterpret_cast<int32_t*>(row + 4); }
+  int32_t* Starts(std::byte* row) const { return reinterpret_cast<int32_t*>(row + 4); }
 };
 
 // Bytes of the inputs of `rows` rows of at most `cols`.
@@ -75,13 +76,13 @@ struct LowBitSlice {
   int64_t scale_step = 0;             // from chunk to chunk: kLowBitOutputs, or 0
   uint8_t* levels = nullptr;          // [num_inputs/4][32][4] level + L, or null: not unpacked
   const std::byte* inputs = nullptr;  // of the first row: its integers from the slice on
-  const int32_t* sums = nullptr;      // likewise, of its chunks
+  const int32_t* starts = nullptr;    // likewise, of its chunks
   int64_t stride = 0;                 // of both, in bytes from row to row
   int64_t num_rows = 0;
   float* totals = nullptr;  // [rows][32], in units of Unit / L
 
-  const int32_t* Sums(int64_t row) const {
-    return reinterpret_cast<const int32_t*>(reinterpret_cast<const std::byte*>(sums) +
+  const int32_t* Starts(int64_t row) const {
+    return reinterpret_cast<const int32_t*>(reinterpret_cast<const std::byte*>(starts) +
                                             row * stride);
   }
 };

@@ -76,13 +76,12 @@ void Unpack(const LowBitSlice& slice) {
 }
 
 void Add(const LowBitSlice& slice) {
-  const int32_t offset = slice.spec.max_level();
   for (int64_t r = 0; r < slice.num_rows; ++r) {
     const auto* q = reinterpret_cast<const int16_t*>(slice.inputs + r * slice.stride);
     const uint8_t* levels = slice.levels;
     for (int64_t c = 0; c * slice.chunk < slice.num_inputs; ++c) {
       int32_t sums[kLowBitOutputs];
-      std::fill(sums, sums + kLowBitOutputs, -offset * slice.Sums(r)[c]);
+      std::fill(sums, sums + kLowBitOutputs, slice.Starts(r)[c]);
       for (int64_t i = 0; i < slice.chunk; i += 4, q += 4, levels += kQuadBytes) {
         for (int64_t n = 0; n < kLowBitOutputs; ++n) {
           for (int64_t j = 0; j < 4; ++j) sums[n] += levels[n * 4 + j] * q[j];
@@ -231,7 +230,6 @@ HWY_INLINE hn::Vec<I16> BroadcastPair(const std::byte* at) {
 template <int kRows>
 HWY_INLINE void AddRows(const LowBitSlice& slice, int64_t row) {
   const hn::Rebind<hwy::float16_t, F32> d16;
-  const int32_t offset = slice.spec.max_level();
   const auto mask = hn::Set(I16(), int16_t{255});
   const std::byte* q = slice.inputs + row * slice.stride;
   const uint8_t* levels = slice.levels;
@@ -241,7 +239,7 @@ HWY_INLINE void AddRows(const LowBitSlice& slice, int64_t row) {
   for (int64_t c = 0; c * chunk < slice.num_inputs; ++c, scales += slice.scale_step) {
     hn::Vec<I32> sum[kRows][kVectors];
     HWY_UNROLL(4) for (int r = 0; r < kRows; ++r) {
-      const int32_t start = -offset * slice.Sums(row + r)[c];
+      const int32_t start = slice.Starts(row + r)[c];
       HWY_UNROLL(4) for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::Set(kI32, start);
     }
     for (int64_t i = 0; i < chunk; i += 4, q += 8, levels += kQuadBytes) {

@@ -97,7 +97,6 @@ class ByteLevels {
 template <class Levels, int kParts, int kRows>
 INNERQ_TARGET void AddRows(const LowBitSlice& slice, const uint8_t* blocks, int64_t row) {
   const Levels levels(slice.spec);
-  const int32_t offset = slice.spec.max_level();
   const std::byte* q = slice.inputs + row * slice.stride;
   const uint16_t* scales = slice.scales;
   float* totals = slice.totals + row * kLowBitOutputs;
@@ -106,11 +105,12 @@ INNERQ_TARGET void AddRows(const LowBitSlice& slice, const uint8_t* blocks, int6
     __m512i sum[kRows][kParts][2];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      sum[r][0][0] = sum[r][0][1] = _mm512_set1_epi32(-offset * slice.Sums(row + r)[c]);
+      sum[r][0][0] = sum[r][0][1] = _mm512_set1_epi32(slice.Starts(row + r)[c]);
       if constexpr (kParts == 2) sum[r][1][0] = sum[r][1][1] = _mm512_setzero_si512();
     }
     for (int64_t i = 0; i < slice.chunk; i += kLowBitUnit) {
       if (kRows == 1) {
+#pragma GCC unroll 16
         for (int64_t line = 0; line < levels.kBytes; line += 64) {
           __builtin_prefetch(blocks + kAhead + line);
         }
