@@ -47,7 +47,8 @@ class LlamaModel {
   static Result<std::unique_ptr<LlamaModel>> Load(std::shared_ptr<const Checkpoint> checkpoint,
                                                   Backend* backend, LoadOptions options);
   // A model with seeded random weights of the given shape, for benchmarks and tests. "As stored" is
-  // BF16 or, for matrices of layers, as config.low_bit says. Errors: resource exhausted, and cancelled.
+  // BF16 or, for matrices of layers, as config.low_bit says. Errors: resource exhausted, and
+  // cancelled.
   static Result<std::unique_ptr<LlamaModel>> Random(const ModelConfig& config, uint64_t seed,
                                                     Backend* backend, LoadOptions options);
   // The same without progress.

@@ -253,7 +253,8 @@ Result<LowBitSpec> ReadLowBitSpec(const json& object, const std::string& where) 
   LowBitSpec spec;  // valid with 4 bits; what a change makes invalid is the change's fault
   spec.scheme = *scheme;
   spec.bits = static_cast<int>(bits);
-  keys.Require(spec.valid(), "bits", "2, 3 or 4 (4 alone where scheme is apot), or 8 where it is uniform");
+  keys.Require(spec.valid(), "bits",
+               "2, 3 or 4 (4 alone where scheme is apot), or 8 where it is uniform");
   spec.group_size = group_size;
   keys.Require(spec.valid(), "group_size", "0, 32, 64 or 128");
   spec.activation_bits = static_cast<int>(activation_bits);

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels/low_bit_weight.h"
 #include "kernels/result.h"
+#include "models/checkpoint.h"
 
 namespace innerq {
 

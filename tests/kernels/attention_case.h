@@ -197,7 +197,7 @@ inline double HalfUnit(const QuantSpec& spec) { return 0.5 / MaxRowInteger(HighS
 inline double ErrorBound(Cache& reference, const Case& c, const Input& input,
                          const std::vector<float>& q, const std::vector<PageRef>& pages,
                          int64_t last) {
-  constexpr double kU = 0x1p-24;
+  constexpr double kRoundoff = 0x1p-24;
   const KvLayerLayout& layer = reference.layout.layer(0);
   const PageRange sealed = reference.layout.SealedPages(last);
   const double dim = static_cast<double>(c.head_dim), tokens = static_cast<double>(c.page_tokens);
@@ -218,15 +218,16 @@ inline double ErrorBound(Cache& reference, const Case& c, const Input& input,
   }
   const double largest_q = Largest(q), largest_k = input.largest_key;
   const double scale = 1 / std::sqrt(dim);
-  const double score_error = scale * dim *
-                             (HalfUnit(c.key) * largest_q * norm * key_reach +
-                              4 * kU * dim * largest_q * std::max(largest_k, norm * key_reach));
+  const double score_error =
+      scale * dim *
+      (HalfUnit(c.key) * largest_q * norm * key_reach +
+       4 * kRoundoff * dim * largest_q * std::max(largest_k, norm * key_reach));
   const double value_scale = std::max(input.largest_value, value_reach);
   // Weights change by a factor exp(+-score_error), both in the sum and in the norm; rounding of p
   // moves the sum, the norm and, folded with outer scales, the product.
   return value_scale *
          (2 * std::expm1(score_error) + 3 * tokens * HalfUnit(c.value) * (value_reach > 0) +
-          4 * kU * static_cast<double>(last + 1));
+          4 * kRoundoff * static_cast<double>(last + 1));
 }
 
 }  // namespace innerq

@@ -41,7 +41,7 @@ TEST(Gram, AddsTheProductsOfAllColumnsWithEachOther) {
     for (const int threads : {1, 3}) {
       std::vector<double> gram(expected.size(), 0.5);
       ASSERT_TRUE(AddGram({x.data(), rows, cols, threads, gram.data()}).ok());
-      const auto at = [&](int64_t i, int64_t j) { return static_cast<size_t>(i * cols + j); };
+      const auto at = [k = cols](int64_t i, int64_t j) { return static_cast<size_t>(i * k + j); };
       for (int64_t i = 0; i < cols; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
           // M roundings of at most the sum of the products' magnitudes (Cauchy-Schwarz).
