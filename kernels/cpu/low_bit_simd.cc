@@ -42,7 +42,7 @@ float LargestOf(const float* x, int64_t count) { return LargestInput(x, count); 
 
 void RoundInputs(const float* x, int64_t count, float up, float most, int16_t* q) {
   for (int64_t i = 0; i < count; ++i) {
-    const float scaled = std::min(std::max(x[i] * up, -most), most);
+    const float scaled = std::min(std::max(-most, x[i] * up), most);  // NaN: -most
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the unit of sums near it is 1
     q[i] = static_cast<int16_t>(scaled + kMagic - kMagic);
   }
