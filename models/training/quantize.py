@@ -75,13 +75,16 @@ def train(model, teacher, tok, args):
     forbidden = data.held_out_questions()
     step = seen = 0
     losses, begin = [], time.time()
-    while seen < args.tokens:
-        progress = seen / args.tokens
+    while True:
+        minutes = (time.time() - begin) / 60
+        progress = max(seen / args.tokens, minutes / args.minutes)
+        if progress >= 1:
+            break
         for layer in layers:
             layer.prune = args.prune * min(1.0, 2 * progress)  # all of it from halfway on
         for group in opt.param_groups:
             group["lr"] = learning_rate(args, progress, step) * group["scale"]
-        length = window_length(1.0, random.Random(f"length-{args.seed}-{step}"))
+        length = window_length(0.7, random.Random(f"length-{args.seed}-{step}"))  # up to 2048
         ids, weight, _ = make_batch(tok, f"quantize-{args.seed}", step, args.batch_tokens,
                                     min(length, args.batch_tokens), forbidden)
         ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -103,7 +106,7 @@ def train(model, teacher, tok, args):
         if step % 25 == 0:
             print(json.dumps({"step": step, "tokens": seen, args.loss: round(sum(losses) / 25, 4),
                               "zeros": round(share_of_zeros(layers), 3),
-                              "minutes": round((time.time() - begin) / 60, 1)}), flush=True)
+                              "minutes": round(minutes, 1)}), flush=True)
             losses = []
     for layer in layers:
         layer.prune = args.prune
@@ -121,8 +124,9 @@ def main():
     ap.add_argument("--prune", type=float, default=0.0, help="share of weights to make zero")
     ap.add_argument("--loss", default="kl", choices=("kl", "text"))
     ap.add_argument("--tokens", type=float, default=2e6)
-    ap.add_argument("--batch-tokens", type=int, default=4096)
-    ap.add_argument("--lr", type=float, default=5e-4)
+    ap.add_argument("--minutes", type=float, default=float("inf"), help="end by then at the latest")
+    ap.add_argument("--batch-tokens", type=int, default=2048)
+    ap.add_argument("--lr", type=float, default=1e-3)
     ap.add_argument("--alpha-lr", type=float, default=5e-3)
     ap.add_argument("--warmup", type=int, default=20)
     ap.add_argument("--decay-from", type=float, default=0.2)

@@ -86,7 +86,7 @@ class SigmaInput(nn.Module):
 
     def clip(self):
         """R of static activations."""
-        return self.alpha * self.sigma
+        return self.alpha * self.sigma.clone()  # which moves on before gradients are computed
 
     def forward(self, x):
         x = x.float()
