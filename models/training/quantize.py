@@ -1,6 +1,6 @@
 """Trains a model on to low-bit weights and inputs, and writes a checkpoint for the server.
 
-python3 quantize.py --out work/low-bit --bits 3 --activation-bits 3 --tokens 2e6
+python3 quantize.py --out work/low-bit --bits 3 --activation-bits 16 --tokens 5e5
 
 Starts from a model directory of floats, makes its layers' matrices SigmaLinear and trains them on
 the data of train.py, whose environment it needs; embeddings and norms learn too and stay BF16. The
@@ -126,8 +126,8 @@ def main():
     ap.add_argument("--tokens", type=float, default=2e6)
     ap.add_argument("--minutes", type=float, default=float("inf"), help="end by then at the latest")
     ap.add_argument("--batch-tokens", type=int, default=2048)
-    ap.add_argument("--lr", type=float, default=1e-3)
-    ap.add_argument("--alpha-lr", type=float, default=5e-3)
+    ap.add_argument("--lr", type=float, default=2e-4, help="1e-3 for inputs of 3 or 4 bits")
+    ap.add_argument("--alpha-lr", type=float, default=2e-3, help="of all alphas")
     ap.add_argument("--warmup", type=int, default=20)
     ap.add_argument("--decay-from", type=float, default=0.2)
     ap.add_argument("--threads", type=int, default=1)

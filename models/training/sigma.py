@@ -106,7 +106,7 @@ class SigmaLinear(nn.Linear):
     """
 
     def __init__(self, weight, spec, shared_input):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # that of Linear would draw weights
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.register_parameter("bias", None)
