@@ -110,6 +110,7 @@ def train(model, teacher, tok, args):
             losses = []
     for layer in layers:
         layer.prune = args.prune
+    print(f"{seen} tokens in {step} steps, {minutes:.1f} minutes", flush=True)
 
 
 def main():
