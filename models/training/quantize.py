@@ -5,7 +5,8 @@ python3 quantize.py --out work/low-bit --bits 3 --activation-bits 16 --tokens 5e
 Starts from a model directory of floats, makes its layers' matrices SigmaLinear and trains them on
 the data of train.py, whose environment it needs; embeddings and norms learn too and stay BF16. The
 loss is the KL divergence from the distributions of the float model at every token, or with
-`--loss text` the cross entropy of train.py. What it writes is what `innerq quantize` writes.
+`--loss text` the cross entropy of train.py. It writes the format of
+`innerq quantize`, but of "__metadata__" only the format, not the source and the share of zeros.
 """
 import argparse
 import json

@@ -117,7 +117,8 @@ class SigmaLinear(nn.Linear):
 
     def grouped(self):
         """The weights [N, groups, group size] and sigma [N, groups, 1] of each group."""
-        w = self.weight.float().view(self.out_features, -1, self.spec.group_size or self.in_features)
+        size = self.spec.group_size or self.in_features
+        w = self.weight.float().view(self.out_features, -1, size)
         return w, w.detach().square().mean(-1, keepdim=True).sqrt()
 
     def quantized(self):

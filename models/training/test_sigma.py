@@ -51,7 +51,8 @@ class SigmaTest(unittest.TestCase):
             inside = u.abs() < 1
             to_alpha = deviation * torch.where(inside, q - u, u.sign())
             to_alpha = float((to_alpha * wanted.view_as(w)).sum().detach())
-            self.assertAlmostEqual(float(one.alpha.grad), to_alpha, delta=1e-3 * abs(to_alpha) + 1e-4)
+            self.assertAlmostEqual(float(one.alpha.grad), to_alpha,
+                                   delta=1e-3 * abs(to_alpha) + 1e-4)
             self.assertTrue(torch.allclose(one.weight.grad, wanted * inside.view_as(wanted)), spec)
 
     def test_inputs(self):
