@@ -1,4 +1,5 @@
-"""Accuracy of an exported model directory in PyTorch (float32 arithmetic on the BF16 weights).
+"""Accuracy of an exported model directory in PyTorch (float32 arithmetic on the BF16 weights;
+of a low-bit checkpoint, on its levels and on inputs that are rounded as the server rounds them).
 
 python3 evaluate.py --model ../demo      (needs torch, sentencepiece, safetensors, numpy)
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import sigma
 from measure import HERE, final_number, read_jsonl
 from model import Config, Llama
 from tokenizer import Tokenizer
@@ -22,6 +24,8 @@ def load(path):
         values = json.load(f)
     model = Llama(Config(**{k: values[k] for k in Config().to_dict()}))
     tensors = load_file(os.path.join(path, "model.safetensors"))
+    if "quantization_config" in values:
+        sigma.decode(model, tensors, values["quantization_config"])
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     return model, Tokenizer(os.path.join(path, "tokenizer.model"))
 

@@ -10,6 +10,7 @@ import json
 import pathlib
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from server_process import run_tests
 BINARY, CONFIG = sys.argv[1:3]
 DEMO = pathlib.Path(CONFIG).resolve().parent.parent / "models" / "demo"
 RECALL = DEMO / "eval" / "recall.jsonl"
+sys.path.append(str(DEMO.parent / "training"))
+import low_bit  # noqa: E402
 
 
 def command(out, *arguments):
@@ -61,6 +64,36 @@ def test_what_it_makes_is_inspected_and_answers():
         twice = subprocess.run([BINARY, "quantize", out, out / "again"], capture_output=True,
                                text=True, timeout=60, check=False)
         assert twice.returncode == 2 and "quantized already" in twice.stderr, twice.stderr
+
+
+def read_tensor(directory, name):
+    """Bytes of a tensor of a checkpoint."""
+    data = (directory / "model.safetensors").read_bytes()
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8:header_end])[name]["data_offsets"]
+    return data[header_end + begin:header_end + end]
+
+
+def test_training_writes_the_same_format():
+    matrix = "model.layers.2.self_attn.k_proj"
+    bf16 = read_tensor(DEMO, matrix + ".weight")
+    weights = [struct.unpack("<f", b"\0\0" + bf16[i:i + 2])[0] for i in range(0, len(bf16), 2)]
+    for scheme, bits in (("pow2", 3), ("apot", 4), ("uniform", 3)):
+        spec = low_bit.LowBitSpec(scheme, bits)
+        with tempfile.TemporaryDirectory() as name:
+            out = pathlib.Path(name) / "out"
+            done = run(out, "--scheme", scheme, "--bits", bits)
+            assert done.returncode == 0, done.stderr
+            data = read_tensor(out, matrix + ".weight_codes")
+            halves = read_tensor(out, matrix + ".weight_scales")
+        codes = low_bit.unpack(data, bits)
+        assert low_bit.pack(codes, bits) == data
+        assert len(codes) == len(weights) == 128 * 256
+        scales = struct.unpack(f"<{len(halves) // 2}e", halves)
+        for i, (code, weight) in enumerate(zip(codes[:8192], weights)):
+            values = [scales[i // 64] * level / spec.max_level for level in spec.levels]
+            least = min(abs(value - weight) for value in values)
+            assert abs(values[code] - weight) <= least + 1e-6, (scheme, bits, i, code, weight)
 
 
 def test_wrong_usage_is_exit_code_2():
