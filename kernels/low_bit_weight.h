@@ -144,13 +144,13 @@ inline int LowBitMatrix::Level(int64_t n, int64_t k) const {
 inline int NearestLowBitCode(const LowBitSpec& spec, float u) {
   const int max_level = spec.max_level();
   const float magnitude = (u < 0 ? -u : u) * static_cast<float>(max_level);
-  if (spec.scheme == LowBitScheme::kUniform) {
-    int level =
+  const bool uniform = spec.scheme == LowBitScheme::kUniform;
+  if (!(magnitude >= 0.5f)) return uniform ? max_level : 0;  // NaN too
+  if (uniform) {
+    const int level =
         magnitude >= static_cast<float>(max_level) ? max_level : static_cast<int>(magnitude + 0.5f);
-    if (!(magnitude >= 0.5f)) level = 0;  // NaN too
     return max_level + (u < 0 ? -level : level);
   }
-  if (!(magnitude >= 0.5f)) return 0;
   const int sign = u < 0 ? 1 << (spec.bits - 1) : 0;
   if (spec.scheme == LowBitScheme::kApot) {
     return sign | (magnitude >= 7.0f   ? 7

@@ -88,7 +88,7 @@ Result<std::unique_ptr<InputCollector>> InputCollector::Create(const ModelConfig
   if (const int64_t available = AvailableHostBytes(); bytes > available) {
     return Error{ErrorCode::kResourceExhausted, "statistics of the inputs of all matrices take " +
                                                     std::to_string(bytes) +
-                                                    " bytes, 8 for each two inputs of a matrix; " +
+                                                    " bytes, 8 K^2 for a matrix of K inputs; " +
                                                     std::to_string(available) + " are available"};
   }
   std::unique_ptr<InputCollector> collector(new InputCollector(threads));

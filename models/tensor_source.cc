@@ -1,5 +1,6 @@
 #include "models/tensor_source.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>

@@ -8,6 +8,7 @@
 #include <span>
 #include <system_error>
 
+#include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/low_bit_encoder.h"
 #include "models/files.h"
 #include "models/layer_tensors.h"
@@ -83,7 +84,8 @@ Result<void> WriteText(const std::filesystem::path& path, const std::string& tex
 // Whether a file of a model's directory is written anew, or holds its weights in some format.
 bool IsReplaced(const std::string& name) {
   if (name == kConfigFile) return true;
-  for (const char* end : {".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf"}) {
+  for (const char* end : {".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5",
+                          ".msgpack", ".ot", ".onnx"}) {
     if (name.ends_with(end)) return true;
   }
   return false;
@@ -201,16 +203,16 @@ class Quantizer {
   Result<void> WriteMatrix(const std::string& name, const MatrixTarget& target,
                            const ConstTensorView& stored, SafetensorsWriter* file) {
     QuantizedMatrix& matrix = report_.matrices[target.index];
-    std::vector<float> weights(static_cast<size_t>(stored.shape.num_elements()));
-    for (size_t i = 0; i < weights.size(); ++i) {
-      weights[i] = ElementAsFloat(stored, static_cast<int64_t>(i));
-    }
+    const int64_t count = stored.shape.num_elements();
+    ASSIGN_OR_RETURN(Buffer floats, AllocateHost(count * DTypeBytes(DType::kF32)));
+    auto* const weights = reinterpret_cast<float*>(floats.data());
+    for (int64_t i = 0; i < count; ++i) weights[i] = ElementAsFloat(stored, i);
     ASSIGN_OR_RETURN(
         const EncodedLowBit encoded,
         EncodeLowBit({.spec = spec_,
                       .rows = matrix.rows,
                       .cols = matrix.cols,
-                      .weights = weights.data(),
+                      .weights = weights,
                       .hessian = target.inputs == nullptr ? nullptr : target.inputs->hessian(),
                       .prune = options_.prune,
                       .threads = options_.threads}));

@@ -102,8 +102,8 @@ Result<LowBitSpec> RandomCodes(const LowBitArgs& args, const ModelConfig& model)
   for (const int64_t inputs :
        {model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size}) {
     if (spec.Divides(inputs)) continue;
-    return InvalidArgument(
-        fmt::format("--group-size: {} does not divide {} inputs", args.group_size, inputs));
+    return InvalidArgument(fmt::format("--group-size: {} inputs are no multiple of {}", inputs,
+                                       std::max(kLowBitUnit, spec.group_size)));
   }
   return spec;
 }

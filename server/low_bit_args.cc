@@ -17,11 +17,17 @@ const char* KnownBits(LowBitScheme scheme) {
   return "?";
 }
 
+// What costs a model the least, see README.
+LowBitScheme BestScheme(int bits) {
+  if (bits == 4) return LowBitScheme::kApot;
+  return bits == 8 ? LowBitScheme::kUniform : LowBitScheme::kPow2;
+}
+
 }  // namespace
 
 Result<LowBitSpec> SpecOf(const LowBitArgs& args) {
   LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
-  const auto scheme = FindLowBitScheme(args.scheme);
+  const auto scheme = args.scheme.empty() ? BestScheme(args.bits) : FindLowBitScheme(args.scheme);
   if (!scheme) {
     return InvalidArgument("--scheme: expected pow2, apot or uniform, found " + args.scheme);
   }
@@ -29,7 +35,7 @@ Result<LowBitSpec> SpecOf(const LowBitArgs& args) {
   spec.bits = args.bits;
   if (!spec.valid()) {
     return InvalidArgument(fmt::format("--bits: expected {} for --scheme {}, found {}",
-                                       KnownBits(*scheme), args.scheme, args.bits));
+                                       KnownBits(*scheme), LowBitSchemeName(*scheme), args.bits));
   }
   spec.group_size = args.group_size;
   if (!spec.valid()) {

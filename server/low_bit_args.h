@@ -10,7 +10,7 @@
 namespace innerq {
 
 struct LowBitArgs {
-  std::string scheme;  // pow2, apot, uniform: as of LowBitSpec
+  std::string scheme;  // pow2, apot, uniform: as of LowBitSpec; empty: what is best for `bits`
   int bits = 4;
   int64_t group_size = 64;  // inputs of an output that share a scale; 0: all
   int activation_bits = 16;

@@ -147,20 +147,18 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
   return eval;
 }
 
-// How weights are coded. Without a default for the scheme the others need it.
-void AddLowBitOptions(CLI::App* command, innerq::LowBitArgs* args) {
+// How weights are coded. Returns the option that chooses the scheme.
+CLI::Option* AddLowBitOptions(CLI::App* command, innerq::LowBitArgs* args) {
   CLI::Option* const scheme =
       command
-          ->add_option("--scheme", args->scheme,
-                       "Levels of weights: powers of two (pow2), sums of two of them (apot), or "
-                       "evenly spaced (uniform)")
-          ->check(CLI::IsMember({"pow2", "apot", "uniform"}))
-          ->capture_default_str();
+          ->add_option(
+              "--scheme", args->scheme,
+              "Levels of weights: powers of two (pow2), sums of two of them (apot), or "
+              "evenly spaced (uniform). Default: apot for 4 bits, uniform for 8, else pow2")
+          ->check(CLI::IsMember({"pow2", "apot", "uniform"}));
   const auto add = [&](const char* name, auto& value, const char* what,
                        const std::set<int>& known) {
-    CLI::Option* const option =
-        command->add_option(name, value, what)->check(CLI::IsMember(known))->capture_default_str();
-    if (args->scheme.empty()) option->needs(scheme);
+    command->add_option(name, value, what)->check(CLI::IsMember(known))->capture_default_str();
   };
   add("--bits", args->bits, "Of a weight: 2, 3, 4; apot 4 alone, uniform also 8", {2, 3, 4, 8});
   add("--group-size", args->group_size,
@@ -169,6 +167,7 @@ void AddLowBitOptions(CLI::App* command, innerq::LowBitArgs* args) {
       "Of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned from "
       "calibration",
       {3, 4, 8, 16});
+  return scheme;
 }
 
 CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArgs* args) {
@@ -189,8 +188,11 @@ CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArg
   bench->add_option("--layers", args->layers, "Layers of the shape; default: all")
       ->check(CLI::Range(1, 1000))
       ->needs(shape);
-  AddLowBitOptions(bench, &args->weights);
-  bench->get_option("--scheme")->needs(shape);
+  CLI::Option* const scheme = AddLowBitOptions(bench, &args->weights);
+  scheme->needs(shape);
+  for (const char* name : {"--bits", "--group-size", "--activation-bits"}) {
+    bench->get_option(name)->needs(scheme);
+  }
   bench->add_option("--batch", args->batches, "Sequences at once")
       ->delimiter(',')
       ->check(CLI::Range(1, 65536))

@@ -118,8 +118,10 @@ std::string DescribeLowBit(const Options& options, const ModelConfig& config, Lo
   }
   const auto& dtype = options.runner.dtype;
   return DescribeLowBit(config) +
-         (dtype ? fmt::format(", decoded to {} (model.dtype)", WeightFormatName(*dtype))
-                : fmt::format(", decoded to bf16: {} cannot multiply them",
+         (dtype ? fmt::format(", decoded to {} (model.dtype), activations not rounded to bits",
+                              WeightFormatName(*dtype))
+                : fmt::format(", decoded to bf16, activations not rounded to bits: {} cannot "
+                              "multiply codes",
                               options.runner.backend.device));
 }
 

@@ -29,6 +29,11 @@ Result<OutputDirectory> OutputDirectory::Create(const std::filesystem::path& pat
                            " is there already; expected an empty directory, or nothing");
   }
   if (failed) return CannotCreate(path, failed.message());
+  // One that cannot be replaced in the end, such as a mount point, shows at once.
+  if (std::filesystem::exists(final, failed) &&
+      (::rmdir(final.c_str()) != 0 || ::mkdir(final.c_str(), 0777) != 0)) {
+    return CannotCreate(final, std::strerror(errno));
+  }
   const std::string stem = final.string() + ".partial-" + std::to_string(::getpid());
   for (int i = 0;; ++i) {
     const std::filesystem::path partial = stem + "-" + std::to_string(i);

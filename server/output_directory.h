@@ -13,7 +13,8 @@ namespace innerq {
 // Move-only.
 class OutputDirectory {
  public:
-  // `path` must not exist, or be an empty directory; its parent must exist. `option` is what errors
+  // `path` must not exist, or be an empty directory that can be replaced: no mount point; its
+  // parent must exist. `option` is what errors
   // call it. Errors: invalid argument; unavailable, with the path and the system's reason.
   static Result<OutputDirectory> Create(const std::filesystem::path& path,
                                         const std::string& option);

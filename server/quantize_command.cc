@@ -300,9 +300,9 @@ Result<void> MeasureModels(const QuantizeArgs& args, const Options& options,
   fmt::print("| float     | {:10.3f} | {:>19} | {:>8} | {:>7} |\n", before.perplexity, "0", "0",
              "100.0 %");
   fmt::print("| {:<9} | {:10.3f} | {:>19} | {:8.3g} | {:5.1f} % |\n",
-             fmt::format("{} {}", args.weights.scheme, args.weights.bits), after.perplexity,
-             fmt::format("{:.3g} +- {:.1g}", after.kl_mean, after.kl_error), after.kl_p99,
-             100 * after.top1_agreement);
+             fmt::format("{} {}", LowBitSchemeName(config.low_bit->scheme), config.low_bit->bits),
+             after.perplexity, fmt::format("{:.3g} +- {:.1g}", after.kl_mean, after.kl_error),
+             after.kl_p99, 100 * after.top1_agreement);
   return {};
 }
 

@@ -15,7 +15,7 @@ namespace innerq {
 struct QuantizeArgs {
   std::filesystem::path model;   // a directory
   std::filesystem::path output;  // a directory that is empty, or not there
-  LowBitArgs weights{.scheme = "apot"};
+  LowBitArgs weights;
   double prune = 0;                                // share of weights, in [0, 0.95]
   std::vector<std::filesystem::path> calibration;  // texts, as of ReadTexts
   int64_t calibration_tokens = 8192;               // of them in all, at most

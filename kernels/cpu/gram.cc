@@ -45,11 +45,6 @@ Result<void> AddGram(const AddGramArgs& args) {
       }
     }
   }
-  // The other triangle, from the one that was summed.
-#pragma omp parallel for num_threads(args.threads) schedule(dynamic, 16)
-  for (int64_t i = 0; i < cols; ++i) {
-    for (int64_t j = i + 1; j < cols; ++j) args.gram[i * cols + j] = args.gram[j * cols + i];
-  }
   return {};
 }
 

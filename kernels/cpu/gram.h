@@ -7,8 +7,8 @@
 
 namespace innerq {
 
-// Adds X^T X to `gram` [K][K], both triangles; X is [M][K]. Sums of up to 512 rows are in F32,
-// those of them in double. An input that is not finite makes its row and column so. Errors:
+// Adds the lower triangle of X^T X to `gram` [K][K]; X is [M][K]. Sums of up to 512 rows are in
+// F32, those of them in double. An input that is not finite makes its row and column so. Errors:
 // resource exhausted for 1 MiB for each 1024 columns; internal from oneDNN.
 struct AddGramArgs {
   const float* x = nullptr;  // [M][K]

@@ -25,11 +25,10 @@
 
 namespace innerq {
 
-constexpr int64_t kLowBitOutputs = 32;         // of a panel
-constexpr int64_t kQuadBytes = 128;            // of a vector of codes or levels [32 n][4 k]
-constexpr int64_t kLowBitSliceInputs = 1024;   // that levels are unpacked of at a time
-constexpr int64_t kLowBitTaskRows = 256;       // most rows of a task
-constexpr int64_t kLowBitMaxInputs = 1 << 17;  // K
+constexpr int64_t kLowBitOutputs = 32;        // of a panel
+constexpr int64_t kQuadBytes = 128;           // of a vector of codes or levels [32 n][4 k]
+constexpr int64_t kLowBitSliceInputs = 1024;  // that levels are unpacked of at a time
+constexpr int64_t kLowBitTaskRows = 256;      // most rows of a task
 
 // Inputs of a chunk.
 int64_t LowBitChunk(const LowBitSpec& spec, int64_t cols);

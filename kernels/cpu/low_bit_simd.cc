@@ -169,7 +169,7 @@ HWY_INLINE hn::Vec<U8> CodesAt(const uint8_t* at) {
   if constexpr (kQuad < 2) {
     moved = hn::ShiftLeft<2 - kQuad>(thirds);
   } else {
-    moved = hn::ShiftRight < kQuad < 2 ? 0 : kQuad - 2 > (thirds);
+    moved = hn::ShiftRight<kQuad - 2>(thirds);
   }
   return hn::Or(codes, hn::And(hn::BitCast(U8(), moved), hn::Set(U8(), uint8_t{4})));
 }

@@ -101,7 +101,7 @@ def test_wrong_usage_is_exit_code_2():
         for word, options in (
                 ("--scheme", ["--scheme", "log"]),
                 ("--bits", ["--bits", 5]),
-                ("--bits", ["--bits", 8]),
+                ("--bits", ["--scheme", "pow2", "--bits", 8]),
                 ("--bits", ["--scheme", "apot", "--bits", 3]),
                 ("--group-size", ["--group-size", 16]),
                 ("--activation-bits", ["--activation-bits", 2]),

@@ -43,14 +43,14 @@ TEST(Gram, AddsTheProductsOfAllColumnsWithEachOther) {
       ASSERT_TRUE(AddGram({x.data(), rows, cols, threads, gram.data()}).ok());
       const auto at = [k = cols](int64_t i, int64_t j) { return static_cast<size_t>(i * k + j); };
       for (int64_t i = 0; i < cols; ++i) {
-        for (int64_t j = 0; j < cols; ++j) {
+        for (int64_t j = 0; j <= i; ++j) {
           // M roundings of at most the sum of the products' magnitudes (Cauchy-Schwarz).
           const double magnitude = std::sqrt(expected[at(i, i)] * expected[at(j, j)]);
           const double error =
               static_cast<double>(rows) * std::numeric_limits<float>::epsilon() * magnitude;
           ASSERT_NEAR(gram[at(i, j)], expected[at(i, j)] + 0.5, error) << i << ", " << j;
-          ASSERT_EQ(gram[at(i, j)], gram[at(j, i)]);
         }
+        for (int64_t j = i + 1; j < cols; ++j) ASSERT_EQ(gram[at(i, j)], 0.5) << "is not touched";
       }
     }
   }

@@ -2,6 +2,7 @@
 // M rows, N outputs, K inputs.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>

@@ -60,11 +60,12 @@ TEST(ModelSetup, SaysHowLowBitWeightsAreHeld) {
   const std::string stored = "pow2 3-bit, groups of 64, activations 16-bit (3.25 bits per weight)";
   EXPECT_EQ(DescribeLowBit(config), stored);
   EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kMultiplied), stored);
-  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kDecoded),
-            stored + ", decoded to bf16: cuda cannot multiply them");
+  EXPECT_EQ(
+      DescribeLowBit(options, config, LowBitUse::kDecoded),
+      stored + ", decoded to bf16, activations not rounded to bits: cuda cannot multiply codes");
   options.runner.dtype = WeightFormat::kF16;
   EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kDecoded),
-            stored + ", decoded to f16 (model.dtype)");
+            stored + ", decoded to f16 (model.dtype), activations not rounded to bits");
   const auto report_has = [&](LowBitUse use, const std::string& text) {
     ModelReport report;
     report.low_bit = use;

@@ -35,6 +35,7 @@ class QuantizeTest : public testing::Test {
     QuantizeArgs args;
     args.model = Demo();
     args.output = directory_.path() / name;
+    args.weights.scheme = "pow2";
     args.calibration_tokens = args.evaluation_tokens = kTokens;
     args.threads = 1;
     return args;
@@ -165,7 +166,7 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
   };
   refuses([](auto& args) { args.weights.scheme = "round"; },
           "--scheme: expected pow2, apot or uniform");
-  refuses([](auto& args) { args.weights.bits = 8; },
+  refuses([](auto& args) { args.weights = {.scheme = "pow2", .bits = 8}; },
           "--bits: expected 2, 3 or 4 for --scheme pow2, found 8");
   refuses([](auto& args) { args.weights.group_size = 48; }, "--group-size: expected 32, 64 or 128");
   refuses([](auto& args) { args.weights.activation_bits = 5; },
