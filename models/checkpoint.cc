@@ -64,6 +64,7 @@ class MappedCheckpoint : public Checkpoint {
   const ModelConfig& config() const override { return config_; }
   const std::filesystem::path& directory() const override { return directory_; }
   const std::vector<CheckpointTensor>& tensors() const override { return tensors_; }
+  const std::map<std::string, std::string>& metadata() const override { return metadata_; }
 
   const CheckpointTensor* Find(std::string_view name) const override {
     const auto at = std::lower_bound(
@@ -77,16 +78,16 @@ class MappedCheckpoint : public Checkpoint {
   Result<void> MapFile(const std::string& name) {
     const std::filesystem::path path = directory_ / name;
     ASSIGN_OR_RETURN(MappedFile file, MappedFile::Open(path));
-    ASSIGN_OR_RETURN(const std::vector<CheckpointTensor> found,
-                     ParseSafetensors(file.bytes(), path.string()));
-    for (const CheckpointTensor& tensor : found) {
+    ASSIGN_OR_RETURN(SafetensorsFile found, ParseSafetensors(file.bytes(), path.string()));
+    for (const CheckpointTensor& tensor : found.tensors) {
       const auto [first, is_new] = file_of_.emplace(tensor.name, name);
       if (is_new) continue;
       return Error{ErrorCode::kDataLoss,
                    path.string() + ": tensor " + tensor.name + " is also in " + first->second};
     }
     files_.push_back(std::move(file));
-    tensors_.insert(tensors_.end(), found.begin(), found.end());
+    tensors_.insert(tensors_.end(), found.tensors.begin(), found.tensors.end());
+    metadata_.merge(found.metadata);
     std::sort(tensors_.begin(), tensors_.end(),
               [](const CheckpointTensor& a, const CheckpointTensor& b) { return a.name < b.name; });
     return {};
@@ -113,6 +114,7 @@ class MappedCheckpoint : public Checkpoint {
   std::vector<MappedFile> files_;
   std::map<std::string, std::string> file_of_;  // by tensor
   std::vector<CheckpointTensor> tensors_;       // sorted by name
+  std::map<std::string, std::string> metadata_;
 };
 
 Error BadTensor(const Checkpoint& checkpoint, const std::string& name, const std::string& what) {

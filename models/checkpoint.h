@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -76,6 +77,9 @@ class Checkpoint {
   virtual const std::filesystem::path& directory() const = 0;
   // Sorted by name.
   virtual const std::vector<CheckpointTensor>& tensors() const = 0;
+  // What the program that wrote the files says of them ("__metadata__"); of a key in several shards
+  // the first.
+  virtual const std::map<std::string, std::string>& metadata() const = 0;
   // Null if absent.
   virtual const CheckpointTensor* Find(std::string_view name) const = 0;
   // A tensor of floats of the shape that config.json asks for. Errors: data loss, naming the

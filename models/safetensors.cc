@@ -94,8 +94,13 @@ Result<Entry> ParseEntry(const std::string& where, const json& value) {
   return entry;
 }
 
+struct Header {
+  std::vector<Entry> entries;
+  std::map<std::string, std::string> metadata;
+};
+
 // Parses the JSON header and refuses names that occur twice, which a JSON library would merge.
-Result<std::vector<Entry>> ParseHeader(const std::string& file, std::string_view text) {
+Result<Header> ParseHeader(const std::string& file, std::string_view text) {
   std::unordered_set<std::string> names;
   std::string duplicate;
   const auto note_key = [&](int depth, json::parse_event_t event, json& parsed) {
@@ -105,29 +110,33 @@ Result<std::vector<Entry>> ParseHeader(const std::string& file, std::string_view
     }
     return true;
   };
-  const json header = json::parse(text, note_key, /*allow_exceptions=*/false);
-  if (!header.is_object()) {
+  const json parsed_text = json::parse(text, note_key, /*allow_exceptions=*/false);
+  if (!parsed_text.is_object()) {
     return Error{ErrorCode::kDataLoss, file + ": the header is not a JSON object"};
   }
   if (!duplicate.empty()) {
     return Error{ErrorCode::kDataLoss, file + ": tensor " + duplicate + " occurs twice"};
   }
-  std::vector<Entry> entries;
-  for (const auto& [name, value] : header.items()) {
-    if (name == "__metadata__") continue;
+  Header header;
+  for (const auto& [name, value] : parsed_text.items()) {
+    if (name == "__metadata__") {
+      for (const auto& [key, text_of_key] : value.items()) {
+        if (text_of_key.is_string()) header.metadata[key] = text_of_key.get<std::string>();
+      }
+      continue;
+    }
     ASSIGN_OR_RETURN(Entry entry, ParseEntry(file + ": tensor " + name, value));
     entry.name = name;
-    entries.push_back(std::move(entry));
+    header.entries.push_back(std::move(entry));
   }
-  std::sort(entries.begin(), entries.end(),
+  std::sort(header.entries.begin(), header.entries.end(),
             [](const Entry& a, const Entry& b) { return a.begin < b.begin; });
-  return entries;
+  return header;
 }
 
 }  // namespace
 
-Result<std::vector<CheckpointTensor>> ParseSafetensors(std::span<const std::byte> file,
-                                                       const std::string& name) {
+Result<SafetensorsFile> ParseSafetensors(std::span<const std::byte> file, const std::string& name) {
   const auto damaged = [&name](const std::string& what) {
     return Error{ErrorCode::kDataLoss, name + ": " + what};
   };
@@ -144,12 +153,12 @@ Result<std::vector<CheckpointTensor>> ParseSafetensors(std::span<const std::byte
                    std::to_string(file.size()) + "; the file is truncated");
   }
   const std::string_view text(reinterpret_cast<const char*>(rest.data()), header_bytes);
-  ASSIGN_OR_RETURN(const std::vector<Entry> entries, ParseHeader(name, text));
+  ASSIGN_OR_RETURN(Header header, ParseHeader(name, text));
   const std::span<const std::byte> data = rest.subspan(header_bytes);
 
-  std::vector<CheckpointTensor> tensors;
+  SafetensorsFile parsed{.tensors = {}, .metadata = std::move(header.metadata)};
   uint64_t next = 0;  // where the next tensor must begin
-  for (const Entry& entry : entries) {
+  for (const Entry& entry : header.entries) {
     const std::string where = "tensor " + entry.name + ": ";
     if (entry.begin != next) {
       return damaged(where + "begins at byte " + std::to_string(entry.begin) + ", but byte " +
@@ -166,13 +175,13 @@ Result<std::vector<CheckpointTensor>> ParseSafetensors(std::span<const std::byte
                              "not aligned to its element size; save the file again with a "
                              "current safetensors library");
     }
-    tensors.push_back({entry.name, {begin, entry.dtype, entry.shape}});
+    parsed.tensors.push_back({entry.name, {begin, entry.dtype, entry.shape}});
     next = entry.end;
   }
   if (next != data.size()) {
     return damaged(std::to_string(data.size() - next) + " bytes of data belong to no tensor");
   }
-  return tensors;
+  return parsed;
 }
 
 }  // namespace innerq

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstddef>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -17,10 +18,14 @@
 
 namespace innerq {
 
-// Finds the tensors in a file's bytes, ordered by offset. The views borrow `file`, which must be
+struct SafetensorsFile {
+  std::vector<CheckpointTensor> tensors;        // ordered by offset
+  std::map<std::string, std::string> metadata;  // those of "__metadata__" that are strings
+};
+
+// Finds the tensors in a file's bytes. The views borrow `file`, which must be
 // aligned to 8 bytes; `name` is the file's name in messages. Errors: data loss for a damaged
 // file, invalid argument for a dtype, rank or alignment we do not support.
-Result<std::vector<CheckpointTensor>> ParseSafetensors(std::span<const std::byte> file,
-                                                       const std::string& name);
+Result<SafetensorsFile> ParseSafetensors(std::span<const std::byte> file, const std::string& name);
 
 }  // namespace innerq

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdio>
+#include <nlohmann/json.hpp>
 
 #include "server/access.h"
 #include "server/model_setup.h"
@@ -85,6 +86,11 @@ Result<void> PrintInspection(const Options& options) {
   fmt::print("weights: {} tensors, {} bytes as stored\n", checkpoint->tensors().size(), bytes);
   if (checkpoint->config().low_bit) {
     fmt::print("weights: {}\n", DescribeLowBit(checkpoint->config()));
+    for (const char* key : {"prune", "zeros", "source"}) {
+      const auto found = checkpoint->metadata().find(key);
+      if (found == checkpoint->metadata().end()) continue;
+      fmt::print("weights: {} {}\n", key, nlohmann::json(found->second).dump());
+    }
   }
   PrintCache(layout);
   return {};

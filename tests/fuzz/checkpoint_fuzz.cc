@@ -44,11 +44,11 @@ void ReadTensors(const std::vector<CheckpointTensor>& tensors) {
 void ParseAlone(const std::string& file) {
   const auto memory = std::make_unique<std::byte[]>(file.size());
   std::memcpy(memory.get(), file.data(), file.size());
-  const auto tensors = ParseSafetensors({memory.get(), file.size()}, "file");
-  if (tensors.ok()) {
-    ReadTensors(*tensors);
+  const auto parsed = ParseSafetensors({memory.get(), file.size()}, "file");
+  if (parsed.ok()) {
+    ReadTensors(parsed->tensors);
   } else {
-    CHECK(tensors.error().message.starts_with("file: "), tensors.error().message);
+    CHECK(parsed.error().message.starts_with("file: "), parsed.error().message);
   }
 }
 

@@ -51,10 +51,12 @@ TEST(SafetensorsWriter, WritesWhatIsReadInAnyOrderAndAligned) {
 
   const auto file = MappedFile::Open(path);
   ASSERT_TRUE(file.ok());
-  const auto tensors = ParseSafetensors(file->bytes(), "a");
-  ASSERT_TRUE(tensors.ok()) << tensors.error().message;
+  const auto parsed = ParseSafetensors(file->bytes(), "a");
+  ASSERT_TRUE(parsed.ok()) << parsed.error().message;
+  EXPECT_EQ(parsed->metadata,
+            (std::map<std::string, std::string>{{"format", "pt"}, {"bits", "3"}}));
   std::string found;
-  for (const CheckpointTensor& tensor : *tensors) {
+  for (const CheckpointTensor& tensor : parsed->tensors) {
     found += tensor.name + ":" + DTypeName(tensor.view.dtype) + tensor.view.shape.ToString() + "=" +
              std::string(reinterpret_cast<const char*>(tensor.view.data),
                          static_cast<size_t>(tensor.view.bytes())) +
