@@ -347,7 +347,7 @@ class FusedLlama : public LlamaModel {
                        static_cast<float>(config_.rms_norm_eps), out});
   }
 
-  // Of a layer.
+  // A product of a layer, whose inputs are shown to `observe` first.
   void Multiply(const ConstTensorView& x, const Matrix& matrix, bool accumulate,
                 const TensorView& out) {
     if (options_.observe && backend_->host_visible()) options_.observe(matrix.names, x);
