@@ -29,7 +29,6 @@ int64_t MaxLogitRows(const EngineOptions& options) {
 struct Weights {
   std::unique_ptr<Backend> backend;  // first: outlives what it allocated
   std::unique_ptr<LlamaModel> model;
-  LowBitUse low_bit = LowBitUse::kNone;
   int64_t max_logit_rows = 0;
   std::atomic<bool> in_use = false;  // a runner steps
 };
@@ -95,7 +94,6 @@ ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_con
           .parameters = weights.model->config().num_parameters(),
           .weight_bytes = weights.model->weight_bytes(),
           .step_weight_bytes = weights.model->step_weight_bytes(),
-          .low_bit = weights.low_bit,
           .open_page_bytes = shape.open_page_bytes(),
           .sealed_page_bytes = shape.sealed_page_bytes(),
           .pools = cache.plan(),
@@ -249,12 +247,6 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
 
   const auto weights = std::make_shared<Weights>();
   weights->backend = std::move(plan.backend);
-  weights->low_bit = PlanLowBitUse(config, *weights->backend, options.dtype);
-  if (weights->low_bit == LowBitUse::kDecoded && !options.dtype && options.backend.warn) {
-    options.backend.warn(std::string(weights->backend->name()) +
-                         " cannot multiply low-bit weights: they are decoded to bf16, which takes "
-                         "the memory and the time of a model that is not quantized");
-  }
   ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
   weights->max_logit_rows = MaxLogitRows(engine);
   // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
@@ -272,8 +264,8 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
 
 // Bytes of a model's weights in a format, but for those that are held as codes; the table of
 // embeddings is held as BF16 and, where it is the last matrix as well, packed once more.
-int64_t LeastWeightBytes(const ModelConfig& config, WeightFormat format, LowBitUse low_bit) {
-  const bool has_codes = low_bit == LowBitUse::kMultiplied;
+int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format) {
+  const bool has_codes = config.low_bit && !format;
   const int64_t table = config.vocab_size * config.hidden_size;
   const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table) -
                          (has_codes ? config.num_layer_weights() : 0);
@@ -292,8 +284,7 @@ Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptio
 Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
                          int64_t cache_bytes) {
   ASSIGN_OR_RETURN(const auto backend, CreateBackend(options.backend));
-  const int64_t weights = LeastWeightBytes(config, options.dtype.value_or(WeightFormat::kBF16),
-                                           PlanLowBitUse(config, *backend, options.dtype));
+  const int64_t weights = LeastWeightBytes(config, options.dtype);
   const int64_t available = backend->available_bytes();
   if (cache_bytes <= available - weights) return {};
   return Error{ErrorCode::kResourceExhausted,

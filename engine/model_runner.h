@@ -11,7 +11,6 @@
 #include "engine/kv_cache.h"
 #include "engine/step_model.h"
 #include "models/checkpoint.h"
-#include "models/low_bit_use.h"
 
 namespace innerq {
 
@@ -52,8 +51,7 @@ struct ModelReport {
   int threads = 1;      // of the host, that compute an operation
   int64_t parameters = 0;
   int64_t weight_bytes = 0;
-  int64_t step_weight_bytes = 0;         // of those, what every step with logits reads
-  LowBitUse low_bit = LowBitUse::kNone;  // of matrices that the checkpoint holds as codes
+  int64_t step_weight_bytes = 0;  // of those, what every step with logits reads
   int64_t open_page_bytes = 0;
   int64_t sealed_page_bytes = 0;
   KvPoolPlan pools;

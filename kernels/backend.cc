@@ -92,7 +92,6 @@ Result<Weight> Backend::PackWeight(std::span<const ConstTensorView> parts,
 
 Result<Weight> Backend::PackLowBitWeight(std::span<const LowBitMatrix> parts,
                                          std::span<const ConstTensorView> bias_parts) {
-  CHECK(has_low_bit(), "PackLowBitWeight: this backend has no low-bit products");
   CHECK(!parts.empty(), "PackLowBitWeight: no parts");
   CHECK(bias_parts.empty() || bias_parts.size() == parts.size(),
         "PackLowBitWeight: expected one bias per part");
@@ -112,13 +111,6 @@ Result<Weight> Backend::PackLowBitWeight(std::span<const LowBitMatrix> parts,
   }
   RETURN_IF_ERROR(DoPackLowBitWeight(parts, bias_parts, &weight));
   return weight;
-}
-
-Result<void> Backend::DoPackLowBitWeight(std::span<const LowBitMatrix> /*parts*/,
-                                         std::span<const ConstTensorView> /*bias_parts*/,
-                                         Weight* /*weight*/) {
-  CHECK(false, "a backend with low-bit products packs low-bit weights");
-  return {};
 }
 
 void Backend::Embed(const EmbedArgs& args) {

@@ -208,8 +208,6 @@ class Backend {
   // The same of low-bit parts, which share their spec and input_clip.
   Result<Weight> PackLowBitWeight(std::span<const LowBitMatrix> parts,
                                   std::span<const ConstTensorView> bias_parts);
-  // Whether this backend multiplies low-bit weights. One that does not packs none: decode them.
-  virtual bool has_low_bit() const { return false; }
   // Readies scratch memory; must be called before the first step, and again before a larger one.
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
@@ -255,7 +253,7 @@ class Backend {
                                     Weight* weight) = 0;
   virtual Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
                                           std::span<const ConstTensorView> bias_parts,
-                                          Weight* weight);
+                                          Weight* weight) = 0;
   virtual void DoEmbed(const EmbedArgs& args) = 0;
   virtual void DoRmsNorm(const RmsNormArgs& args) = 0;
   virtual void DoMatMul(const MatMulArgs& args) = 0;

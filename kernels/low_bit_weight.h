@@ -181,10 +181,11 @@ struct InputRounding {
   float up = 0, down = 0;
 
   // `clip`: as of LowBitMatrix; `largest` input of the row. A row that is not finite gives NaN.
-  static InputRounding Of(const LowBitSpec& spec, float clip, float largest) {
+  INNERQ_HOST_DEVICE static InputRounding Of(const LowBitSpec& spec, float clip, float largest) {
     constexpr float kTiny = 1e-30f;  // its reciprocal times Q is finite
+    constexpr uint32_t kExponent = 0x7f800000, kNaN = 0x7fc00000;
     const auto most = static_cast<float>(spec.max_activation());
-    if (!std::isfinite(largest)) return {0, std::numeric_limits<float>::quiet_NaN()};
+    if ((FloatBits(largest) & kExponent) == kExponent) return {0, FloatFromBits(kNaN)};
     const float range = clip > 0 ? clip : largest;
     if (range < kTiny) return {0, 0};
     return {most / range, range / most};

@@ -32,7 +32,6 @@ class ReferenceBackend final : public Backend {
   std::string_view name() const override { return "reference"; }
   CodeOrder code_order() const override { return CodeOrder::kRowMajor; }
   bool deterministic() const override { return true; }
-  bool has_low_bit() const override { return true; }
   int64_t available_bytes() const override { return AvailableHostBytes(); }
 
   Result<Buffer> Allocate(int64_t bytes) override { return AllocateHost(bytes); }

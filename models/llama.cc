@@ -6,7 +6,6 @@
 #include <string>
 
 #include "models/layer_tensors.h"
-#include "models/low_bit_use.h"
 #include "models/tensor_source.h"
 
 namespace innerq {
@@ -223,7 +222,7 @@ class FusedLlama : public LlamaModel {
     return packed;
   }
 
-  // As codes where they are multiplied, else decoded.
+  // As codes, or decoded to the format that was asked for.
   Result<Weight> PackCodes(const Stack& stack, std::span<const ConstTensorView> biases) {
     std::vector<LowBitMatrix> parts;
     for (const Part& part : stack.parts) {
@@ -234,7 +233,7 @@ class FusedLlama : public LlamaModel {
     const auto drop = [&] {
       for (const Part& part : stack.parts) source_->Drop(part.name);
     };
-    if (PlanLowBitUse(config_, *backend_, options_.format) == LowBitUse::kMultiplied) {
+    if (!options_.format) {
       Result<Weight> packed = backend_->PackLowBitWeight(parts, biases);
       drop();
       return packed;
@@ -247,7 +246,7 @@ class FusedLlama : public LlamaModel {
                          Shape{part.rows, part.cols}});
     }
     drop();
-    return backend_->PackWeight(weights, biases, options_.format.value_or(WeightFormat::kBF16));
+    return backend_->PackWeight(weights, biases, *options_.format);
   }
 
   // [N, K].

@@ -206,19 +206,14 @@ Result<Measured> Measure(const BenchPlan& plan, int64_t num_runs,
                   .measurements = std::move(measurements)};
 }
 
-std::string WeightsOf(const BenchPlan& plan, const Measured& measured) {
+std::string WeightsOf(const BenchPlan& plan) {
   const auto& dtype = plan.options.runner.dtype;
   const char* format = WeightFormatName(dtype.value_or(WeightFormat::kBF16));
   const bool random = plan.checkpoint == nullptr;
   const char* prefix = random ? "random " : "";
-  switch (measured.model.low_bit) {
-    case LowBitUse::kNone:
-      break;
-    case LowBitUse::kMultiplied:
-      return fmt::format("{}{} {}-bit", prefix, LowBitSchemeName(plan.model.low_bit->scheme),
-                         plan.model.low_bit->bits);
-    case LowBitUse::kDecoded:
-      return fmt::format("{}{} decoded", prefix, format);
+  if (const auto& low_bit = plan.model.low_bit) {
+    if (dtype) return fmt::format("{}{} decoded", prefix, format);
+    return fmt::format("{}{} {}-bit", prefix, LowBitSchemeName(low_bit->scheme), low_bit->bits);
   }
   return random || dtype ? fmt::format("{}{}", prefix, format) : "stored";
 }
@@ -232,10 +227,9 @@ std::string Scope(const BenchPlan& plan, const BenchArgs& args, const Measured& 
   std::string scope = fmt::format(
       "bench of {}, {}, {} weights ({:.1f} MiB), on {} with {} thread{}: prompts of {} tokens in "
       "steps of up to {}, then {} steps; {}",
-      model, layers, WeightsOf(plan, measured),
-      static_cast<double>(measured.model.weight_bytes) / (1 << 20), measured.model.backend,
-      measured.model.threads, measured.model.threads == 1 ? "" : "s", args.prompt,
-      plan.options.runner.engine.max_batch_tokens, args.generate,
+      model, layers, WeightsOf(plan), static_cast<double>(measured.model.weight_bytes) / (1 << 20),
+      measured.model.backend, measured.model.threads, measured.model.threads == 1 ? "" : "s",
+      args.prompt, plan.options.runner.engine.max_batch_tokens, args.generate,
       args.runs == 1 ? "one run" : fmt::format("medians of {} runs", args.runs));
   if (!measured.read_bandwidth) {
     return scope + "; no floor: this device cannot tell how fast its memory is read";
@@ -287,7 +281,7 @@ EvalReport MakeReport(const BenchPlan& plan, const BenchArgs& args, const Measur
                     .scope = ""};
   report.scope = Scope(plan, args, measured, report.model);
   const ModelRunnerOptions& runner = plan.options.runner;
-  report.settings = OrderedJson{{"weights", WeightsOf(plan, measured)},
+  report.settings = OrderedJson{{"weights", WeightsOf(plan)},
                                 {"prompt", args.prompt},
                                 {"generate", args.generate},
                                 {"runs", args.runs},

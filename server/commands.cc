@@ -65,10 +65,8 @@ Result<void> PrintConfig(const Options& options) {
   fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", tokenizer->vocab_size(),
              chat_template ? chat_template->name() : "none");
   fmt::print("backend: {}\n", plan.backend->name());
-  const LowBitUse low_bit =
-      PlanLowBitUse(checkpoint->config(), *plan.backend, options.runner.dtype);
-  if (low_bit != LowBitUse::kNone) {
-    fmt::print("weights: {}\n", DescribeLowBit(options, checkpoint->config(), low_bit));
+  if (checkpoint->config().low_bit) {
+    fmt::print("weights: {}\n", DescribeLowBit(options, checkpoint->config()));
   }
   for (const std::string& line : DescribeCache(plan.layout)) fmt::print("cache {}\n", line);
   fmt::print(

@@ -107,22 +107,12 @@ std::string DescribeLowBit(const ModelConfig& config) {
                          static_cast<double>(config.num_layer_weights()));
 }
 
-std::string DescribeLowBit(const Options& options, const ModelConfig& config, LowBitUse use) {
-  switch (use) {
-    case LowBitUse::kNone:
-      return "";
-    case LowBitUse::kMultiplied:
-      return DescribeLowBit(config);
-    case LowBitUse::kDecoded:
-      break;
-  }
+std::string DescribeLowBit(const Options& options, const ModelConfig& config) {
+  const std::string stored = DescribeLowBit(config);
   const auto& dtype = options.runner.dtype;
-  return DescribeLowBit(config) +
-         (dtype ? fmt::format(", decoded to {} (model.dtype), activations not rounded to bits",
-                              WeightFormatName(*dtype))
-                : fmt::format(", decoded to bf16, activations not rounded to bits: {} cannot "
-                              "multiply codes",
-                              options.runner.backend.device));
+  if (!dtype) return stored;
+  return fmt::format("{}, decoded to {} (model.dtype), activations not rounded to bits", stored,
+                     WeightFormatName(*dtype));
 }
 
 Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config) {
@@ -204,9 +194,7 @@ std::vector<std::string> DescribeModel(const Options& options, const ModelConfig
                               options.model.alias, static_cast<double>(report.parameters) / 1e6,
                               static_cast<double>(report.weight_bytes) / kMiB,
                               options.model.path.string()));
-  if (report.low_bit != LowBitUse::kNone) {
-    lines.push_back("weights: " + DescribeLowBit(options, config, report.low_bit));
-  }
+  if (config.low_bit) lines.push_back("weights: " + DescribeLowBit(options, config));
   lines.push_back(fmt::format("backend {}{}", report.backend,
                               options.runner.backend.deterministic ? ", deterministic" : ""));
   const KvCacheOptions& kv = options.runner.kv_cache;

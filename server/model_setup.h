@@ -58,8 +58,8 @@ Result<LoadedModel> LoadModel(const Options& options);
 // How matrices of codes are stored, e.g. "pow2 3-bit, groups of 64, activations 16-bit (3.25 bits
 // per weight)", with scales counted. `config.low_bit` must be there.
 std::string DescribeLowBit(const ModelConfig& config);
-// And what becomes of them. Empty where there are none.
-std::string DescribeLowBit(const Options& options, const ModelConfig& config, LowBitUse use);
+// And what becomes of them.
+std::string DescribeLowBit(const Options& options, const ModelConfig& config);
 
 // The start-up report, a line each: model, weights that are codes, backend, cache per range of
 // layers, pools, context.

@@ -72,7 +72,6 @@ class CpuBackend final : public Backend {
   std::string_view name() const override { return name_; }
   CodeOrder code_order() const override { return CodeOrder::kPanel16; }
   bool deterministic() const override { return dnnl_ == nullptr; }
-  bool has_low_bit() const override { return true; }
   int threads() const override { return threads_; }
   int64_t available_bytes() const override { return AvailableHostBytes(); }
   Result<std::optional<double>> MeasureReadBandwidth() override {

@@ -92,8 +92,10 @@ class CudaBackend final : public Backend {
     }
     queue_->Flush();
     RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(queue_->stream()), "waiting for the device");
-    const int64_t rounded_bytes = limits.max_rows * RoundUp(limits.max_features, kMatMulUnit) *
-                                  static_cast<int64_t>(sizeof(uint16_t));
+    const int64_t rounded_bytes =
+        std::max(limits.max_rows * RoundUp(limits.max_features, kMatMulUnit) *
+                     static_cast<int64_t>(sizeof(uint16_t)),
+                 LowBitInputBytes(limits.max_rows, limits.max_features));
     if (rounded_bytes > rounded_.bytes()) {
       ForgetRounded();
       ASSIGN_OR_RETURN(rounded_, AllocateDevice(rounded_bytes));
@@ -156,6 +158,18 @@ class CudaBackend final : public Backend {
   Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
                             std::span<const ConstTensorView> bias_parts, Weight* weight) override {
     ASSIGN_OR_RETURN(weight->data, PackRows(parts, *weight));
+    return PackBias(bias_parts, weight);
+  }
+
+  Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                  std::span<const ConstTensorView> bias_parts,
+                                  Weight* weight) override {
+    ForgetRounded();
+    ASSIGN_OR_RETURN(weight->data, PackCodes(parts, *weight, queue_->stream()));
+    return PackBias(bias_parts, weight);
+  }
+
+  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
     if (bias_parts.empty()) return {};
     std::vector<float> bias;
     for (const ConstTensorView& part : bias_parts) {
@@ -202,6 +216,7 @@ class CudaBackend final : public Backend {
 
   void DoMatMul(const MatMulArgs& args) override {
     const Weight& weight = *args.weight;
+    if (weight.low_bit) return MultiplyLowBit(args);
     MatMulLaunch launch{.format = weight.format,
                         .x = args.x.data,
                         .weight = weight.data.data(),
@@ -233,6 +248,31 @@ class CudaBackend final : public Backend {
     } else {
       queue_->Enqueue<LaunchCublas>("MatMul", {cublas_.get(), launch, x_stride});
     }
+  }
+
+  void MultiplyLowBit(const MatMulArgs& args) {
+    ForgetRounded();
+    const Weight& weight = *args.weight;
+    const LowBitLayout layout(*weight.low_bit, weight.rows, weight.cols);
+    const int64_t m = args.x.shape[0];
+    CHECK(LowBitInputLayout(layout, m).Bytes() <= rounded_.bytes(), "MatMul: larger than reserved");
+    queue_->Enqueue<LaunchRoundLowBit>("MatMul", {.spec = *weight.low_bit,
+                                                  .layout = layout,
+                                                  .clip = weight.input_clip,
+                                                  .x = args.x.As<float>(),
+                                                  .m = m,
+                                                  .out = rounded_.data()});
+    queue_->Enqueue<LaunchLowBitMatMul>("MatMul",
+                                        {.spec = *weight.low_bit,
+                                         .layout = layout,
+                                         .inputs = rounded_.data(),
+                                         .weight = weight.data.data(),
+                                         .bias = reinterpret_cast<const float*>(weight.bias.data()),
+                                         .accumulate = args.accumulate,
+                                         .m = m,
+                                         .n = weight.rows,
+                                         .out = args.out.As<float>(),
+                                         .num_multiprocessors = device_.num_multiprocessors});
   }
 
   void DoRopeTable(const RopeTableArgs& args) override {
@@ -414,8 +454,8 @@ class CudaBackend final : public Backend {
   const CudaDevice device_;
   const std::string name_;
   const std::unique_ptr<CublasMatMul> cublas_;  // null: all products are our own
-  Buffer rounded_;                              // activations of one product in BF16
-  const std::byte* rounded_from_ = nullptr;     // where they are in F32, or null: not known
+  Buffer rounded_;                           // activations of one product in BF16, or as integers
+  const std::byte* rounded_from_ = nullptr;  // where they are in F32, or null: not known
   Shape rounded_shape_;
   Buffer states_;                        // of split attention, or parts of a split product
   Buffer select_keys_;                   // of SelectTop

@@ -10,6 +10,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/cuda/attention_plan.h"
+#include "kernels/cuda/low_bit_layout.h"
 
 namespace innerq::cuda {
 
@@ -172,6 +173,41 @@ struct AddBiasLaunch {
   float* out = nullptr;  // [m, n]
 };
 cudaError_t LaunchAddBias(const AddBiasLaunch& launch, cudaStream_t stream);
+
+// --- low_bit.cu, low_bit_mma.cu; see low_bit_layout.h ---
+
+struct PackLowBitLaunch {
+  LowBitSpec spec;
+  LowBitLayout layout;
+  const uint8_t* codes = nullptr;    // [N][K * B / 8] as in a file
+  const uint16_t* scales = nullptr;  // [N][groups]
+  std::byte* out = nullptr;          // layout.Bytes()
+};
+cudaError_t LaunchPackLowBit(const PackLowBitLaunch& launch, cudaStream_t stream);
+
+struct RoundLowBitLaunch {
+  LowBitSpec spec;
+  LowBitLayout layout;       // of the weight that they meet
+  float clip = 0;            // of the weight: its input_clip
+  const float* x = nullptr;  // [M, K]
+  int64_t m = 0;
+  std::byte* out = nullptr;  // LowBitInputLayout(layout, m).Bytes()
+};
+cudaError_t LaunchRoundLowBit(const RoundLowBitLaunch& launch, cudaStream_t stream);
+
+struct LowBitMatMulLaunch {
+  LowBitSpec spec;
+  LowBitLayout layout;
+  const std::byte* inputs = nullptr;  // [M, K] as LaunchRoundLowBit wrote them
+  const std::byte* weight = nullptr;  // as LaunchPackLowBit wrote it
+  const float* bias = nullptr;        // [N] or null
+  bool accumulate = false;
+  int64_t m = 0, n = 0;
+  float* out = nullptr;         // [M, N]
+  int num_multiprocessors = 0;  // of the device
+  uint32_t table[4] = {};       // of the kernels, which LaunchLowBitMatMul fills in
+};
+cudaError_t LaunchLowBitMatMul(const LowBitMatMulLaunch& launch, cudaStream_t stream);
 
 // --- bandwidth.cu ---
 

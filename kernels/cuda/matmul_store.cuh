@@ -1,14 +1,14 @@
-// How the sums of a dense product become its output: bias, residual.
+// How the sums of a product become its output: bias, residual. `Launch`: MatMulLaunch, or what has
+// its m, n, bias, accumulate and out.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/cuda/launch.h"
-
 namespace innerq::cuda {
 
 // Finishes an element; nothing beyond the output.
-__device__ inline void Store(const MatMulLaunch& args, int64_t row, int64_t col, float sum) {
+template <typename Launch>
+__device__ inline void Store(const Launch& args, int64_t row, int64_t col, float sum) {
   if (row >= args.m || col >= args.n) return;
   if (args.bias != nullptr) sum += args.bias[col];
   float& out = args.out[row * args.n + col];
@@ -16,7 +16,8 @@ __device__ inline void Store(const MatMulLaunch& args, int64_t row, int64_t col,
 }
 
 // The same of columns col and col + 1; col is even.
-__device__ inline void StoreTwo(const MatMulLaunch& args, int64_t row, int64_t col, float first,
+template <typename Launch>
+__device__ inline void StoreTwo(const Launch& args, int64_t row, int64_t col, float first,
                                 float second) {
   if (args.n % 2 != 0) {
     Store(args, row, col, first);

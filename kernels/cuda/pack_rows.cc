@@ -67,4 +67,31 @@ Result<Buffer> PackRows(std::span<const ConstTensorView> parts, const Weight& we
   return rows;
 }
 
+Result<Buffer> PackCodes(std::span<const LowBitMatrix> parts, const Weight& weight,
+                         cudaStream_t stream) {
+  const LowBitSpec& spec = *weight.low_bit;
+  const LowBitLayout layout(spec, weight.rows, weight.cols);
+  const int64_t code_bytes = spec.RowBytes(weight.cols);  // of a row
+  const int64_t scale_bytes = spec.Groups(weight.cols) * static_cast<int64_t>(sizeof(uint16_t));
+  ASSIGN_OR_RETURN(Buffer codes, AllocateDevice(weight.rows * code_bytes));
+  ASSIGN_OR_RETURN(Buffer scales, AllocateDevice(weight.rows * scale_bytes));
+  int64_t row = 0;
+  for (const LowBitMatrix& part : parts) {
+    RETURN_IF_ERROR(CopyToDevice(reinterpret_cast<const std::byte*>(part.codes), part.rows,
+                                 code_bytes, code_bytes, codes.data() + row * code_bytes));
+    RETURN_IF_ERROR(CopyToDevice(reinterpret_cast<const std::byte*>(part.scales), part.rows,
+                                 scale_bytes, scale_bytes, scales.data() + row * scale_bytes));
+    row += part.rows;
+  }
+  ASSIGN_OR_RETURN(Buffer packed, AllocateDevice(layout.Bytes()));
+  const PackLowBitLaunch launch{.spec = spec,
+                                .layout = layout,
+                                .codes = reinterpret_cast<const uint8_t*>(codes.data()),
+                                .scales = reinterpret_cast<const uint16_t*>(scales.data()),
+                                .out = packed.data()};
+  RETURN_IF_CUDA_ERROR(LaunchPackLowBit(launch, stream), "packing low-bit weights");
+  RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream), "packing low-bit weights");
+  return packed;
+}
+
 }  // namespace innerq::cuda

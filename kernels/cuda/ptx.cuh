@@ -44,6 +44,29 @@ __device__ inline void MultiplyAddBf16(const uint32_t (&a)[4], uint32_t b0, uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c [16][8] += a [16][32] * b [32][8] of bytes, those of a unsigned, those of b signed:
+// mma.m16n8k32. Lane 4g + i:
+//   a  rows g, g + 8, g, g + 8; columns 4i to 4i + 3 of the first two, 16 more of the others
+//   b  column g; rows 4i to 4i + 3, then 16 more
+//   c  as of MultiplyAdd
+// Sums do not depend on how columns of a and rows of b are permuted.
+__device__ inline void MultiplyAddBytes(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                        int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Byte i of the result is that byte of (low, high), eight of them, which the lower three bits of
+// nibble i of `selectors` name. Where the nibble's highest bit is set it is 0xff or 0: that byte's
+// highest bit, eight times. The upper 16 bits of `selectors` do not matter.
+__device__ inline uint32_t SelectBytes(uint32_t low, uint32_t high, uint32_t selectors) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
+  return bytes;
+}
+
 // Four matrices of 8 x 8 halves from shared memory, each as a lane of MultiplyAdd has it: lane 4g +
 // i gets columns 2i and 2i + 1 of row g of matrix j as word j. `row`: for lane 8j + g, row g of
 // matrix j, 16 bytes at a multiple of 16. By a whole warp.

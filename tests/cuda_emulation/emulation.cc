@@ -52,6 +52,7 @@ struct Block {
   Barrier all, warps[kMaxThreads / kWarp];
   float shuffled[kMaxThreads];
   MmaLane products[kMaxThreads];
+  ByteMmaLane byte_products[kMaxThreads];
   const void* matrix_rows[kMaxThreads];
   size_t current = 0;
   ucontext_t scheduler;
@@ -162,17 +163,26 @@ float ShuffleXor(float value, int mask) {
   return Shuffle(value, static_cast<int>(running.current % kWarp) ^ mask);
 }
 
-void MultiplyAdd(const MmaLane& lane) {
+namespace {
+
+// `lanes`: of all threads of the block.
+template <typename Lane>
+void MultiplyAddOfWarp(const Lane& lane, Lane* lanes) {
   const size_t self = running.current, first = self / kWarp * kWarp;
   Barrier& warp = running.warps[self / kWarp];
   CHECK(warp.alive == kWarp, "a product takes a whole warp");
-  running.products[self] = lane;
+  lanes[self] = lane;
   // The last lane to come computes for all; the others' sums stay where they are until then.
   if (warp.waiting + 1 == warp.alive) {
-    MultiplyAddFragments(std::span<const MmaLane, kWarp>(running.products + first, kWarp));
+    MultiplyAddFragments(std::span<const Lane, kWarp>(lanes + first, kWarp));
   }
   Wait(warp);
 }
+
+}  // namespace
+
+void MultiplyAdd(const MmaLane& lane) { MultiplyAddOfWarp(lane, running.products); }
+void MultiplyAdd(const ByteMmaLane& lane) { MultiplyAddOfWarp(lane, running.byte_products); }
 
 void LoadMatrices(const void* row, uint32_t (&words)[4]) {
   const size_t self = running.current, lane = self % kWarp, first = self - lane;

@@ -8,6 +8,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <bit>
 #include <cmath>
 #include <functional>
 
@@ -42,6 +43,7 @@ float ShuffleXor(float value, int mask);
 float Shuffle(float value, int lane);
 // The product of the warp; see MultiplyAddFragments.
 void MultiplyAdd(const MmaLane& lane);
+void MultiplyAdd(const ByteMmaLane& lane);
 // Four matrices of 8 x 8 halves, whose row g of matrix j lane 8j + g names; see
 // kernels/cuda/ptx.cuh.
 void LoadMatrices(const void* row, uint32_t (&words)[4]);
@@ -63,11 +65,10 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return innerq::emulation::ShuffleXor(value, mask);
 }
 inline int __shfl_sync(unsigned, int value, int lane) {
-  float bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits = innerq::emulation::Shuffle(bits, lane);
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  return std::bit_cast<int>(innerq::emulation::Shuffle(std::bit_cast<float>(value), lane));
+}
+inline int __shfl_xor_sync(unsigned, int value, int mask) {
+  return std::bit_cast<int>(innerq::emulation::ShuffleXor(std::bit_cast<float>(value), mask));
 }
 inline int __any_sync(unsigned, int predicate) {
   float any = predicate != 0 ? 1.0f : 0.0f;

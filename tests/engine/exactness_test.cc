@@ -155,9 +155,9 @@ std::vector<Case> Cases() {
     cases.push_back({variant, "base", WeightFormat::kBF16, base});
   }
   const std::string best = CpuVariants().front();
-  cases.push_back({best, "base_codes", std::nullopt, base});
   cases.push_back({"cuda", "base", WeightFormat::kBF16, base});
   for (const std::string& variant : {best, std::string("cuda")}) {
+    cases.push_back({variant, "base_codes", std::nullopt, base});
     cases.push_back({variant, "base_f32", WeightFormat::kF32, base});
     cases.push_back({variant, "mixed", WeightFormat::kBF16, mixed});
     cases.push_back({variant, "exact", WeightFormat::kBF16, exact});

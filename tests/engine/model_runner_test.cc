@@ -40,7 +40,7 @@ TEST(ModelRunner, ReportsWhatCameUp) {
   EXPECT_EQ(runner->vocab_size(), 128);
 }
 
-TEST(ModelRunner, SaysWhatBecomesOfLowBitWeights) {
+TEST(ModelRunner, HoldsCodesUnlessAFormatIsNamed) {
   const TemporaryDirectory directory;
   nlohmann::json config = nlohmann::json::parse(ReadAll(TinyLlamaDirectory() / "config.json"));
   const LowBitSpec spec{.bits = 3, .group_size = 32};
@@ -49,25 +49,17 @@ TEST(ModelRunner, SaysWhatBecomesOfLowBitWeights) {
   WriteAll(directory.path() / "model.safetensors",
            Safetensors(StoreLayersAsCodes(spec, StoredTensors(*TinyCheckpoint())).coded));
   const auto checkpoint = Checkpoint::Open(directory.path()).value();
-  for (const char* device : {"cpu", "reference"}) {
-    for (const auto& dtype : {std::optional<WeightFormat>(), std::optional(WeightFormat::kF16)}) {
-      ModelRunnerOptions options = TinyOptions();
-      options.backend.device = device;
-      options.dtype = dtype;
-      std::string warning;
-      options.backend.warn = [&](std::string_view text) { warning += text; };
-      const auto runner = ModelRunner::Create(checkpoint, options).value();
-      const bool has_products = CreateBackend(options.backend).value()->has_low_bit();
-      EXPECT_EQ(runner->report().low_bit,
-                has_products && !dtype ? LowBitUse::kMultiplied : LowBitUse::kDecoded);
-      const bool warned =
-          warning.find("cannot multiply low-bit weights: they are decoded to bf16") !=
-          std::string::npos;
-      EXPECT_EQ(warned, !has_products && !dtype) << device << ": " << warning;
-    }
-  }
-  EXPECT_EQ(ModelRunner::Create(TinyCheckpoint(), TinyOptions()).value()->report().low_bit,
-            LowBitUse::kNone);
+  const auto weight_bytes = [&](std::optional<WeightFormat> dtype) {
+    ModelRunnerOptions options = TinyOptions();
+    options.dtype = dtype;
+    return ModelRunner::Create(checkpoint, options).value()->report().weight_bytes;
+  };
+  // Codes and scales of 3.5 bits in place of 16.
+  const int64_t layers = checkpoint->config().num_layer_weights();
+  const int64_t saved = layers * 2 - checkpoint->config().low_bit_bytes();
+  EXPECT_GT(saved, layers);
+  EXPECT_NEAR(static_cast<double>(weight_bytes(WeightFormat::kF16) - weight_bytes({})),
+              static_cast<double>(saved), 0.1 * static_cast<double>(saved));
 }
 
 TEST(ModelRunner, LimitsTheContextToWhatTheCacheHolds) {

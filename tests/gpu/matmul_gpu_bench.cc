@@ -1,12 +1,14 @@
-// Dense products of BF16 weights on the GPU, by M: our kernels and cuBLASLt, beside the time that
-// reading the weights alone would take.
+// Products on the GPU, by M: BF16 weights by our kernel and by cuBLASLt, and low-bit weights in
+// groups of 64, beside the time that reading the weights alone would take. Shapes are those of
+// Llama 3.1 8B.
 //
-//   matmul_gpu_bench [m=1,16,256] [shape=qkv,down] [kernel=tiled,cublaslt]
+//   matmul_gpu_bench [m=1,16,256] [shape=qkv,down] [kernel=tiled,cublaslt,pow2_3]
 //
-// Each argument replaces a list of what is measured. Shapes are those of Llama 3.1 8B. Prints one
-// line per case: microseconds of the product, the byte floor (weights, x and out at the bandwidth
-// that MeasureReadBandwidth finds in the same run) and its share of them, TFLOP/s, and for kernels
-// that take x rounded the microseconds of rounding, which are not in the product's. Copies of the
+// Each argument replaces a list of what is measured. Kernels: tiled and cublaslt, of BF16 weights;
+// pow2_2, pow2_3, apot_4, uniform_8, of low-bit weights with inputs of 16 bits, and apot_4_8 with
+// inputs of 8. Prints one line per case: microseconds of the product, the byte floor (weights, x
+// and out at the bandwidth that MeasureReadBandwidth finds in the same run) and its share of them,
+// TFLOP/s, and the microseconds of rounding x, which are not in the product's. Copies of the
 // weights, together more than any cache, take turns; cases whose out is larger than 512 MiB are
 // left out. Times are medians of several runs of many launches between two events. Every kernel of
 // ours must give the first row the same bits for every M, or the program fails.
@@ -16,6 +18,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -51,13 +54,25 @@ constexpr ProductShape kShapes[] = {{"qkv", 6144, 4096},
                                     {"lm_head", 128256, 4096}};
 constexpr int64_t kMostColumns = 14336;
 
+struct LowBitKernel {
+  const char* name;
+  LowBitSpec spec;
+};
+constexpr LowBitKernel kLowBitKernels[] = {
+    {"pow2_2", {.scheme = LowBitScheme::kPow2, .bits = 2}},
+    {"pow2_3", {.scheme = LowBitScheme::kPow2, .bits = 3}},
+    {"apot_4", {.scheme = LowBitScheme::kApot, .bits = 4}},
+    {"apot_4_8", {.scheme = LowBitScheme::kApot, .bits = 4, .activation_bits = 8}},
+    {"uniform_8", {.scheme = LowBitScheme::kUniform, .bits = 8}}};
+
 // What is measured.
 struct Choice {
   std::vector<int64_t> rows = {1, 4, 16, 32, 64, 256, 2048};
   std::vector<std::string> shapes, kernels;  // empty: all
 };
 
-// BF16 bits of normal numbers, over and over.
+// BF16 bits of normal numbers, over and over. As F16, as which scales among codes are read, they
+// are finite as well.
 void FillWeights(Buffer& pool) {
   std::vector<uint16_t> values(size_t{8} << 20);
   std::mt19937 random(1);
@@ -78,7 +93,7 @@ class Bench {
     weights_ = *cuda::AllocateDevice(kPoolBytes);
     out_ = *cuda::AllocateDevice(kMostOutBytes);
     x_ = *cuda::AllocateDevice(most * kMostColumns * 4);
-    rounded_ = *cuda::AllocateDevice(most * kMostColumns * 2);
+    rounded_ = *cuda::AllocateDevice(cuda::LowBitInputBytes(most, kMostColumns));
     parts_ = *cuda::AllocateDevice(kPartBytes);
     CheckCuda(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, 0),
               "multiprocessors");
@@ -102,7 +117,7 @@ class Bench {
                 "us", "floor us", "floor/t", "TFLOP/s", "round us");
     for (const ProductShape& shape : kShapes) {
       if (!Chosen(choice_.shapes, shape.name)) continue;
-      first_row_.clear();
+      first_rows_.clear();
       for (const int64_t m : choice_.rows) {
         if (m * shape.n * 4 <= kMostOutBytes) RunCase(shape, m);
       }
@@ -110,46 +125,85 @@ class Bench {
   }
 
  private:
+  // A product of a weight of so many bytes.
+  struct Case {
+    const ProductShape& shape;
+    int64_t m;
+    const char* kernel;
+    int64_t weight_bytes;
+    std::function<void(const std::byte*weight)> round, multiply;
+  };
+
   void RunCase(const ProductShape& shape, int64_t m) {
-    MatMulLaunch launch{.x = x_.data(), .m = m, .n = shape.n, .k = shape.k};
+    MatMulLaunch launch{.x = rounded_.data(), .m = m, .n = shape.n, .k = shape.k};
     launch.out = reinterpret_cast<float*>(out_.data());
     launch.parts = reinterpret_cast<float*>(parts_.data());
     launch.num_part_sums = kPartBytes / 4;
     launch.num_multiprocessors = num_multiprocessors_;
-    const auto ours = [&](const MatMulLaunch& product) {
-      CheckCuda(cuda::LaunchMatMul(product, nullptr), "a product");
-    };
-    launch.x = rounded_.data();
-    const auto round = [&](const MatMulLaunch&) {
+    const auto round = [&](const std::byte*) {
       CheckCuda(cuda::LaunchRoundToBf16({reinterpret_cast<const float*>(x_.data()), m, shape.k,
                                          reinterpret_cast<uint16_t*>(rounded_.data())},
                                         nullptr),
                 "rounding");
     };
-    const double rounding_us = Measure(launch, round);
+    const int64_t bytes = shape.n * shape.k * 2;
     if (Chosen(choice_.kernels, "tiled")) {
-      Report("tiled", launch, ours, rounding_us);
-      CheckFirstRow(launch);
+      const auto multiply = [&](const std::byte* weight) {
+        launch.weight = weight;
+        CheckCuda(cuda::LaunchMatMul(launch, nullptr), "a product");
+      };
+      const Case ours{shape, m, "tiled", bytes, round, multiply};
+      Report(ours);
+      CheckFirstRow(ours);
     }
     if (Chosen(choice_.kernels, "cublaslt")) {
-      const auto theirs = [&](const MatMulLaunch& product) {
-        const Result<void> result = cublas_->Run(product, shape.k, nullptr);
+      const auto multiply = [&](const std::byte* weight) {
+        launch.weight = weight;
+        const Result<void> result = cublas_->Run(launch, shape.k, nullptr);
         CHECK(result.ok(), result.error().message);
       };
-      Report("cublaslt", launch, theirs, rounding_us);
+      Report({shape, m, "cublaslt", bytes, round, multiply});
+    }
+    for (const LowBitKernel& kernel : kLowBitKernels) {
+      if (Chosen(choice_.kernels, kernel.name)) RunLowBitCase(shape, m, kernel);
     }
   }
 
+  void RunLowBitCase(const ProductShape& shape, int64_t m, const LowBitKernel& kernel) {
+    const cuda::LowBitLayout layout(kernel.spec, shape.n, shape.k);
+    const auto round = [&](const std::byte*) {
+      CheckCuda(cuda::LaunchRoundLowBit({.spec = kernel.spec,
+                                         .layout = layout,
+                                         .x = reinterpret_cast<const float*>(x_.data()),
+                                         .m = m,
+                                         .out = rounded_.data()},
+                                        nullptr),
+                "rounding");
+    };
+    const auto multiply = [&](const std::byte* weight) {
+      CheckCuda(cuda::LaunchLowBitMatMul({.spec = kernel.spec,
+                                          .layout = layout,
+                                          .inputs = rounded_.data(),
+                                          .weight = weight,
+                                          .m = m,
+                                          .n = shape.n,
+                                          .out = reinterpret_cast<float*>(out_.data()),
+                                          .num_multiprocessors = num_multiprocessors_},
+                                         nullptr),
+                "a product");
+    };
+    const Case low_bit{shape, m, kernel.name, layout.Bytes(), round, multiply};
+    Report(low_bit);
+    CheckFirstRow(low_bit);
+  }
+
   // Microseconds of a launch.
-  double Measure(MatMulLaunch launch, const std::function<void(const MatMulLaunch&)>& run) {
-    const int64_t bytes = launch.n * launch.k * 2, copies = kPoolBytes / bytes;
+  double Measure(const std::function<void(const std::byte*)>& run, int64_t weight_bytes) {
+    const int64_t copies = kPoolBytes / weight_bytes;
     int64_t next = 0;
     const auto time_of = [&](int calls) {
       CheckCuda(cudaEventRecord(begin_, nullptr), "timing");
-      for (int i = 0; i < calls; ++i) {
-        launch.weight = weights_.data() + next++ % copies * bytes;
-        run(launch);
-      }
+      for (int i = 0; i < calls; ++i) run(weights_.data() + next++ % copies * weight_bytes);
       CheckCuda(cudaEventRecord(end_, nullptr), "timing");
       CheckCuda(cudaEventSynchronize(end_), "timing");
       float ms = 0;
@@ -164,38 +218,29 @@ class Bench {
     return ms[kRuns / 2] * 1e3;
   }
 
-  void Report(const char* kernel, const MatMulLaunch& launch,
-              const std::function<void(const MatMulLaunch&)>& run, double rounding_us) {
-    const double us = Measure(launch, run);
-    const int64_t bytes =
-        launch.n * launch.k * 2 + launch.m * launch.k * 2 + launch.m * launch.n * 4;
+  // Rounds before it multiplies.
+  void Report(const Case& c) {
+    const double rounding_us = Measure(c.round, c.weight_bytes);
+    const double us = Measure(c.multiply, c.weight_bytes);
+    const int64_t bytes = c.weight_bytes + c.m * c.shape.k * 2 + c.m * c.shape.n * 4;
     const double floor_us = static_cast<double>(bytes) / bandwidth_ * 1e6;
-    const double flop = 2.0 * static_cast<double>(launch.m * launch.n * launch.k);
-    std::printf("%-8s %6ld %6ld %5ld %-9s %10.1f %9.1f %6.0f%% %9.1f ", NameOf(launch),
-                static_cast<long>(launch.n), static_cast<long>(launch.k),
-                static_cast<long>(launch.m), kernel, us, floor_us, 100 * floor_us / us,
-                flop / us * 1e-6);
-    std::printf("%9.1f\n", rounding_us);
+    const double flop = 2.0 * static_cast<double>(c.m * c.shape.n * c.shape.k);
+    std::printf("%-8s %6ld %6ld %5ld %-9s %10.1f %9.1f %6.0f%% %9.1f %9.1f\n", c.shape.name,
+                static_cast<long>(c.shape.n), static_cast<long>(c.shape.k), static_cast<long>(c.m),
+                c.kernel, us, floor_us, 100 * floor_us / us, flop / us * 1e-6, rounding_us);
     std::fflush(stdout);
   }
 
-  static const char* NameOf(const MatMulLaunch& launch) {
-    for (const ProductShape& shape : kShapes) {
-      if (shape.n == launch.n && shape.k == launch.k) return shape.name;
-    }
-    return "";
-  }
-
   // The first row of out by the first copy of the weights, bit for bit.
-  void CheckFirstRow(MatMulLaunch launch) {
-    launch.weight = weights_.data();
-    CheckCuda(cuda::LaunchMatMul(launch, nullptr), "a product");
-    std::vector<float> row(static_cast<size_t>(launch.n));
-    CheckCuda(cudaMemcpy(row.data(), launch.out, row.size() * 4, cudaMemcpyDefault), "a row");
-    if (first_row_.empty()) first_row_ = row;
-    CHECK(std::memcmp(row.data(), first_row_.data(), row.size() * 4) == 0,
-          std::string(NameOf(launch)) + ": the first row depends on M, here " +
-              std::to_string(launch.m));
+  void CheckFirstRow(const Case& c) {
+    c.multiply(weights_.data());
+    std::vector<float> row(static_cast<size_t>(c.shape.n));
+    CheckCuda(cudaMemcpy(row.data(), out_.data(), row.size() * 4, cudaMemcpyDefault), "a row");
+    std::vector<float>& first = first_rows_[c.kernel];
+    if (first.empty()) first = row;
+    CHECK(std::memcmp(row.data(), first.data(), row.size() * 4) == 0,
+          std::string(c.shape.name) + ", " + c.kernel + ": the first row depends on M, here " +
+              std::to_string(c.m));
   }
 
   const double bandwidth_;  // bytes per second
@@ -204,7 +249,7 @@ class Bench {
   int num_multiprocessors_ = 0;
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
   std::unique_ptr<CublasMatMul> cublas_;
-  std::vector<float> first_row_;  // of a shape
+  std::map<std::string, std::vector<float>> first_rows_;  // of a shape, by kernel
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything about a GPU in one go: builds the preset cuda for the one that is here, checks the
-# kernels against the reference, and measures attention, dense products and a whole model. What it
+# kernels against the reference, and measures attention, products and a whole model. What it
 # prints is kept in tests/gpu/results/<date>-<device>.txt.
 #   tests/gpu/run.sh            all of it, on a machine with a GPU and the CUDA toolkit
 #   tests/gpu/run.sh build      only the build, e.g. where there is no GPU; ARCHITECTURES=90 names one
@@ -78,10 +78,10 @@ run_tests() { # program filter least
 failed=0
 
 step "every operation against the reference"
-run_tests kernels_test 'Cuda/*' 4 || failed=1
+run_tests kernels_test 'Cuda/*' 10 || failed=1
 
 step "logits do not depend on neighbours, chunks or preemption; golden logits"
-run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 5 || failed=1
+run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 6 || failed=1
 "$out/models_test" --gtest_filter='Backends/GoldenTest.*/cuda' || failed=1
 
 step "greedy text of the demo model, device against CPU"
@@ -120,14 +120,15 @@ else
   echo "no torch here: skipped"
 fi
 
-step "dense products"
-timeout 120 $out/matmul_gpu_bench || failed=1
+step "products of BF16 and of low-bit weights"
+timeout 180 $out/matmul_gpu_bench || failed=1
 
 step "a whole model: one sequence, then 64 of 8192 tokens through a quarter of its layers"
 model=(innerq bench -c configs/innerq_base.json --set backend.device=cuda --set backend.deterministic=false
        --set scheduler.max_batch_tokens=2048 --shape llama-3.1-8b)
 caches=(--cache configs/fp16.json --cache configs/innerq_base.json)
 timeout 240 "$out/${model[@]}" "${caches[@]}" --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
+timeout 120 "$out/${model[@]}" --scheme pow2 --bits 3 --batch 1 --prompt 2048 --generate 64 --runs 2 || failed=1
 timeout 240 "$out/${model[@]}" "${caches[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 \
   --generate 64 --runs 1 || failed=1
 

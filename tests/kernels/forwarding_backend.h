@@ -16,7 +16,6 @@ class ForwardingBackend : public Backend {
   std::string_view name() const override { return inner_->name(); }
   CodeOrder code_order() const override { return inner_->code_order(); }
   bool deterministic() const override { return inner_->deterministic(); }
-  bool has_low_bit() const override { return inner_->has_low_bit(); }
   Result<Buffer> Allocate(int64_t bytes) override { return inner_->Allocate(bytes); }
   Result<Buffer> Import(ConstTensorView host) override { return inner_->Import(host); }
   Result<void> Reserve(const StepLimits& limits) override { return inner_->Reserve(limits); }

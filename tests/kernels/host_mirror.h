@@ -53,6 +53,12 @@ class HostMirror final : public Backend {
     return {};
   }
 
+  Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
+                                  std::span<const ConstTensorView> bias, Weight* weight) override {
+    ASSIGN_OR_RETURN(*weight, device_->PackLowBitWeight(parts, bias));
+    return {};
+  }
+
   using Pools = std::map<std::byte*, int64_t>;
   static constexpr int64_t kGuard = 256;
   static constexpr std::byte kGuardByte{0x5a};

@@ -155,7 +155,6 @@ TEST_P(LowBitOfVariant, IsWithinRoundingOfTheReference) {
   std::mt19937_64 random(kLowBitSeed);
   const auto reference = LowBitBackend("reference");
   const auto backend = LowBitBackend(GetParam());
-  EXPECT_TRUE(backend->has_low_bit());
   struct Case {
     int64_t m, n, k;
   };

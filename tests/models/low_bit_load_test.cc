@@ -6,8 +6,6 @@
 
 #include "models/checkpoint.h"
 #include "models/llama.h"
-#include "models/low_bit_use.h"
-#include "tests/kernels/forwarding_backend.h"
 #include "tests/models/low_bit_files.h"
 #include "tests/models/step_harness.h"
 #include "tests/models/test_files.h"
@@ -22,13 +20,6 @@ constexpr char kUp[] = "model.layers.1.mlp.up_proj";
 constexpr char kGate[] = "model.layers.1.mlp.gate_proj";
 constexpr char kKey[] = "model.layers.0.self_attn.k_proj";
 constexpr char kDown[] = "model.layers.0.mlp.down_proj";
-
-// Has no products of codes.
-class FloatBackend : public ForwardingBackend {
- public:
-  FloatBackend() : ForwardingBackend(CreateReferenceBackend()) {}
-  bool has_low_bit() const override { return false; }
-};
 
 class LowBitLoadTest : public testing::Test {
  protected:
@@ -100,7 +91,6 @@ class LowBitLoadTest : public testing::Test {
 
   TemporaryDirectory directory_;
   std::unique_ptr<Backend> reference_ = CreateReferenceBackend();
-  FloatBackend float_backend_;
   json config_;
   std::vector<StoredTensor> floats_;
   LowBitTensors stored_;
@@ -161,23 +151,7 @@ TEST_F(LowBitLoadTest, AFormatThatIsNamedDecodesThem) {
     const Logits expected = Run(stored_.decoded, reference_.get(), Options(format));
     ASSERT_FALSE(expected.empty());
     EXPECT_EQ(Run(stored_.coded, reference_.get(), Options(format)), expected);
-    EXPECT_EQ(Run(stored_.coded, &float_backend_, Options(format)), expected);
   }
-}
-
-TEST_F(LowBitLoadTest, ABackendWithoutTheirProductsDecodesThemToBf16) {
-  const Logits expected = Run(stored_.decoded, &float_backend_, Options(WeightFormat::kBF16));
-  ASSERT_FALSE(expected.empty());
-  EXPECT_EQ(Run(stored_.coded, &float_backend_, Options()), expected);
-  EXPECT_NE(Run(stored_.coded, reference_.get(), Options()), expected);
-
-  const auto checkpoint = Open(stored_.coded);
-  ASSERT_TRUE(checkpoint.ok());
-  const ModelConfig& config = (*checkpoint)->config();
-  EXPECT_EQ(PlanLowBitUse(config, float_backend_, {}), LowBitUse::kDecoded);
-  EXPECT_EQ(PlanLowBitUse(config, *reference_, {}), LowBitUse::kMultiplied);
-  EXPECT_EQ(PlanLowBitUse(config, *reference_, WeightFormat::kF16), LowBitUse::kDecoded);
-  EXPECT_EQ(PlanLowBitUse(ModelConfig(), *reference_, {}), LowBitUse::kNone);
 }
 
 TEST_F(LowBitLoadTest, OtherMatricesMayBeFloats) {

@@ -55,28 +55,23 @@ TEST(ModelSetup, SaysHowLowBitWeightsAreHeld) {
   config.head_dim = 64;
   config.vocab_size = config.max_positions = 100;
   Options options = ParseOptions("{}", {"backend.device=cuda"}).value();
-  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kNone), "");
   config.low_bit = LowBitSpec{.scheme = LowBitScheme::kPow2, .bits = 3, .group_size = 64};
   const std::string stored = "pow2 3-bit, groups of 64, activations 16-bit (3.25 bits per weight)";
   EXPECT_EQ(DescribeLowBit(config), stored);
-  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kMultiplied), stored);
-  EXPECT_EQ(
-      DescribeLowBit(options, config, LowBitUse::kDecoded),
-      stored + ", decoded to bf16, activations not rounded to bits: cuda cannot multiply codes");
+  EXPECT_EQ(DescribeLowBit(options, config), stored);
   options.runner.dtype = WeightFormat::kF16;
-  EXPECT_EQ(DescribeLowBit(options, config, LowBitUse::kDecoded),
+  EXPECT_EQ(DescribeLowBit(options, config),
             stored + ", decoded to f16 (model.dtype), activations not rounded to bits");
-  const auto report_has = [&](LowBitUse use, const std::string& text) {
-    ModelReport report;
-    report.low_bit = use;
-    const std::vector<std::string> lines = DescribeModel(options, config, report);
+  const auto report_has = [&](const std::string& text) {
+    const std::vector<std::string> lines = DescribeModel(options, config, ModelReport());
     return std::any_of(lines.begin(), lines.end(), [&](const std::string& line) {
       return line.find(text) != std::string::npos;
     });
   };
-  EXPECT_TRUE(report_has(LowBitUse::kMultiplied, "weights: pow2 3-bit"));
-  EXPECT_TRUE(report_has(LowBitUse::kDecoded, "decoded to f16"));
-  EXPECT_FALSE(report_has(LowBitUse::kNone, "weights: "));
+  EXPECT_TRUE(report_has("weights: pow2 3-bit"));
+  EXPECT_TRUE(report_has("decoded to f16"));
+  config.low_bit.reset();
+  EXPECT_FALSE(report_has("weights: "));
   config.low_bit = LowBitSpec{LowBitScheme::kUniform, 8, 0, 3};
   // A scale of 16 bits for each output of 128 inputs.
   EXPECT_EQ(DescribeLowBit(config),
