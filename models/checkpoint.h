@@ -47,6 +47,7 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;  // from generation_config.json where present
   // How matrices that are stored as codes are coded ("quantization_config"); nullopt: none are.
   std::optional<LowBitSpec> low_bit;
+  LowBitScale low_bit_scale = LowBitScale::kFree;  // of those
 
   int64_t num_parameters() const;
   // Weights of all matrices of the layers: those that may be stored as codes.

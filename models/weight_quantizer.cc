@@ -57,7 +57,9 @@ std::span<const std::byte> BytesOf(const ConstTensorView& view) {
 
 // The text of the source's config.json with the key added at its end, where it replaces a null one.
 // The others stay as they are, to the last digit.
-Result<std::string> ConfigWith(const LowBitSpec& spec, const std::filesystem::path& directory) {
+Result<std::string> ConfigWith(const QuantizeOptions& options,
+                               const std::filesystem::path& directory) {
+  const LowBitSpec& spec = options.spec;
   ASSIGN_OR_RETURN(std::string text, ReadTextFile(directory / kConfigFile, kMaxTextFileBytes));
   const size_t end = text.rfind('}');
   CHECK(end != text.npos && end > 0, "a config.json that was read is an object with keys");
@@ -66,7 +68,8 @@ Result<std::string> ConfigWith(const LowBitSpec& spec, const std::filesystem::pa
   text += LowBitSchemeName(spec.scheme);
   text += "\",\n    \"bits\": " + std::to_string(spec.bits);
   text += ",\n    \"group_size\": " + std::to_string(spec.group_size);
-  text += ",\n    \"activation_bits\": " + std::to_string(spec.activation_bits) + "\n  }\n}\n";
+  text += ",\n    \"activation_bits\": " + std::to_string(spec.activation_bits);
+  text += std::string(",\n    \"scale\": \"") + LowBitScaleName(options.scale) + "\"\n  }\n}\n";
   return text;
 }
 
@@ -215,6 +218,7 @@ class Quantizer {
                       .weights = weights,
                       .hessian = target.inputs == nullptr ? nullptr : target.inputs->hessian(),
                       .prune = options_.prune,
+                      .scale = options_.scale,
                       .threads = options_.threads}));
     const auto codes = std::as_bytes(std::span(encoded.codes));
     const auto scales = std::as_bytes(std::span(encoded.scales));
@@ -239,6 +243,7 @@ class Quantizer {
             {"bits", std::to_string(spec_.bits)},
             {"group_size", std::to_string(spec_.group_size)},
             {"activation_bits", std::to_string(spec_.activation_bits)},
+            {"scale", LowBitScaleName(options_.scale)},
             {"prune", std::to_string(options_.prune)},
             {"zeros", std::to_string(report_.zeros)},
             {"source", "fnv1a64:" + hash_.Hex()}};
@@ -277,7 +282,7 @@ Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,
                                                const QuantizeOptions& options,
                                                const std::filesystem::path& directory) {
   RETURN_IF_ERROR(CheckQuantizable(source, options.spec));
-  ASSIGN_OR_RETURN(const std::string config, ConfigWith(options.spec, source.directory()));
+  ASSIGN_OR_RETURN(const std::string config, ConfigWith(options, source.directory()));
   Quantizer quantizer(source, options);
   RETURN_IF_ERROR(quantizer.Prepare());
   RETURN_IF_ERROR(CopyOthers(source.directory(), directory));

@@ -16,7 +16,8 @@ namespace innerq {
 
 // How to encode the matrices of a model's layers.
 struct QuantizeOptions {
-  LowBitSpec spec;   // divides the K of all of them
+  LowBitSpec spec;  // divides the K of all of them
+  LowBitScale scale = LowBitScale::kFree;
   double prune = 0;  // as of EncodeLowBitArgs
   int threads = 1;
   // Of the layers' inputs; null: none were seen, all count alike. Static activations take them.
@@ -55,13 +56,13 @@ Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec);
 // Writes to `directory`, which is there and empty:
 //   config.json        the source's, with
 //                      "quantization_config": {"quant_method": "sigma", "scheme", "bits",
-//                      "group_size", "activation_bits"}
+//                      "group_size", "activation_bits", "scale"}
 //   model.safetensors  every "<name>.weight" of a layer's matrix as the tensors of
 //                      Checkpoint::GetLowBit, "<name>.input_clip" for static activations alone; all
 //                      others as stored. "__metadata__": "format" pt, "scheme", "bits",
-//                      "group_size", "activation_bits", "prune" as asked, "zeros" as reached,
-//                      "source" FNV-1a of 64 bits over the source's tensors by name: name, dtype,
-//                      shape (each of these with a newline after it) and data
+//                      "group_size", "activation_bits", "scale", "prune" as asked, "zeros" as
+//                      reached, "source" FNV-1a of 64 bits over the source's tensors by name: name,
+//                      dtype, shape (each of these with a newline after it) and data
 //   and copies of the source's other regular files but weights and their indices.
 // One matrix is in memory at a time. What was written stays where it fails. CHECK: the spec is
 // valid, and there are statistics for static activations. Errors: as of CheckQuantizable; invalid

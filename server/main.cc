@@ -227,6 +227,12 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
                    "The new model's directory, which must not exist, or be empty")
       ->required();
   AddLowBitOptions(quantize, &args->weights);
+  quantize
+      ->add_option("--scale", args->scale,
+                   "Scales of weights: any number (free), or powers of two (pow2), so that all "
+                   "products are shifts but for what a row of inputs is scaled by")
+      ->check(CLI::IsMember({"free", "pow2"}))
+      ->capture_default_str();
   quantize->add_option("--prune", args->prune, "Share of weights to make zero, the smallest")
       ->check(CLI::Range(0.0, 0.95))
       ->capture_default_str();

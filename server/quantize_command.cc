@@ -310,6 +310,8 @@ Result<void> MeasureModels(const QuantizeArgs& args, const Options& options,
 
 Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupted) {
   ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args.weights));
+  const auto scale = FindLowBitScale(args.scale);
+  if (!scale) return InvalidArgument("--scale: expected free or pow2, found " + args.scale);
   RETURN_IF_ERROR(CheckNumbers(args, spec));
   ASSIGN_OR_RETURN(const auto source, Checkpoint::Open(args.model));
   const ModelConfig& config = source->config();
@@ -325,11 +327,13 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
   ASSIGN_OR_RETURN(const int threads, ThreadsOf(options, *source));
   FloatModel model;
   RETURN_IF_ERROR(LoadAndCalibrate(options, source, material, {threads, interrupted}, &model));
-  ASSIGN_OR_RETURN(
-      const QuantizedCheckpoint result,
-      Encode(*source,
-             {.spec = spec, .prune = args.prune, .threads = threads, .inputs = model.inputs.get()},
-             output.path(), interrupted));
+  ASSIGN_OR_RETURN(const QuantizedCheckpoint result, Encode(*source,
+                                                            {.spec = spec,
+                                                             .scale = *scale,
+                                                             .prune = args.prune,
+                                                             .threads = threads,
+                                                             .inputs = model.inputs.get()},
+                                                            output.path(), interrupted));
   RETURN_IF_ERROR(output.Commit());
   PrintMatrices(result, material.calibration);
   model.inputs.reset();

@@ -352,5 +352,31 @@ TEST_F(LowBitLoadTest, RefusesScalesThatAreNotFiniteOrNegativeByTheirRow) {
   EXPECT_FALSE(Run(stored_.coded, reference_.get(), Options()).empty());
 }
 
+TEST_F(LowBitLoadTest, RefusesScalesThatAreNoPowersOfTwoWhereConfigJsonSaysTheyAre) {
+  const std::string name = std::string(kUp) + ".weight_scales";
+  for (StoredTensor& tensor : stored_.coded) {
+    if (!tensor.name.ends_with(".weight_scales")) continue;
+    const uint16_t powers[] = {0x3000, 0x0001, 0x8000, 0x0000};  // 2^-3, 2^-24, zeros
+    for (size_t i = 0; i < tensor.bytes.size(); i += sizeof(uint16_t)) {
+      std::memcpy(tensor.bytes.data() + i, &powers[i / sizeof(uint16_t) % 7 == 0 ? 1 + i % 3 : 0],
+                  sizeof(uint16_t));
+    }
+  }
+  config_["quantization_config"]["scale"] = "pow2";
+  const Logits pow2 = Run(stored_.coded, reference_.get(), Options());
+  ASSERT_FALSE(pow2.empty());
+  config_["quantization_config"]["scale"] = "free";
+  EXPECT_EQ(Run(stored_.coded, reference_.get(), Options()), pow2) << "the key changes no product";
+
+  const uint16_t other = 0x3001;
+  std::memcpy(Coded(name).bytes.data() + (7 * 2 + 1) * sizeof(other), &other, sizeof(other));
+  EXPECT_FALSE(Run(stored_.coded, reference_.get(), Options()).empty());
+  config_["quantization_config"]["scale"] = "pow2";
+  ExpectRefused("tensor " + name +
+                    ": row 7: expected powers of two or zero, as quantization_config.scale says, "
+                    "found 0.12512207",
+                false);
+}
+
 }  // namespace
 }  // namespace innerq

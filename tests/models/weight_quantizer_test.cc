@@ -13,6 +13,7 @@
 #include "models/input_statistics.h"
 #include "models/safetensors.h"
 #include "models/safetensors_writer.h"
+#include "models/tensor_source.h"
 #include "tests/models/test_files.h"
 
 namespace innerq {
@@ -246,11 +247,9 @@ TEST_F(WeightQuantizerTest, KeepsTheConfigAndAddsTheKey) {
   WriteAll(source_ / "config.json", config.dump() + "\n\n");
   Quantized(
       {.spec = {.scheme = LowBitScheme::kPow2, .bits = 3, .group_size = 0, .activation_bits = 8}});
-  config["quantization_config"] = {{"quant_method", "sigma"},
-                                   {"scheme", "pow2"},
-                                   {"bits", 3},
-                                   {"group_size", 0},
-                                   {"activation_bits", 8}};
+  config["quantization_config"] = {
+      {"quant_method", "sigma"}, {"scheme", "pow2"},     {"bits", 3},
+      {"group_size", 0},         {"activation_bits", 8}, {"scale", "free"}};
   EXPECT_EQ(json::parse(ReadAll(output_ / "config.json")), config);
 }
 
@@ -263,6 +262,7 @@ TEST_F(WeightQuantizerTest, TellsWhatWasAskedAndOfWhichWeights) {
   EXPECT_EQ(metadata["bits"], "4");
   EXPECT_EQ(metadata["group_size"], "32");
   EXPECT_EQ(metadata["activation_bits"], "16");
+  EXPECT_EQ(metadata["scale"], "free");
   EXPECT_NEAR(std::stod(metadata["prune"].get<std::string>()), 0.5, 1e-6);
   EXPECT_NEAR(std::stod(metadata["zeros"].get<std::string>()), result.zeros, 1e-5);
 
@@ -279,6 +279,22 @@ TEST_F(WeightQuantizerTest, TellsWhatWasAskedAndOfWhichWeights) {
   });
   Quantized({.spec = kSpec});
   EXPECT_NE(SourceHash(), hash);
+}
+
+TEST_F(WeightQuantizerTest, ScalesArePowersOfTwoWhereAskedFor) {
+  const QuantizedCheckpoint result = Quantized({.spec = kSpec, .scale = LowBitScale::kPow2});
+  EXPECT_EQ(HeaderOf(output_ / "model.safetensors")["__metadata__"]["scale"], "pow2");
+  const auto output = Open(output_);
+  ASSERT_NE(output, nullptr);
+  EXPECT_EQ(output->config().low_bit_scale, LowBitScale::kPow2);
+  const auto source = CreateCheckpointSource(output);  // which refuses others
+  for (const QuantizedMatrix& matrix : result.matrices) {
+    const auto codes = source->GetLowBit(matrix.name, {matrix.rows, matrix.cols});
+    ASSERT_TRUE(codes.ok()) << codes.error().message;
+    for (int64_t i = 0; i < matrix.rows * kSpec.Groups(matrix.cols); ++i) {
+      EXPECT_TRUE(codes->scales[i] != 0 && IsPowerOfTwoScale(codes->scales[i])) << matrix.name;
+    }
+  }
 }
 
 TEST_F(WeightQuantizerTest, StaticActivationsBringTheirClip) {

@@ -173,6 +173,7 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
           "--activation-bits: expected 3, 4, 8 or 16");
   refuses([](auto& args) { args.weights.activation_bits = 3; },
           "--activation-bits 3 takes --calibration: its clip is learned from inputs");
+  refuses([](auto& args) { args.scale = "pow3"; }, "--scale: expected free or pow2, found pow3");
   refuses([](auto& args) { args.prune = 0.96; }, "--prune: expected a share in [0, 0.95]");
   refuses([](auto& args) { args.prune = std::nan(""); }, "--prune: ");
   refuses([](auto& args) { args.calibration_tokens = 1; }, "--calibration-tokens: ");
