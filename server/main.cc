@@ -237,6 +237,11 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
       ->check(CLI::Range(0.0, 0.95))
       ->capture_default_str();
   quantize
+      ->add_option("--prune-matrix", args->prune_matrices,
+                   "PATTERN=R (repeatable): the same for the matrices whose names match, such as "
+                   "'model.layers.0.*=0.3' or '*.down_proj=0.7'; the last that matches counts")
+      ->allow_extra_args(false);
+  quantize
       ->add_option("--calibration", args->calibration,
                    "Text to run first (repeatable), so that errors count by the inputs that there "
                    "are: plain, or .jsonl as of `innerq eval`. Default: all inputs count alike")

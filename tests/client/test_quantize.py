@@ -97,10 +97,11 @@ def test_training_writes_the_same_format():
             assert abs(values[code] - weight) <= least + 1e-6, (scheme, bits, i, code, weight)
 
 
-def test_scales_may_be_powers_of_two():
+def test_scales_may_be_powers_of_two_and_matrices_pruned_by_name():
     with tempfile.TemporaryDirectory() as name:
         out = pathlib.Path(name) / "out"
-        done = run(out, "--scheme", "pow2", "--bits", 3, "--scale", "pow2")
+        done = run(out, "--scheme", "pow2", "--bits", 3, "--scale", "pow2", "--prune", 0.5,
+                   "--prune-matrix", "*.q_proj=0.7", "--prune-matrix", "model.layers.0.*=0.6")
         assert done.returncode == 0, done.stderr
         config = json.loads((out / "config.json").read_text())["quantization_config"]
         assert low_bit.LowBitSpec(config["scheme"], config["bits"], config["group_size"],
@@ -111,6 +112,9 @@ def test_scales_may_be_powers_of_two():
         inspected = subprocess.run([BINARY, "inspect", out], capture_output=True, text=True,
                                    timeout=60, check=False)
         assert "pow2 3-bit, groups of 64, scales powers of two, " in inspected.stdout, inspected
+        assert 'weights: prune "0.5"\n' in inspected.stdout, inspected
+        asked = '"*.q_proj=0.7,model.layers.0.*=0.6"'
+        assert f"weights: prune_matrices {asked}\n" in inspected.stdout, inspected
 
 
 def test_wrong_usage_is_exit_code_2():
@@ -125,6 +129,9 @@ def test_wrong_usage_is_exit_code_2():
                 ("its clip is learned from inputs", ["--activation-bits", 4]),
                 ("--scale", ["--scale", "pow3"]),
                 ("--prune", ["--prune", 0.96]),
+                ("--prune-matrix: expected PATTERN=R", ["--prune-matrix", "*.q_proj"]),
+                ("no matrix matches *.head", ["--prune-matrix", "*.q_proj=0.5",
+                                              "--prune-matrix", "*.head=0.5"]),
                 ("--prune", ["--prune", "nan"]),
                 ("--calibration-tokens", ["--calibration-tokens", 0]),
                 ("--threads", ["--threads", -1]),
