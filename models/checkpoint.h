@@ -70,7 +70,8 @@ struct CheckpointTensor {
 class Checkpoint {
  public:
   // Errors: not found for a missing file, data loss or invalid argument for a damaged or
-  // unsupported one; the message names file, tensor or key.
+  // unsupported one, also where config.low_bit is set and no matrix is stored as codes; the message
+  // names file, tensor or key.
   static Result<std::shared_ptr<const Checkpoint>> Open(const std::filesystem::path& directory);
   virtual ~Checkpoint() = default;
 
