@@ -10,7 +10,8 @@
 //   apot     sums of two powers of two (after APoT, arXiv 1909.13144), of 4 bits alone: 0 and +-1,
 //            2, 3, 4, 5, 6 and 8, so L = 8. Codes as those of pow2.
 //   uniform  all of -L to L, L = 2^(B-1) - 1. A code is l + L; the one beyond 2 L stands for L.
-// T is stored as F16 and is not negative.
+// T is stored as F16 and is not negative. Where every T is a power of two or zero, all products are
+// shifts but for what a row of inputs is scaled by.
 //
 // Inputs x are rounded to integers as well, q = round(x * (Q / R)) with ties to even, |q| <= Q, in
 // F32. Q is 2^(A-1) - 1 for A activation bits, 127 * 128 for 16. R, the range, is the largest |x|
@@ -49,6 +50,32 @@ inline std::optional<LowBitScheme> FindLowBitScheme(std::string_view name) {
     if (name == LowBitSchemeName(scheme)) return scheme;
   }
   return std::nullopt;
+}
+
+// What T may be: any number, or a power of two or zero. Products are computed alike.
+enum class LowBitScale { kFree, kPow2 };
+
+constexpr const char* LowBitScaleName(LowBitScale scale) {
+  switch (scale) {
+    case LowBitScale::kFree:
+      return "free";
+    case LowBitScale::kPow2:
+      return "pow2";
+  }
+  return "?";
+}
+// The scale of that name, or nothing.
+inline std::optional<LowBitScale> FindLowBitScale(std::string_view name) {
+  for (const LowBitScale scale : {LowBitScale::kFree, LowBitScale::kPow2}) {
+    if (name == LowBitScaleName(scale)) return scale;
+  }
+  return std::nullopt;
+}
+
+// Whether a T as F16, finite and not negative, is a power of two, subnormal ones included, or zero.
+constexpr bool IsPowerOfTwoScale(uint16_t half) {
+  const int exponent = half >> 10, fraction = half & 0x3ff;
+  return exponent == 0 ? (fraction & (fraction - 1)) == 0 : fraction == 0;
 }
 
 // K of a low-bit matrix, and its groups, are multiples of this.

@@ -198,6 +198,14 @@ Result<std::shared_ptr<const Checkpoint>> Checkpoint::Open(const std::filesystem
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(directory));
   auto checkpoint = std::make_shared<MappedCheckpoint>(directory, std::move(config));
   RETURN_IF_ERROR(checkpoint->MapFiles());
+  const auto is_code = [](const CheckpointTensor& tensor) { return tensor.name.ends_with(kCodes); };
+  const std::vector<CheckpointTensor>& tensors = checkpoint->tensors();
+  if (checkpoint->config().low_bit && std::none_of(tensors.begin(), tensors.end(), is_code)) {
+    return Error{ErrorCode::kDataLoss,
+                 (directory / "config.json").string() +
+                     ": quantization_config: expected matrices of codes (\"<name>" + kCodes +
+                     "\"), found floats alone"};
+  }
   return std::shared_ptr<const Checkpoint>(std::move(checkpoint));
 }
 

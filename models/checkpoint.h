@@ -47,6 +47,7 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;  // from generation_config.json where present
   // How matrices that are stored as codes are coded ("quantization_config"); nullopt: none are.
   std::optional<LowBitSpec> low_bit;
+  LowBitScale low_bit_scale = LowBitScale::kFree;  // of those
 
   int64_t num_parameters() const;
   // Weights of all matrices of the layers: those that may be stored as codes.
@@ -69,7 +70,8 @@ struct CheckpointTensor {
 class Checkpoint {
  public:
   // Errors: not found for a missing file, data loss or invalid argument for a damaged or
-  // unsupported one; the message names file, tensor or key.
+  // unsupported one, also where config.low_bit is set and no matrix is stored as codes; the message
+  // names file, tensor or key.
   static Result<std::shared_ptr<const Checkpoint>> Open(const std::filesystem::path& directory);
   virtual ~Checkpoint() = default;
 

@@ -236,18 +236,25 @@ Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   return keys.status();
 }
 
+struct LowBitConfig {
+  LowBitSpec spec;
+  LowBitScale scale;
+};
+
 // "quantization_config" alone.
-Result<LowBitSpec> ReadLowBitSpec(const json& object, const std::string& where) {
+Result<LowBitConfig> ReadLowBitConfig(const json& object, const std::string& where) {
   KeyReader keys(object, where);
   keys.Require(keys.String("quant_method") == "sigma", "quant_method",
                "sigma, which `innerq quantize` makes and which alone is supported");
   RETURN_IF_ERROR(keys.status());
-  keys.RequireOnly({"quant_method", "scheme", "bits", "group_size", "activation_bits"});
+  keys.RequireOnly({"quant_method", "scheme", "bits", "group_size", "activation_bits", "scale"});
   const std::optional<LowBitScheme> scheme = FindLowBitScheme(keys.String("scheme"));
   keys.Require(scheme.has_value(), "scheme", "pow2, apot or uniform");
   const int64_t bits = keys.Integer("bits", 2, 8);
   const int64_t group_size = keys.Integer("group_size", 0, 128);
   const int64_t activation_bits = keys.Integer("activation_bits", 3, 16);
+  const auto scale = FindLowBitScale(keys.String("scale", LowBitScaleName(LowBitScale::kFree)));
+  keys.Require(scale.has_value(), "scale", "free or pow2");
   RETURN_IF_ERROR(keys.status());
 
   LowBitSpec spec;  // valid with 4 bits; what a change makes invalid is the change's fault
@@ -260,7 +267,7 @@ Result<LowBitSpec> ReadLowBitSpec(const json& object, const std::string& where) 
   spec.activation_bits = static_cast<int>(activation_bits);
   keys.Require(spec.valid(), "activation_bits", "3, 4, 8 or 16");
   RETURN_IF_ERROR(keys.status());
-  return spec;
+  return LowBitConfig{spec, *scale};
 }
 
 // "quantization_config" into config.low_bit, whose other extents are known.
@@ -270,7 +277,8 @@ Result<void> ReadLowBit(KeyReader& keys, const std::string& file, ModelConfig& c
   if (object == nullptr) return keys.status();
   keys.Require(object->is_object(), kKey, "an object");
   RETURN_IF_ERROR(keys.status());
-  ASSIGN_OR_RETURN(const LowBitSpec spec, ReadLowBitSpec(*object, file + ": " + kKey + "."));
+  ASSIGN_OR_RETURN(const LowBitConfig read, ReadLowBitConfig(*object, file + ": " + kKey + "."));
+  const LowBitSpec& spec = read.spec;
   const std::string multiple =
       "a multiple of " + std::to_string(std::max(kLowBitUnit, spec.group_size)) + " for " + kKey;
   keys.Require(spec.Divides(config.hidden_size), "hidden_size", multiple);
@@ -280,6 +288,7 @@ Result<void> ReadLowBit(KeyReader& keys, const std::string& file, ModelConfig& c
       "that, times num_attention_heads " + std::to_string(config.num_heads) + ", " + multiple);
   keys.Require(spec.Divides(config.intermediate_size), "intermediate_size", multiple);
   config.low_bit = spec;
+  config.low_bit_scale = read.scale;
   return keys.status();
 }
 

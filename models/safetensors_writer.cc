@@ -11,7 +11,7 @@
 namespace innerq {
 namespace {
 
-constexpr int64_t kMetadataBytes = 2048;  // room for it in the header
+constexpr int64_t kMetadataBytes = 2048;  // room in the header for what is known in the end
 constexpr int64_t kAlignment = 8;         // of the data
 
 Error CannotWrite(const std::filesystem::path& path, int error_number) {
@@ -21,8 +21,9 @@ Error CannotWrite(const std::filesystem::path& path, int error_number) {
 
 }  // namespace
 
-SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<TensorToWrite> tensors)
-    : path_(std::move(path)) {
+SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<TensorToWrite> tensors,
+                                     std::map<std::string, std::string> metadata)
+    : path_(std::move(path)), metadata_(std::move(metadata)) {
   std::sort(tensors.begin(), tensors.end(), [](const TensorToWrite& a, const TensorToWrite& b) {
     const int64_t a_bytes = DTypeBytes(a.dtype), b_bytes = DTypeBytes(b.dtype);
     return a_bytes != b_bytes ? a_bytes > b_bytes : a.name < b.name;
@@ -34,12 +35,13 @@ SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<Ten
     places_.push_back({std::move(tensor), begin, data_bytes_});
   }
   const auto size_bytes = static_cast<int64_t>(sizeof(uint64_t));
-  const auto header = static_cast<int64_t>(Header({}).size()) + kMetadataBytes;
+  const auto header = static_cast<int64_t>(Header().size()) + kMetadataBytes;
   data_begin_ = size_bytes + (header + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 SafetensorsWriter::SafetensorsWriter(SafetensorsWriter&& other) noexcept
     : path_(std::move(other.path_)),
+      metadata_(std::move(other.metadata_)),
       places_(std::move(other.places_)),
       place_of_(std::move(other.place_of_)),
       data_begin_(other.data_begin_),
@@ -51,9 +53,10 @@ SafetensorsWriter::~SafetensorsWriter() {
 }
 
 Result<SafetensorsWriter> SafetensorsWriter::Create(const std::filesystem::path& path,
-                                                    std::vector<TensorToWrite> tensors) {
+                                                    std::vector<TensorToWrite> tensors,
+                                                    std::map<std::string, std::string> metadata) {
   constexpr mode_t kMode = 0666;
-  SafetensorsWriter writer(path, std::move(tensors));
+  SafetensorsWriter writer(path, std::move(tensors), std::move(metadata));
   writer.fd_ = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_CREAT | O_EXCL, kMode);
   if (writer.fd_ < 0) return CannotWrite(path, errno);
   // A disk that is too small shows now, not after hours.
@@ -74,9 +77,10 @@ Result<void> SafetensorsWriter::Write(const std::string& name, std::span<const s
   return WriteAt(data_begin_ + place.begin, data);
 }
 
-Result<void> SafetensorsWriter::Finish(const std::map<std::string, std::string>& metadata) {
+Result<void> SafetensorsWriter::Finish(const std::map<std::string, std::string>& more) {
   for (const Place& place : places_) CHECK(place.written, "no data of tensor " + place.tensor.name);
-  std::string header = Header(metadata);
+  metadata_.insert(more.begin(), more.end());
+  std::string header = Header();
   const auto header_bytes = static_cast<uint64_t>(data_begin_) - sizeof(uint64_t);
   CHECK(header.size() <= header_bytes, "more metadata than there is room for");
   header.resize(header_bytes, ' ');
@@ -88,9 +92,9 @@ Result<void> SafetensorsWriter::Finish(const std::map<std::string, std::string>&
   return {};
 }
 
-std::string SafetensorsWriter::Header(const std::map<std::string, std::string>& metadata) const {
+std::string SafetensorsWriter::Header() const {
   nlohmann::ordered_json header;
-  header["__metadata__"] = metadata;
+  header["__metadata__"] = metadata_;
   for (const Place& place : places_) {
     std::vector<int64_t> shape;
     for (int i = 0; i < place.tensor.shape.rank(); ++i) shape.push_back(place.tensor.shape[i]);

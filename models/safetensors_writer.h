@@ -27,18 +27,20 @@ struct TensorToWrite {
 class SafetensorsWriter {
  public:
   // Creates the file, which must not exist, and takes its space on disk where the file system can.
-  // CHECK: names differ. Errors: unavailable, with the path and the system's reason.
+  // `metadata`: what is known of it by now, of any size. CHECK: names differ. Errors: unavailable,
+  // with the path and the system's reason.
   static Result<SafetensorsWriter> Create(const std::filesystem::path& path,
-                                          std::vector<TensorToWrite> tensors);
+                                          std::vector<TensorToWrite> tensors,
+                                          std::map<std::string, std::string> metadata = {});
   SafetensorsWriter(SafetensorsWriter&& other) noexcept;
   SafetensorsWriter& operator=(SafetensorsWriter&&) = delete;
   ~SafetensorsWriter();
 
   // Writes a tensor's data, each once, in any order. Errors: as of Create.
   Result<void> Write(const std::string& name, std::span<const std::byte> data);
-  // Writes the header and waits until all of it is on the disk. CHECK: every tensor was written,
-  // and `metadata` takes at most 2048 bytes. Errors: as of Create.
-  Result<void> Finish(const std::map<std::string, std::string>& metadata);
+  // Writes the header, with `more` metadata, and waits until all of it is on the disk. CHECK: every
+  // tensor was written, and `more` takes at most 2048 bytes. Errors: as of Create.
+  Result<void> Finish(const std::map<std::string, std::string>& more);
 
   // Of the file, header included.
   int64_t bytes() const { return data_begin_ + data_bytes_; }
@@ -52,11 +54,13 @@ class SafetensorsWriter {
     bool written = false;
   };
 
-  SafetensorsWriter(std::filesystem::path path, std::vector<TensorToWrite> tensors);
-  std::string Header(const std::map<std::string, std::string>& metadata) const;
+  SafetensorsWriter(std::filesystem::path path, std::vector<TensorToWrite> tensors,
+                    std::map<std::string, std::string> metadata);
+  std::string Header() const;
   Result<void> WriteAt(int64_t offset, std::span<const std::byte> data);
 
   std::filesystem::path path_;
+  std::map<std::string, std::string> metadata_;
   std::vector<Place> places_;  // in order
   std::map<std::string, size_t> place_of_;
   int64_t data_begin_ = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <unordered_map>
@@ -26,15 +27,21 @@ class CheckpointSource : public TensorSource {
 
   Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) override {
     ASSIGN_OR_RETURN(const LowBitMatrix matrix, checkpoint_->GetLowBit(name, shape));
+    const bool pow2 = checkpoint_->config().low_bit_scale == LowBitScale::kPow2;
     const int64_t groups = matrix.spec.Groups(matrix.cols);
     for (int64_t i = 0; i < matrix.rows * groups; ++i) {
       const float scale = F16ToF32(matrix.scales[i]);
-      if (scale >= 0 && std::isfinite(scale)) continue;
+      const bool possible = scale >= 0 && std::isfinite(scale);
+      if (possible && (!pow2 || scale == 0 || IsPowerOfTwoScale(matrix.scales[i]))) continue;
+      std::string text(32, '\0');  // the shortest that reads back; scales may be small
+      text.resize(static_cast<size_t>(
+          std::to_chars(text.data(), text.data() + text.size(), scale).ptr - text.data()));
       return Error{ErrorCode::kDataLoss,
                    checkpoint_->directory().string() + ": tensor " + name + ".weight_scales: row " +
-                       std::to_string(i / groups) +
-                       ": expected finite scales that are not negative, found " +
-                       std::to_string(scale)};
+                       std::to_string(i / groups) + ": expected " +
+                       (possible ? "powers of two or zero, as quantization_config.scale says"
+                                 : "finite scales that are not negative") +
+                       ", found " + text};
     }
     return matrix;
   }

@@ -24,8 +24,8 @@ class TensorSource {
   // Whether matrix `name` (as in "<name>.weight") is stored as codes.
   virtual bool HasLowBit(const std::string& name) const = 0;
   // Such a matrix, of `shape` [N, K], in host memory that is valid until the source ends. Errors:
-  // as of Checkpoint::GetLowBit; data loss, naming tensor and row, for a scale that is negative or
-  // not finite.
+  // as of Checkpoint::GetLowBit; data loss, naming tensor and row, for a scale that is negative,
+  // not finite, or not what config.json says of scales.
   virtual Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) = 0;
   // Says that the memory of a tensor, or of the codes of a matrix, is not needed any more.
   virtual void Drop(const std::string& name) = 0;

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <span>
 #include <system_error>
@@ -51,13 +53,21 @@ struct MatrixTarget {
   InputClip clip;                           // of static activations
 };
 
+// The shortest decimal that reads back as the number.
+std::string ShortestText(double number) {
+  char text[32];
+  return {text, std::to_chars(std::begin(text), std::end(text), number).ptr};
+}
+
 std::span<const std::byte> BytesOf(const ConstTensorView& view) {
   return {view.data, static_cast<size_t>(view.bytes())};
 }
 
 // The text of the source's config.json with the key added at its end, where it replaces a null one.
 // The others stay as they are, to the last digit.
-Result<std::string> ConfigWith(const LowBitSpec& spec, const std::filesystem::path& directory) {
+Result<std::string> ConfigWith(const QuantizeOptions& options,
+                               const std::filesystem::path& directory) {
+  const LowBitSpec& spec = options.spec;
   ASSIGN_OR_RETURN(std::string text, ReadTextFile(directory / kConfigFile, kMaxTextFileBytes));
   const size_t end = text.rfind('}');
   CHECK(end != text.npos && end > 0, "a config.json that was read is an object with keys");
@@ -66,7 +76,8 @@ Result<std::string> ConfigWith(const LowBitSpec& spec, const std::filesystem::pa
   text += LowBitSchemeName(spec.scheme);
   text += "\",\n    \"bits\": " + std::to_string(spec.bits);
   text += ",\n    \"group_size\": " + std::to_string(spec.group_size);
-  text += ",\n    \"activation_bits\": " + std::to_string(spec.activation_bits) + "\n  }\n}\n";
+  text += ",\n    \"activation_bits\": " + std::to_string(spec.activation_bits);
+  text += std::string(",\n    \"scale\": \"") + LowBitScaleName(options.scale) + "\"\n  }\n}\n";
   return text;
 }
 
@@ -140,7 +151,8 @@ class Quantizer {
   }
 
   Result<QuantizedCheckpoint> Write(const std::filesystem::path& path) {
-    ASSIGN_OR_RETURN(SafetensorsWriter file, SafetensorsWriter::Create(path, Outputs()));
+    ASSIGN_OR_RETURN(SafetensorsWriter file,
+                     SafetensorsWriter::Create(path, Outputs(), AskedMetadata()));
     for (const CheckpointTensor& tensor : source_.tensors()) {
       report_.source_bytes += tensor.view.bytes();
     }
@@ -164,7 +176,8 @@ class Quantizer {
       done += tensor.view.bytes();
     }
     report_.zeros = zeros_ / static_cast<double>(report_.num_weights);
-    RETURN_IF_ERROR(file.Finish(Metadata()));
+    RETURN_IF_ERROR(file.Finish(
+        {{"zeros", ShortestText(report_.zeros)}, {"source", "fnv1a64:" + hash_.Hex()}}));
     report_.file_bytes = file.bytes();
     return std::move(report_);
   }
@@ -214,7 +227,8 @@ class Quantizer {
                       .cols = matrix.cols,
                       .weights = weights,
                       .hessian = target.inputs == nullptr ? nullptr : target.inputs->hessian(),
-                      .prune = options_.prune,
+                      .prune = ShareToPrune(name),
+                      .scale = options_.scale,
                       .threads = options_.threads}));
     const auto codes = std::as_bytes(std::span(encoded.codes));
     const auto scales = std::as_bytes(std::span(encoded.scales));
@@ -233,15 +247,26 @@ class Quantizer {
     return {};
   }
 
-  std::map<std::string, std::string> Metadata() const {
-    return {{"format", "pt"},
-            {"scheme", LowBitSchemeName(spec_.scheme)},
-            {"bits", std::to_string(spec_.bits)},
-            {"group_size", std::to_string(spec_.group_size)},
-            {"activation_bits", std::to_string(spec_.activation_bits)},
-            {"prune", std::to_string(options_.prune)},
-            {"zeros", std::to_string(report_.zeros)},
-            {"source", "fnv1a64:" + hash_.Hex()}};
+  double ShareToPrune(const std::string& matrix) const {
+    const PruneRule* const rule = FindPruneRule(options_.prune_matrices, matrix);
+    return rule == nullptr ? options_.prune : rule->share;
+  }
+
+  std::map<std::string, std::string> AskedMetadata() const {
+    std::map<std::string, std::string> metadata = {
+        {"format", "pt"},
+        {"scheme", LowBitSchemeName(spec_.scheme)},
+        {"bits", std::to_string(spec_.bits)},
+        {"group_size", std::to_string(spec_.group_size)},
+        {"activation_bits", std::to_string(spec_.activation_bits)},
+        {"scale", LowBitScaleName(options_.scale)},
+        {"prune", ShortestText(options_.prune)}};
+    std::string rules;
+    for (const PruneRule& rule : options_.prune_matrices) {
+      rules += (rules.empty() ? "" : ",") + rule.pattern + "=" + ShortestText(rule.share);
+    }
+    if (!rules.empty()) metadata["prune_matrices"] = rules;
+    return metadata;
   }
 
   const Checkpoint& source_;
@@ -255,7 +280,36 @@ class Quantizer {
 
 }  // namespace
 
-Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec) {
+// Goes back to the last star alone when a character differs, which is enough.
+bool PruneRule::Matches(std::string_view name) const {
+  size_t at = 0, star = std::string::npos, after_star = 0;  // in the pattern, there, in the name
+  for (size_t i = 0; i < name.size();) {
+    if (at < pattern.size() && pattern[at] == '*') {
+      star = at++;
+      after_star = i;
+    } else if (at < pattern.size() && pattern[at] == name[i]) {
+      ++at;
+      ++i;
+    } else if (star != std::string::npos) {
+      at = star + 1;
+      i = ++after_star;
+    } else {
+      return false;
+    }
+  }
+  return pattern.find_first_not_of('*', at) == std::string::npos;
+}
+
+const PruneRule* FindPruneRule(std::span<const PruneRule> rules, std::string_view name) {
+  const PruneRule* last = nullptr;
+  for (const PruneRule& rule : rules) {
+    if (rule.Matches(name)) last = &rule;
+  }
+  return last;
+}
+
+Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& options) {
+  const LowBitSpec& spec = options.spec;
   CHECK(spec.valid(), "a spec that is not valid");
   const ModelConfig& config = source.config();
   if (config.low_bit) {
@@ -263,12 +317,21 @@ Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec) 
                            ": quantization_config: the model is quantized already");
   }
   RETURN_IF_ERROR(LlamaModel::CheckTensors(source));
+  std::vector<std::string> names;
   for (const Stack& stack : LayerStacks(config)) {
+    for (const Part& part : stack.parts) names.push_back(part.name);
     if (spec.Divides(stack.cols)) continue;
     const int64_t unit = std::max(kLowBitUnit, spec.group_size);
     return InvalidArgument(stack.parts[0].name + ": " + std::to_string(stack.cols) +
                                " inputs are no multiple of " + std::to_string(unit),
                            "group_size");
+  }
+  for (const PruneRule& rule : options.prune_matrices) {
+    const auto matches = [&](const std::string& name) { return rule.Matches(name); };
+    if (std::any_of(names.begin(), names.end(), matches)) continue;
+    return InvalidArgument("no matrix matches " + rule.pattern + "; the first is " + names.front() +
+                               ", the last " + names.back(),
+                           "prune_matrices");
   }
   return {};
 }
@@ -276,8 +339,8 @@ Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec) 
 Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,
                                                const QuantizeOptions& options,
                                                const std::filesystem::path& directory) {
-  RETURN_IF_ERROR(CheckQuantizable(source, options.spec));
-  ASSIGN_OR_RETURN(const std::string config, ConfigWith(options.spec, source.directory()));
+  RETURN_IF_ERROR(CheckQuantizable(source, options));
+  ASSIGN_OR_RETURN(const std::string config, ConfigWith(options, source.directory()));
   Quantizer quantizer(source, options);
   RETURN_IF_ERROR(quantizer.Prepare());
   RETURN_IF_ERROR(CopyOthers(source.directory(), directory));

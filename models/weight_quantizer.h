@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/low_bit_weight.h"
@@ -14,10 +16,23 @@
 
 namespace innerq {
 
+// A share of weights to make zero in the matrices whose names match a pattern.
+struct PruneRule {
+  std::string pattern;  // of names as in "<name>.weight"; * stands for any characters, or none
+  double share = 0;     // as of EncodeLowBitArgs::prune
+
+  bool Matches(std::string_view name) const;
+};
+
+// The last rule that matches; null: none does.
+const PruneRule* FindPruneRule(std::span<const PruneRule> rules, std::string_view name);
+
 // How to encode the matrices of a model's layers.
 struct QuantizeOptions {
-  LowBitSpec spec;   // divides the K of all of them
-  double prune = 0;  // as of EncodeLowBitArgs
+  LowBitSpec spec;  // divides the K of all of them
+  LowBitScale scale = LowBitScale::kFree;
+  double prune = 0;                         // as of EncodeLowBitArgs
+  std::vector<PruneRule> prune_matrices{};  // instead of `prune` where one matches
   int threads = 1;
   // Of the layers' inputs; null: none were seen, all count alike. Static activations take them.
   const InputCollector* inputs = nullptr;
@@ -48,20 +63,22 @@ struct QuantizedCheckpoint {
 };
 
 // Looks for what makes a source unfit, without reading weights. Errors: invalid argument for one
-// that is quantized already, and for sizes that the spec does not divide (param "group_size"); as
-// of LlamaModel::CheckTensors.
-Result<void> CheckQuantizable(const Checkpoint& source, const LowBitSpec& spec);
+// that is quantized already, for sizes that the spec does not divide (param "group_size"), and for
+// a rule that matches no matrix (param "prune_matrices"); as of LlamaModel::CheckTensors.
+Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& options);
 
 // Writes to `directory`, which is there and empty:
 //   config.json        the source's, with
 //                      "quantization_config": {"quant_method": "sigma", "scheme", "bits",
-//                      "group_size", "activation_bits"}
+//                      "group_size", "activation_bits", "scale"}
 //   model.safetensors  every "<name>.weight" of a layer's matrix as the tensors of
 //                      Checkpoint::GetLowBit, "<name>.input_clip" for static activations alone; all
 //                      others as stored. "__metadata__": "format" pt, "scheme", "bits",
-//                      "group_size", "activation_bits", "prune" as asked, "zeros" as reached,
-//                      "source" FNV-1a of 64 bits over the source's tensors by name: name, dtype,
-//                      shape (each of these with a newline after it) and data
+//                      "group_size", "activation_bits", "scale", "prune" as asked, "zeros" as
+//                      reached; "prune_matrices", if there are rules, PATTERN=SHARE in their order
+//                      with commas between them; "source" FNV-1a of 64 bits over the source's
+//                      tensors by name: name, dtype, shape (each of these with a newline after it)
+//                      and data
 //   and copies of the source's other regular files but weights and their indices.
 // One matrix is in memory at a time. What was written stays where it fails. CHECK: the spec is
 // valid, and there are statistics for static activations. Errors: as of CheckQuantizable; invalid

@@ -84,7 +84,7 @@ Result<void> PrintInspection(const Options& options) {
   fmt::print("weights: {} tensors, {} bytes as stored\n", checkpoint->tensors().size(), bytes);
   if (checkpoint->config().low_bit) {
     fmt::print("weights: {}\n", DescribeLowBit(checkpoint->config()));
-    for (const char* key : {"prune", "zeros", "source"}) {
+    for (const char* key : {"prune", "prune_matrices", "zeros", "source"}) {
       const auto found = checkpoint->metadata().find(key);
       if (found == checkpoint->metadata().end()) continue;
       fmt::print("weights: {} {}\n", key, nlohmann::json(found->second).dump());

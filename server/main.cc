@@ -227,9 +227,20 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
                    "The new model's directory, which must not exist, or be empty")
       ->required();
   AddLowBitOptions(quantize, &args->weights);
+  quantize
+      ->add_option("--scale", args->scale,
+                   "Scales of weights: any number (free), or powers of two (pow2), so that all "
+                   "products are shifts but for what a row of inputs is scaled by")
+      ->check(CLI::IsMember({"free", "pow2"}))
+      ->capture_default_str();
   quantize->add_option("--prune", args->prune, "Share of weights to make zero, the smallest")
       ->check(CLI::Range(0.0, 0.95))
       ->capture_default_str();
+  quantize
+      ->add_option("--prune-matrix", args->prune_matrices,
+                   "PATTERN=R (repeatable): the same for the matrices whose names match, such as "
+                   "'model.layers.0.*=0.3' or '*.down_proj=0.7'; the last that matches counts")
+      ->allow_extra_args(false);
   quantize
       ->add_option("--calibration", args->calibration,
                    "Text to run first (repeatable), so that errors count by the inputs that there "

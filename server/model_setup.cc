@@ -101,8 +101,10 @@ std::string DescribeLowBit(const ModelConfig& config) {
   const LowBitSpec& spec = *config.low_bit;
   const std::string groups =
       spec.group_size == 0 ? "whole rows" : fmt::format("groups of {}", spec.group_size);
-  return fmt::format("{} {}-bit, {}, activations {}-bit ({:.2f} bits per weight)",
-                     LowBitSchemeName(spec.scheme), spec.bits, groups, spec.activation_bits,
+  const char* const scales =
+      config.low_bit_scale == LowBitScale::kPow2 ? ", scales powers of two" : "";
+  return fmt::format("{} {}-bit, {}{}, activations {}-bit ({:.2f} bits per weight)",
+                     LowBitSchemeName(spec.scheme), spec.bits, groups, scales, spec.activation_bits,
                      8 * static_cast<double>(config.low_bit_bytes()) /
                          static_cast<double>(config.num_layer_weights()));
 }

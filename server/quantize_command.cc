@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <memory>
 #include <numeric>
+#include <system_error>
 #include <utility>
 
 #include "engine/evaluate.h"
@@ -28,16 +30,47 @@ constexpr int64_t kContext = 2048;   // tokens of a window, unless the model has
 constexpr int64_t kLeastTokens = 2;  // of a window: one to begin with, one to score
 constexpr double kLargestPrune = 0.95;
 
+Result<void> CheckShare(double share, const std::string& option) {
+  if (share >= 0 && share <= kLargestPrune) return {};
+  return InvalidArgument(
+      fmt::format("{}: expected a share in [0, {}], found {}", option, kLargestPrune, share));
+}
+
+// Reads PATTERN=R.
+Result<PruneRule> ReadPruneRule(const std::string& text) {
+  const size_t equals = text.rfind('=');
+  PruneRule rule{.pattern = text.substr(0, std::min(equals, text.size()))};
+  const std::string number = text.substr(rule.pattern.size());  // with the sign
+  const char* const end = number.data() + number.size();
+  const auto [read, failed] =
+      std::from_chars(number.data() + (number.empty() ? 0 : 1), end, rule.share);
+  if (rule.pattern.empty() || failed != std::errc() || read != end) {
+    return InvalidArgument("--prune-matrix: expected PATTERN=R, R a number, found " + text);
+  }
+  RETURN_IF_ERROR(CheckShare(rule.share, "--prune-matrix " + text));
+  return rule;
+}
+
+// All but what is known only when calibration is over.
+Result<QuantizeOptions> QuantizeOptionsOf(const QuantizeArgs& args, const LowBitSpec& spec) {
+  QuantizeOptions options{.spec = spec, .prune = args.prune};
+  const auto scale = FindLowBitScale(args.scale);
+  if (!scale) return InvalidArgument("--scale: expected free or pow2, found " + args.scale);
+  options.scale = *scale;
+  for (const std::string& text : args.prune_matrices) {
+    ASSIGN_OR_RETURN(PruneRule rule, ReadPruneRule(text));
+    options.prune_matrices.push_back(std::move(rule));
+  }
+  return options;
+}
+
 Result<void> CheckNumbers(const QuantizeArgs& args, const LowBitSpec& spec) {
   if (HasStaticActivations(spec) && args.calibration.empty()) {
     return InvalidArgument(
         fmt::format("--activation-bits {} takes --calibration: its clip is learned from inputs",
                     spec.activation_bits));
   }
-  if (!(args.prune >= 0 && args.prune <= kLargestPrune)) {
-    return InvalidArgument(
-        fmt::format("--prune: expected a share in [0, {}], found {}", kLargestPrune, args.prune));
-  }
+  RETURN_IF_ERROR(CheckShare(args.prune, "--prune"));
   if (args.calibration_tokens < kLeastTokens) {
     return InvalidArgument(
         fmt::format("--calibration-tokens: expected 2 or more, found {}", args.calibration_tokens));
@@ -264,6 +297,28 @@ void PrintMatrices(const QuantizedCheckpoint& result, const Windows& calibration
       100 * result.zeros, result.source_bytes, result.file_bytes);
 }
 
+// What became of the shares that were asked of single matrices.
+void PrintPruning(const QuantizedCheckpoint& result, const QuantizeOptions& options) {
+  if (options.prune_matrices.empty()) return;
+  fmt::print("\n| pruned                       | matrices |   asked |   zeros |\n");
+  fmt::print("|------------------------------|---------:|--------:|--------:|\n");
+  const auto print = [&](const std::string& name, double share, const PruneRule* rule) {
+    int64_t matrices = 0, weights = 0;
+    double zeros = 0;
+    for (const QuantizedMatrix& matrix : result.matrices) {
+      if (FindPruneRule(options.prune_matrices, matrix.name) != rule) continue;
+      ++matrices;
+      weights += matrix.rows * matrix.cols;
+      zeros += matrix.zeros * static_cast<double>(matrix.rows * matrix.cols);
+    }
+    const std::string reached =
+        matrices == 0 ? "" : fmt::format("{:.1f} %", 100 * zeros / static_cast<double>(weights));
+    fmt::print("| {:<28} | {:8} | {:5.1f} % | {:>7} |\n", name, matrices, 100 * share, reached);
+  };
+  for (const PruneRule& rule : options.prune_matrices) print(rule.pattern, rule.share, &rule);
+  print("all others", options.prune, nullptr);
+}
+
 // Scores texts by both models and prints a table.
 Result<void> MeasureModels(const QuantizeArgs& args, const Options& options,
                            const Material& material, const ModelRunner& float_weights,
@@ -311,12 +366,17 @@ Result<void> MeasureModels(const QuantizeArgs& args, const Options& options,
 Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupted) {
   ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args.weights));
   RETURN_IF_ERROR(CheckNumbers(args, spec));
+  ASSIGN_OR_RETURN(QuantizeOptions quantize, QuantizeOptionsOf(args, spec));
   ASSIGN_OR_RETURN(const auto source, Checkpoint::Open(args.model));
   const ModelConfig& config = source->config();
-  if (Result<void> possible = CheckQuantizable(*source, spec); !possible) {
-    if (possible.error().param != "group_size") return possible;
+  if (Result<void> possible = CheckQuantizable(*source, quantize); !possible) {
+    const Error& error = possible.error();
+    if (error.param == "prune_matrices") {
+      return InvalidArgument("--prune-matrix: " + error.message);
+    }
+    if (error.param != "group_size") return possible;
     return InvalidArgument(
-        fmt::format("--group-size {}: {}", args.weights.group_size, possible.error().message));
+        fmt::format("--group-size {}: {}", args.weights.group_size, error.message));
   }
   ASSIGN_OR_RETURN(Material material, ReadMaterial(args, config));
   ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));
@@ -325,13 +385,13 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
   ASSIGN_OR_RETURN(const int threads, ThreadsOf(options, *source));
   FloatModel model;
   RETURN_IF_ERROR(LoadAndCalibrate(options, source, material, {threads, interrupted}, &model));
-  ASSIGN_OR_RETURN(
-      const QuantizedCheckpoint result,
-      Encode(*source,
-             {.spec = spec, .prune = args.prune, .threads = threads, .inputs = model.inputs.get()},
-             output.path(), interrupted));
+  quantize.threads = threads;
+  quantize.inputs = model.inputs.get();
+  ASSIGN_OR_RETURN(const QuantizedCheckpoint result,
+                   Encode(*source, quantize, output.path(), interrupted));
   RETURN_IF_ERROR(output.Commit());
   PrintMatrices(result, material.calibration);
+  PrintPruning(result, quantize);
   model.inputs.reset();
   if (model.weights == nullptr) return {};
   if (Result<void> measured = MeasureModels(args, options, material, *model.weights, interrupted);

@@ -16,7 +16,9 @@ struct QuantizeArgs {
   std::filesystem::path model;   // a directory
   std::filesystem::path output;  // a directory that is empty, or not there
   LowBitArgs weights;
+  std::string scale = "free";                      // or pow2: T of groups are powers of two
   double prune = 0;                                // share of weights, in [0, 0.95]
+  std::vector<std::string> prune_matrices;         // PATTERN=R, as of PruneRule
   std::vector<std::filesystem::path> calibration;  // texts, as of ReadTexts
   int64_t calibration_tokens = 8192;               // of them in all, at most
   std::vector<std::filesystem::path> evaluation;   // texts to measure on; see Quantize

@@ -57,6 +57,40 @@ float RoundClip(double clip) {
   return F16ToF32(F32ToF16(static_cast<float>(std::min(clip, static_cast<double>(kMaxF16)))));
 }
 
+// Tries clips for a group and keeps the one of least error.
+class ClipSearch {
+ public:
+  ClipSearch(const LowBitSpec& spec, std::span<const float> weights, const float* costs)
+      : spec_(spec), weights_(weights), costs_(costs) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const double weight = weights[i];
+      least_ += costs[i] * weight * weight;
+      if (costs[i] > 0) largest_ = std::max(largest_, std::fabs(weight));
+    }
+  }
+
+  RoundingSums Try(float clip) {
+    const RoundingSums sums = SumRounding(spec_, weights_, costs_, clip);
+    const double unit = static_cast<double>(clip) / spec_.max_level();
+    const double error = sums.error * unit * unit;
+    if (error < least_) {
+      least_ = error;
+      best_ = clip;
+    }
+    return sums;
+  }
+
+  double largest() const { return largest_; }  // |w| that costs anything
+  float best() const { return best_; }         // 0: nothing is better than zeros
+
+ private:
+  const LowBitSpec& spec_;
+  const std::span<const float> weights_;
+  const float* const costs_;
+  double least_ = 0, largest_ = 0;
+  float best_ = 0;
+};
+
 }  // namespace
 
 RoundingSums SumRounding(const LowBitSpec& spec, std::span<const float> weights, const float* costs,
@@ -92,23 +126,11 @@ uint16_t FitClip(const LowBitSpec& spec, double alpha, std::span<const float> we
                  const float* costs) {
   constexpr double kStarts[] = {1, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3};
   constexpr int kMaxSteps = 8;
-  double least = 0, largest = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const double weight = weights[i];
-    least += costs[i] * weight * weight;
-    if (costs[i] > 0) largest = std::max(largest, std::fabs(weight));
-  }
-  float best = 0;
+  ClipSearch search(spec, weights, costs);
   const auto descend = [&](double start) {
     float clip = RoundClip(start);
     for (int step = 0; step < kMaxSteps && clip > 0; ++step) {
-      const RoundingSums sums = SumRounding(spec, weights, costs, clip);
-      const double unit = static_cast<double>(clip) / spec.max_level();
-      const double error = sums.error * unit * unit;
-      if (error < least) {
-        least = error;
-        best = clip;
-      }
+      const RoundingSums sums = search.Try(clip);
       const float next = sums.square > 0 ? RoundClip(clip * sums.product / sums.square) : clip;
       if (next == clip) return;
       clip = next;
@@ -116,8 +138,19 @@ uint16_t FitClip(const LowBitSpec& spec, double alpha, std::span<const float> we
   };
   const double usual = alpha * Sigma(weights);
   for (const double start : kStarts) descend(start * usual);
-  descend(largest);
-  return F32ToF16(best);
+  descend(search.largest());
+  return F32ToF16(search.best());
+}
+
+uint16_t FitPow2Clip(const LowBitSpec& spec, std::span<const float> weights, const float* costs) {
+  constexpr int kLeast = -24, kMost = 15;
+  ClipSearch search(spec, weights, costs);
+  int exponent = 0;
+  if (std::frexp(search.largest(), &exponent) == 0.5) --exponent;  // the least power not below it
+  for (exponent = std::min(exponent, kMost); exponent >= kLeast; --exponent) {
+    search.Try(std::ldexp(1.0f, exponent));
+  }
+  return F32ToF16(search.best());
 }
 
 }  // namespace innerq

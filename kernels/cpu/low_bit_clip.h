@@ -34,4 +34,9 @@ double NormalAlpha(const LowBitSpec& spec);
 uint16_t FitClip(const LowBitSpec& spec, double alpha, std::span<const float> weights,
                  const float* costs);
 
+// The same with T a power of two that F16 holds, 2^-24 to 2^15: of all of them up to the first that
+// is not below the largest weight that counts, the one of least error. A larger one has no more
+// levels where weights are.
+uint16_t FitPow2Clip(const LowBitSpec& spec, std::span<const float> weights, const float* costs);
+
 }  // namespace innerq

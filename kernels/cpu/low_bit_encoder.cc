@@ -206,7 +206,8 @@ void LowBitEncoder::FitGroup(int64_t n, int64_t group, const float* current,
   const int64_t begin = group * group_size_;
   const float* costs = Costs(n, begin, begin + group_size_, scratch.costs);
   out_.scales[static_cast<size_t>(n * groups_ + group)] =
-      FitClip(spec_, out_.alpha, Group(current), costs);
+      args_.scale == LowBitScale::kPow2 ? FitPow2Clip(spec_, Group(current), costs)
+                                        : FitClip(spec_, out_.alpha, Group(current), costs);
 }
 
 // Returns what the code stands for.

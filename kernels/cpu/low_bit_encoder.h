@@ -23,6 +23,7 @@ struct EncodeLowBitArgs {
   // their group, t found for the whole matrix. Where about as many would round to zero anyway,
   // those alone do, as with 0. In [0, 1).
   double prune = 0;
+  LowBitScale scale = LowBitScale::kFree;
   int threads = 1;
 };
 
@@ -39,8 +40,8 @@ struct EncodedLowBit {
 
 // Sigma is the root mean square of a group's weights: their standard deviation about zero. Alpha is
 // the one for the whole matrix that makes sum h (w - q)^2 least with T = alpha * sigma, h the
-// diagonal of H; then T of each group is refined on its own weights (low_bit_clip.h). Weights that
-// pruning makes zero have no say in either.
+// diagonal of H; then T of each group is refined on its own weights, or is the best power of two
+// for them (low_bit_clip.h). Weights that pruning makes zero have no say in either.
 //
 // With a Hessian an output's columns are encoded in order, and each aims at its weight and at what
 // makes up for the errors of those before it (low_bit_hessian.h). T of a group is fitted when its

@@ -13,6 +13,7 @@ class LowBitSpec:
     bits: int = 3
     group_size: int = 64  # inputs of an output that share a scale; 0: all
     activation_bits: int = 16
+    scale: str = "free"  # or pow2: T is a power of two or zero
 
     def __post_init__(self):
         known = {"pow2": (2, 3, 4), "apot": (4,), "uniform": (2, 3, 4, 8)}
@@ -20,6 +21,8 @@ class LowBitSpec:
             raise ValueError(f"no scheme {self.scheme} of {self.bits} bits")
         if self.group_size not in (0, 32, 64, 128) or self.activation_bits not in (3, 4, 8, 16):
             raise ValueError(f"not valid: {self}")
+        if self.scale not in ("free", "pow2"):
+            raise ValueError(f"no scale {self.scale}")
 
     @property
     def levels(self):

@@ -9,6 +9,7 @@ loss is the KL divergence from the distributions of the float model at every tok
 `innerq quantize`, but of "__metadata__" only the format, not the source and the share of zeros.
 """
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -35,8 +36,7 @@ def write(model, spec, source, out):
         path = os.path.join(source, name)
         if os.path.isfile(path) and "safetensors" not in name and name != "config.json":
             shutil.copyfile(path, os.path.join(out, name))
-    format_keys = {"scheme": spec.scheme, "bits": spec.bits, "group_size": spec.group_size,
-                   "activation_bits": spec.activation_bits}
+    format_keys = dataclasses.asdict(spec)
     layers = sigma.low_bit_layers(model)
     tensors = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()
                if not any(n.startswith(layer + ".") for layer in layers)}
@@ -123,6 +123,8 @@ def main():
     ap.add_argument("--bits", type=int, default=3)
     ap.add_argument("--group-size", type=int, default=64)
     ap.add_argument("--activation-bits", type=int, default=16)
+    ap.add_argument("--scale", default="free", choices=("free", "pow2"),
+                    help="pow2: scales of weights are powers of two")
     ap.add_argument("--prune", type=float, default=0.0, help="share of weights to make zero")
     ap.add_argument("--loss", default="kl", choices=("kl", "text"))
     ap.add_argument("--tokens", type=float, default=2e6)
@@ -137,7 +139,7 @@ def main():
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    spec = LowBitSpec(args.scheme, args.bits, args.group_size, args.activation_bits)
+    spec = LowBitSpec(args.scheme, args.bits, args.group_size, args.activation_bits, args.scale)
     teacher, tok = load(args.model)
     model, _ = load(args.model)
     sigma.make_low_bit(model, spec)

@@ -10,7 +10,8 @@ the nearest level of the scheme, in [-1, 1], the layer computes with T * q(u), w
   to alpha  sigma * (q(u) - u) there, else sigma * sign(u)
 
 sigma counts as a constant: it follows the weights from step to step, but no gradient goes through
-it. T is rounded to F16 as it will be stored, straight through. Inputs likewise, see SigmaInput.
+it. T is rounded to F16 as it will be stored, or to a power of two, straight through. Inputs
+likewise, see SigmaInput.
 """
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,15 @@ def nearest_level(spec, magnitude):
     # Half a unit of the exponent carries into it from 1.5 * 2^i on; then the mantissa is dropped.
     bits = magnitude.float().view(torch.int32) + 0x400000 & 0x7f800000
     return torch.where(magnitude < 0.5, 0.0, bits.view(torch.float32).clamp(min=1))
+
+
+def stored_clip(spec, clip):
+    """T as it will be stored: as F16, and with `scale` pow2 the nearest power of two, by its
+    logarithm, that F16 holds; zero below all of them."""
+    if spec.scale == "pow2":
+        exponent = clip.clamp(min=2.0 ** -30).log2().round()
+        clip = torch.where(exponent < -24, 0.0, exponent.clamp(max=15).exp2())
+    return clip.half().float()
 
 
 def round_inputs(spec, x, clip):
@@ -125,7 +135,7 @@ class SigmaLinear(nn.Linear):
         """T [N, groups, 1], the weights u = w / T within [-1, 1], and their levels, like u."""
         w, sigma = self.grouped()
         clip = self.alpha * sigma
-        clip = straight_through(clip.half().float(), clip)
+        clip = straight_through(stored_clip(self.spec, clip), clip)
         u = (w / clip.clamp(min=1e-30)).clamp(-1, 1)
         with torch.no_grad():
             level = nearest_level(self.spec, u.abs() * self.spec.max_level) * u.sign()
@@ -189,7 +199,7 @@ class RoundedInput(nn.Module):
 def decode(model, tensors, config):
     """Turns the codes of `tensors`, a checkpoint's, into ".weight" of floats, and makes the
     matrices of `model` round their inputs as the server does. config: "quantization_config"."""
-    spec = LowBitSpec(*(config[k] for k in ("scheme", "bits", "group_size", "activation_bits")))
+    spec = LowBitSpec(**{k: v for k, v in config.items() if k != "quant_method"})
     levels = torch.tensor(spec.levels, dtype=torch.float32)
     for name, linear in list(model.named_modules()):
         codes = tensors.pop(name + ".weight_codes", None)

@@ -1,4 +1,5 @@
 """Tests sigma.py. Needs torch, so CI does not run it:  python3 test_sigma.py"""
+import dataclasses
 import sys
 import unittest
 
@@ -12,7 +13,8 @@ from sigma import SigmaInput, SigmaLinear
 
 SPECS = [LowBitSpec(*s) for s in (("pow2", 2, 64, 16), ("pow2", 3, 32, 3), ("pow2", 4, 0, 8),
                                   ("apot", 4, 128, 4), ("uniform", 2, 64, 3),
-                                  ("uniform", 8, 64, 16))]
+                                  ("uniform", 8, 64, 16), ("pow2", 3, 64, 16, "pow2"),
+                                  ("uniform", 4, 0, 8, "pow2"))]
 
 
 def layer(spec, rows=16, cols=256):
@@ -33,12 +35,26 @@ class SigmaTest(unittest.TestCase):
 
     def test_the_first_alpha_is_best_for_gaussian_weights(self):
         for spec in SPECS:
+            if spec.scale == "pow2":  # powers of two follow alpha in steps
+                continue
             one = layer(spec, 256, 1024)
             errors = {}
             for factor in (0.85, 1.0, 1.15):
                 one.alpha.data.fill_(spec.normal_alpha * factor)
                 errors[factor] = float((one.low_bit_weight() - one.weight).square().mean())
             self.assertEqual(min(errors, key=errors.get), 1.0, (spec, errors))
+
+    def test_scales_are_powers_of_two(self):
+        spec = LowBitSpec("pow2", 3, 64, 16, "pow2")
+        one = layer(spec)
+        stored = one.tensors()["weight_scales"].float()
+        wanted = (one.alpha * one.grouped()[1]).squeeze(-1)
+        self.assertTrue((torch.frexp(stored).mantissa == 0.5).all())
+        self.assertTrue(((stored / wanted).log2().abs() <= 0.5 + 1e-3).all())
+        for clip, rounded in ((0.0, 0.0), (1e-30, 0.0), (2.0 ** -24, 2.0 ** -24),
+                              (2.0 ** -25, 0.0), (1.3 * 2.0 ** -17, 2.0 ** -17), (3.0, 4.0),
+                              (1e5, 2.0 ** 15), (-1.0, 0.0)):
+            self.assertEqual(float(sigma.stored_clip(spec, torch.tensor(clip))), rounded, clip)
 
     def test_gradients(self):
         for spec in SPECS:
@@ -102,9 +118,7 @@ class SigmaTest(unittest.TestCase):
                        if not any(n.startswith(name + ".") for name in layers)}
             for name, one in layers.items():
                 tensors |= {f"{name}.{suffix}": t for suffix, t in one.tensors().items()}
-            sigma.decode(copy, tensors, {"scheme": spec.scheme, "bits": spec.bits,
-                                         "group_size": spec.group_size,
-                                         "activation_bits": spec.activation_bits})
+            sigma.decode(copy, tensors, {"quant_method": "sigma", **dataclasses.asdict(spec)})
             copy.load_state_dict(tensors)
             name = "model.layers.1.mlp.down_proj"
             self.assertTrue(torch.allclose(copy.get_submodule(name).weight,

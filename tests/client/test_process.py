@@ -50,7 +50,7 @@ def sanitized():
     return re.search(rb"__[at]san_init", pathlib.Path(BINARY).read_bytes()) is not None
 
 
-def write_empty_model(directory, head_dim):
+def write_empty_model(directory, head_dim, tensor="x"):
     """A model directory of which only the headers are good: two layers, no weights to speak of."""
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
               "hidden_size": 4 * head_dim, "intermediate_size": 1024, "num_hidden_layers": 2,
@@ -58,7 +58,7 @@ def write_empty_model(directory, head_dim):
               "vocab_size": 256, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
               "rope_theta": 10000.0, "tie_word_embeddings": True}
     (directory / "config.json").write_text(json.dumps(config))
-    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    header = json.dumps({tensor: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     header += b" " * (-len(header) % 8)  # tensors must be aligned
     (directory / "model.safetensors").write_bytes(
         len(header).to_bytes(8, "little") + header + bytes(4))
@@ -156,7 +156,7 @@ def test_inspect_takes_one_model():
 
 def test_inspect_tells_how_weights_are_coded():
     with tempfile.TemporaryDirectory() as directory:
-        write_empty_model(pathlib.Path(directory), head_dim=128)
+        write_empty_model(pathlib.Path(directory), head_dim=128, tensor="x.weight_codes")
         path = pathlib.Path(directory) / "config.json"
         config = json.loads(path.read_text())
         config["quantization_config"] = {"quant_method": "sigma", "scheme": "pow2", "bits": 3,
@@ -168,6 +168,10 @@ def test_inspect_tells_how_weights_are_coded():
         config["quantization_config"]["quant_method"] = "awq"
         path.write_text(json.dumps(config))
         expect_error(2, "quantization_config.quant_method", "inspect", directory)
+        config["quantization_config"]["quant_method"] = "sigma"
+        write_empty_model(pathlib.Path(directory), head_dim=128)
+        path.write_text(json.dumps(config))
+        expect_error(1, "quantization_config: expected matrices of codes", "inspect", directory)
 
 
 def test_inspect_tells_the_bits_of_the_quantized_cache():

@@ -7,6 +7,7 @@ tests/server/quantize_test.cc. Standard library only.
 """
 
 import json
+import math
 import pathlib
 import resource
 import signal
@@ -44,7 +45,7 @@ def test_what_it_makes_is_inspected_and_answers():
         config = json.loads((out / "config.json").read_text())
         assert config.pop("quantization_config") == {
             "quant_method": "sigma", "scheme": "uniform", "bits": 8, "group_size": 128,
-            "activation_bits": 16}
+            "activation_bits": 16, "scale": "free"}
         assert config == json.loads((DEMO / "config.json").read_text())
         for file in ("LICENSE", "tokenizer.model", "tokenizer_config.json",
                      "generation_config.json"):
@@ -96,6 +97,26 @@ def test_training_writes_the_same_format():
             assert abs(values[code] - weight) <= least + 1e-6, (scheme, bits, i, code, weight)
 
 
+def test_scales_may_be_powers_of_two_and_matrices_pruned_by_name():
+    with tempfile.TemporaryDirectory() as name:
+        out = pathlib.Path(name) / "out"
+        done = run(out, "--scheme", "pow2", "--bits", 3, "--scale", "pow2", "--prune", 0.5,
+                   "--prune-matrix", "*.q_proj=0.7", "--prune-matrix", "model.layers.0.*=0.6")
+        assert done.returncode == 0, done.stderr
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert low_bit.LowBitSpec(config["scheme"], config["bits"], config["group_size"],
+                                  config["activation_bits"], config["scale"]).scale == "pow2"
+        data = read_tensor(out, "model.layers.2.self_attn.k_proj.weight_scales")
+        scales = struct.unpack(f"<{len(data) // 2}e", data)
+        assert all(math.frexp(scale)[0] == 0.5 for scale in scales), scales
+        inspected = subprocess.run([BINARY, "inspect", out], capture_output=True, text=True,
+                                   timeout=60, check=False)
+        assert "pow2 3-bit, groups of 64, scales powers of two, " in inspected.stdout, inspected
+        assert 'weights: prune "0.5"\n' in inspected.stdout, inspected
+        asked = '"*.q_proj=0.7,model.layers.0.*=0.6"'
+        assert f"weights: prune_matrices {asked}\n" in inspected.stdout, inspected
+
+
 def test_wrong_usage_is_exit_code_2():
     with tempfile.TemporaryDirectory() as name:
         for word, options in (
@@ -106,7 +127,11 @@ def test_wrong_usage_is_exit_code_2():
                 ("--group-size", ["--group-size", 16]),
                 ("--activation-bits", ["--activation-bits", 2]),
                 ("its clip is learned from inputs", ["--activation-bits", 4]),
+                ("--scale", ["--scale", "pow3"]),
                 ("--prune", ["--prune", 0.96]),
+                ("--prune-matrix: expected PATTERN=R", ["--prune-matrix", "*.q_proj"]),
+                ("no matrix matches *.head", ["--prune-matrix", "*.q_proj=0.5",
+                                              "--prune-matrix", "*.head=0.5"]),
                 ("--prune", ["--prune", "nan"]),
                 ("--calibration-tokens", ["--calibration-tokens", 0]),
                 ("--threads", ["--threads", -1]),

@@ -10,7 +10,8 @@
 #   CALIBRATION   text to calibrate on                 the first 20 of models/demo/eval/recall.jsonl
 #   HELD_OUT      text to measure on, another          the last 20 of them
 #   TOKENS        of each, at most                     16384
-#   SPECS         schemes and bits, a list             all, and pow2:4 with fewer bits of inputs, and pruned
+#   SPECS         a list of SCHEME:BITS[:SCALE]        all, pow2 with scale pow2 too, and pow2:4 with fewer
+#                                                      bits of inputs, and pruned
 #   INNERQ        the program                          build/release/innerq, which it builds
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -46,12 +47,13 @@ measure() {
 
 printf '| %-26s | %5s | perplexity | KL, mean            | 99th pct | top-1   |\n' weights bits
 printf '|%s|------:|-----------:|--------------------:|---------:|--------:|\n' "$(printf -- '-%.0s' {1..28})"
-for spec in ${SPECS:-uniform:8 uniform:4 apot:4 pow2:4 uniform:3 pow2:3 pow2:2}; do
-  IFS=: read -r scheme bits <<<"$spec"
-  options=(--scheme "$scheme" --bits "$bits")
-  measure "$scheme $bits" "${options[@]}"
+for spec in ${SPECS:-uniform:8 uniform:4 apot:4 pow2:4 uniform:3 pow2:3 pow2:2 pow2:4:pow2 pow2:3:pow2}; do
+  IFS=: read -r scheme bits scale <<<"$spec"
+  options=(--scheme "$scheme" --bits "$bits" --scale "${scale:-free}")
+  name="$scheme $bits${scale:+, $scale}"
+  measure "$name" "${options[@]}"
   options+=(--calibration "$calibration" --calibration-tokens "$tokens")
-  measure "$scheme $bits, calibrated" "${options[@]}"
+  measure "$name, calibrated" "${options[@]}"
 done
 if [[ -n ${SPECS:-} ]]; then exit; fi
 options=(--scheme pow2 --bits 4 --calibration "$calibration" --calibration-tokens "$tokens")

@@ -8,7 +8,9 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <span>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -202,6 +204,83 @@ TEST(LowBitEncoder, RefinedClipsAreNeverWorseThanAlphaSigma) {
   }
 }
 
+TEST(LowBitScale, PowersOfTwoAreTold) {
+  for (int half = 0; half < 0x7c00; ++half) {
+    const float scale = F16ToF32(static_cast<uint16_t>(half));
+    int exponent = 0;
+    const bool expected = scale == 0 || std::frexp(scale, &exponent) == 0.5f;
+    EXPECT_EQ(IsPowerOfTwoScale(static_cast<uint16_t>(half)), expected) << scale;
+  }
+  for (const LowBitScale scale : {LowBitScale::kFree, LowBitScale::kPow2}) {
+    EXPECT_EQ(FindLowBitScale(LowBitScaleName(scale)), scale);
+  }
+  EXPECT_EQ(FindLowBitScale("pow3"), std::nullopt);
+}
+
+// The least error of a group over all T that are powers of two.
+double LeastPow2Error(const LowBitSpec& spec, const float* weights, int64_t count) {
+  double least = std::numeric_limits<double>::infinity();
+  for (int exponent = -24; exponent <= 15; ++exponent) {
+    double error = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const double value = NearestLowBitValue(spec, std::ldexp(1.0, exponent), weights[i]);
+      error += std::pow(weights[i] - value, 2);
+    }
+    least = std::min(least, error);
+  }
+  return least;
+}
+
+TEST(LowBitEncoder, PowerOfTwoClipsAreTheBestOnes) {
+  constexpr int64_t kRows = 4, kCols = 256;
+  std::vector<float> weights = EncoderWeights(kRows, kCols, 0.1f);
+  weights[5] = 0.5f;  // a power of two, and of its group the largest
+  for (const LowBitSpec& spec : EncoderSpecs()) {
+    SCOPED_TRACE(EncoderSpecName(spec));
+    EncodeLowBitArgs args{.spec = spec, .rows = kRows, .cols = kCols, .weights = weights.data()};
+    const EncodedLowBit free = MustEncodeLowBit(args);
+    args.scale = LowBitScale::kPow2;
+    const EncodedLowBit encoded = MustEncodeLowBit(args);
+    const LowBitMatrix matrix = EncodedMatrix(args, encoded);
+    const int64_t size = spec.group_size == 0 ? kCols : spec.group_size;
+    for (int64_t begin = 0; begin < kRows * kCols; begin += size) {
+      const uint16_t scale = encoded.scales[static_cast<size_t>(begin / size)];
+      EXPECT_TRUE(scale != 0 && IsPowerOfTwoScale(scale)) << F16ToF32(scale);
+      double error = 0;
+      for (int64_t i = begin; i < begin + size; ++i) {
+        const float weight = weights[static_cast<size_t>(i)];
+        error += std::pow(weight - matrix.Value(i / kCols, i % kCols), 2);
+      }
+      const double least = LeastPow2Error(spec, weights.data() + begin, size);
+      EXPECT_LE(error, least * (1 + 1e-5)) << "group " << begin / size;
+    }
+    EXPECT_GT(encoded.error, free.error);
+    EXPECT_EQ(encoded.alpha, free.alpha) << "of the matrix, before groups";
+  }
+}
+
+TEST(LowBitEncoder, PowerOfTwoClipsStayWithinF16) {
+  constexpr int64_t kRows = 1, kCols = 64;
+  const auto encode = [](float weight) {
+    std::vector<float> weights(kCols, weight);
+    weights[0] = -weight;
+    return MustEncodeLowBit({.spec = {kEncoderPow2, 3, 64},
+                             .rows = kRows,
+                             .cols = kCols,
+                             .weights = weights.data(),
+                             .scale = LowBitScale::kPow2});
+  };
+  for (const auto& [weight, clip, error] :
+       {std::tuple(0x1p15f, 0x1p15f, 0.0), std::tuple(0x1.8p15f, 0x1p15f, 1.0 / 9),
+        std::tuple(0x1p-14f, 0x1p-14f, 0.0), std::tuple(0x1p-20f, 0x1p-20f, 0.0),
+        std::tuple(0x1p-24f, 0x1p-24f, 0.0), std::tuple(0x1p-26f, 0.0f, 1.0),
+        std::tuple(0.0f, 0.0f, 0.0)}) {
+    const EncodedLowBit encoded = encode(weight);
+    EXPECT_EQ(F16ToF32(encoded.scales[0]), clip) << weight;
+    EXPECT_NEAR(encoded.error, error, 1e-6) << weight;
+  }
+}
+
 TEST(LowBitEncoder, PruningHitsItsTargetWithTheSmallestWeights) {
   constexpr int64_t kRows = 16, kCols = 256, kWeights = kRows * kCols;
   const std::vector<float> weights = EncoderWeights(kRows, kCols);
@@ -265,6 +344,12 @@ TEST(LowBitEncoder, ErrorFeedbackLowersTheErrorOfOutputs) {
     const double with = OutputError(args, encoded, hessian);
     EXPECT_NEAR(encoded.error, with, 1e-3 * with);
     EXPECT_LT(with, 0.4 * without);
+    args.scale = LowBitScale::kPow2;
+    const EncodedLowBit pow2 = MustEncodeLowBit(args);
+    for (const uint16_t scale : pow2.scales) EXPECT_TRUE(IsPowerOfTwoScale(scale));
+    args.hessian = nullptr;
+    EXPECT_LT(OutputError(args, pow2, hessian),
+              0.4 * OutputError(args, MustEncodeLowBit(args), hessian));
   }
 }
 
@@ -291,8 +376,9 @@ std::vector<double> InverseHessian(std::vector<double> hessian, size_t cols) {
 
 // GPTQ of one row: every column's error goes to all columns that are left, by an inverse Hessian of
 // those that is kept up to date. No factor of it, no blocks. `hessian` has a mean diagonal of 1.
-std::vector<double> PublishedGptq(const LowBitSpec& spec, double alpha, std::vector<float> row,
-                                  std::vector<double> hessian) {
+std::vector<double> PublishedGptq(const EncodeLowBitArgs& args, double alpha,
+                                  std::vector<float> row, std::vector<double> hessian) {
+  const LowBitSpec& spec = args.spec;
   const size_t cols = row.size();
   const size_t group = spec.group_size == 0 ? cols : static_cast<size_t>(spec.group_size);
   std::vector<float> costs;
@@ -305,7 +391,10 @@ std::vector<double> PublishedGptq(const LowBitSpec& spec, double alpha, std::vec
   for (size_t k = 0; k < cols; ++k) {
     if (k % group == 0) {
       std::copy(current.begin(), current.end(), row.begin());
-      clip = F16ToF32(FitClip(spec, alpha, {row.data() + k, group}, costs.data() + k));
+      const std::span<const float> weights(row.data() + k, group);
+      clip = F16ToF32(args.scale == LowBitScale::kPow2
+                          ? FitPow2Clip(spec, weights, costs.data() + k)
+                          : FitClip(spec, alpha, weights, costs.data() + k));
     }
     values.push_back(NearestLowBitValue(spec, clip, current[k]));
     const double error = (current[k] - values[k]) / inverse[k * cols + k];
@@ -328,16 +417,17 @@ TEST(LowBitEncoder, ErrorFeedbackIsThatOfGptq) {
   for (const LowBitSpec& spec :
        {LowBitSpec{kEncoderUniform, 4, 0}, LowBitSpec{kEncoderUniform, 4, 32},
         LowBitSpec{kEncoderPow2, 4, 32}}) {
-    const EncodeLowBitArgs args{.spec = spec,
-                                .rows = kRows,
-                                .cols = kCols,
-                                .weights = weights.data(),
-                                .hessian = hessian.data()};
+    EncodeLowBitArgs args{.spec = spec,
+                          .rows = kRows,
+                          .cols = kCols,
+                          .weights = weights.data(),
+                          .hessian = hessian.data()};
+    if (spec.scheme == kEncoderPow2) args.scale = LowBitScale::kPow2;
     const EncodedLowBit encoded = MustEncodeLowBit(args);
     const LowBitMatrix matrix = EncodedMatrix(args, encoded);
     for (int64_t n = 0; n < kRows; ++n) {
       const std::vector<double> published =
-          PublishedGptq(spec, encoded.alpha,
+          PublishedGptq(args, encoded.alpha,
                         {weights.begin() + n * kCols, weights.begin() + (n + 1) * kCols}, hessian);
       for (int64_t k = 0; k < kCols; ++k) {
         EXPECT_NEAR(matrix.Value(n, k), published[static_cast<size_t>(k)], 1e-6)

@@ -54,8 +54,9 @@ class LowBitLoadTest : public testing::Test {
     stored_.coded.insert(stored_.coded.begin(), {matrix + ".input_clip", {1}, bytes});
   }
 
-  Result<std::shared_ptr<const Checkpoint>> Open(const std::vector<StoredTensor>& tensors) {
-    WriteAll(directory_.path() / "config.json", config_.dump());
+  Result<std::shared_ptr<const Checkpoint>> Open(const std::vector<StoredTensor>& tensors,
+                                                 const json& config) {
+    WriteAll(directory_.path() / "config.json", config.dump());
     WriteAll(directory_.path() / "model.safetensors", Safetensors(tensors));
     return Checkpoint::Open(directory_.path());
   }
@@ -65,8 +66,17 @@ class LowBitLoadTest : public testing::Test {
   }
 
   // Logits of 32 tokens; empty after a failure.
-  Logits Run(const std::vector<StoredTensor>& tensors, Backend* backend, LoadOptions options) {
-    const auto checkpoint = Open(tensors);
+  Logits RunCoded(Backend* backend, LoadOptions options) {
+    return Run(Open(stored_.coded, config_), backend, std::move(options));
+  }
+  // The same model as plain floats, of which config.json says nothing.
+  Logits RunDecoded(Backend* backend, LoadOptions options) {
+    json config = config_;
+    config.erase("quantization_config");
+    return Run(Open(stored_.decoded, config), backend, std::move(options));
+  }
+  static Logits Run(const Result<std::shared_ptr<const Checkpoint>>& checkpoint, Backend* backend,
+                    LoadOptions options) {
     EXPECT_TRUE(checkpoint.ok()) << checkpoint.error().message;
     if (!checkpoint.ok()) return {};
     const auto model = LlamaModel::Load(*checkpoint, backend, std::move(options));
@@ -80,7 +90,7 @@ class LowBitLoadTest : public testing::Test {
 
   // `in_check`: known from names, shapes and the like, before weights are read.
   void ExpectRefused(const std::string& part, bool in_check = true) {
-    const auto checkpoint = Open(stored_.coded);
+    const auto checkpoint = Open(stored_.coded, config_);
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.error().message;
     EXPECT_EQ(LlamaModel::CheckTensors(**checkpoint).ok(), !in_check) << part;
     const auto model = LlamaModel::Load(*checkpoint, reference_.get(), Options());
@@ -122,8 +132,8 @@ TEST_F(LowBitLoadTest, CodesGiveTheLogitsOfTheirDecodedWeights) {
                              std::to_string(spec.bits) + " bits, groups of " +
                              std::to_string(spec.group_size);
     Store(spec);
-    const Logits codes = Run(stored_.coded, reference_.get(), Options());
-    const Logits decoded = Run(stored_.decoded, reference_.get(), Options(WeightFormat::kF32));
+    const Logits codes = RunCoded(reference_.get(), Options());
+    const Logits decoded = RunDecoded(reference_.get(), Options(WeightFormat::kF32));
     ASSERT_EQ(codes.size(), 32u) << what;
     ASSERT_EQ(decoded.size(), codes.size()) << what;
     int num_same = 0;
@@ -148,9 +158,9 @@ TEST_F(LowBitLoadTest, CodesGiveTheLogitsOfTheirDecodedWeights) {
 
 TEST_F(LowBitLoadTest, AFormatThatIsNamedDecodesThem) {
   for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kF16, WeightFormat::kBF16}) {
-    const Logits expected = Run(stored_.decoded, reference_.get(), Options(format));
+    const Logits expected = RunDecoded(reference_.get(), Options(format));
     ASSERT_FALSE(expected.empty());
-    EXPECT_EQ(Run(stored_.coded, reference_.get(), Options(format)), expected);
+    EXPECT_EQ(RunCoded(reference_.get(), Options(format)), expected);
   }
 }
 
@@ -163,21 +173,21 @@ TEST_F(LowBitLoadTest, OtherMatricesMayBeFloats) {
   std::erase_if(stored_.decoded, is_down);
   stored_.decoded.push_back(stored_.coded.back());
   std::rotate(stored_.coded.begin(), stored_.coded.end() - 1, stored_.coded.end());
-  const Logits expected = Run(stored_.decoded, reference_.get(), Options(WeightFormat::kF32));
-  EXPECT_EQ(Run(stored_.coded, reference_.get(), Options(WeightFormat::kF32)), expected);
-  EXPECT_FALSE(Run(stored_.coded, reference_.get(), Options()).empty());
+  const Logits expected = RunDecoded(reference_.get(), Options(WeightFormat::kF32));
+  EXPECT_EQ(RunCoded(reference_.get(), Options(WeightFormat::kF32)), expected);
+  EXPECT_FALSE(RunCoded(reference_.get(), Options()).empty());
 }
 
 TEST_F(LowBitLoadTest, InputsAreClippedWhereTheCheckpointSaysSo) {
-  const Logits free = Run(stored_.coded, reference_.get(), Options());
+  const Logits free = RunCoded(reference_.get(), Options());
   AddClip(kDown, 0.01f);
-  const Logits clipped = Run(stored_.coded, reference_.get(), Options());
+  const Logits clipped = RunCoded(reference_.get(), Options());
   ASSERT_EQ(clipped.size(), free.size());
   EXPECT_NE(clipped, free);
   for (const auto& row : clipped) EXPECT_TRUE(std::isfinite(row[0]));
   // Floats take inputs as they are.
-  EXPECT_EQ(Run(stored_.coded, reference_.get(), Options(WeightFormat::kF32)),
-            Run(stored_.decoded, reference_.get(), Options(WeightFormat::kF32)));
+  EXPECT_EQ(RunCoded(reference_.get(), Options(WeightFormat::kF32)),
+            RunDecoded(reference_.get(), Options(WeightFormat::kF32)));
 }
 
 TEST_F(LowBitLoadTest, InputsOfProductsAreShown) {
@@ -196,8 +206,8 @@ TEST_F(LowBitLoadTest, InputsOfProductsAreShown) {
       seen.push_back(name + " " + std::to_string(x.shape[1]));
     }
   };
-  const Logits plain = Run(stored_.coded, reference_.get(), Options());
-  EXPECT_EQ(Run(stored_.coded, reference_.get(), options), plain);
+  const Logits plain = RunCoded(reference_.get(), Options());
+  EXPECT_EQ(RunCoded(reference_.get(), options), plain);
   std::vector<std::string> expected;
   for (const std::string layer : {"model.layers.0.", "model.layers.1."}) {
     for (const char* name :
@@ -257,6 +267,17 @@ TEST_F(LowBitLoadTest, RefusesCodesThatConfigJsonDoesNotDescribe) {
       "\"quantization_config\"");
 }
 
+TEST_F(LowBitLoadTest, RefusesADescriptionOfCodesThatAreNotThere) {
+  const auto checkpoint = Open(stored_.decoded, config_);
+  ASSERT_FALSE(checkpoint.ok());
+  EXPECT_EQ(checkpoint.error().code, ErrorCode::kDataLoss);
+  EXPECT_EQ(
+      checkpoint.error().message,
+      (directory_.path() / "config.json").string() +
+          ": quantization_config: expected matrices of codes (\"<name>.weight_codes\"), found "
+          "floats alone");
+}
+
 TEST_F(LowBitLoadTest, RefusesMatricesStoredTwice) {
   for (const StoredTensor& tensor : floats_) {
     if (tensor.name == std::string(kDown) + ".weight") {
@@ -310,7 +331,7 @@ TEST_F(LowBitLoadTest, RefusesClipsThatDifferOrAreNone) {
   ExpectRefused("tensor " + std::string(kUp) + ".input_clip: not that of " + kGate);
   stored_.coded.erase(stored_.coded.begin());
   AddClip(kGate, 2.0f);
-  EXPECT_FALSE(Run(stored_.coded, reference_.get(), Options()).empty());
+  EXPECT_FALSE(RunCoded(reference_.get(), Options()).empty());
 }
 
 TEST_F(LowBitLoadTest, RefusesScalesThatAreNotFiniteOrNegativeByTheirRow) {
@@ -323,7 +344,33 @@ TEST_F(LowBitLoadTest, RefusesScalesThatAreNotFiniteOrNegativeByTheirRow) {
                   false);
   }
   Coded(name).bytes = before;
-  EXPECT_FALSE(Run(stored_.coded, reference_.get(), Options()).empty());
+  EXPECT_FALSE(RunCoded(reference_.get(), Options()).empty());
+}
+
+TEST_F(LowBitLoadTest, RefusesScalesThatAreNoPowersOfTwoWhereConfigJsonSaysTheyAre) {
+  const std::string name = std::string(kUp) + ".weight_scales";
+  for (StoredTensor& tensor : stored_.coded) {
+    if (!tensor.name.ends_with(".weight_scales")) continue;
+    const uint16_t powers[] = {0x3000, 0x0001, 0x8000, 0x0000};  // 2^-3, 2^-24, zeros
+    for (size_t i = 0; i < tensor.bytes.size(); i += sizeof(uint16_t)) {
+      std::memcpy(tensor.bytes.data() + i, &powers[i / sizeof(uint16_t) % 7 == 0 ? 1 + i % 3 : 0],
+                  sizeof(uint16_t));
+    }
+  }
+  config_["quantization_config"]["scale"] = "pow2";
+  const Logits pow2 = RunCoded(reference_.get(), Options());
+  ASSERT_FALSE(pow2.empty());
+  config_["quantization_config"]["scale"] = "free";
+  EXPECT_EQ(RunCoded(reference_.get(), Options()), pow2) << "the key changes no product";
+
+  const uint16_t other = 0x3001;
+  std::memcpy(Coded(name).bytes.data() + (7 * 2 + 1) * sizeof(other), &other, sizeof(other));
+  EXPECT_FALSE(RunCoded(reference_.get(), Options()).empty());
+  config_["quantization_config"]["scale"] = "pow2";
+  ExpectRefused("tensor " + name +
+                    ": row 7: expected powers of two or zero, as quantization_config.scale says, "
+                    "found 0.12512207",
+                false);
 }
 
 }  // namespace

@@ -241,6 +241,14 @@ TEST_F(ModelConfigTest, ReadsHowMatricesAreCoded) {
   EXPECT_EQ(whole->low_bit, (LowBitSpec{LowBitScheme::kUniform, 8, 0, 8}));
   // A scale for each of 5 C + 2 I outputs.
   EXPECT_EQ(whole->low_bit_bytes(), kWeights + 32 * 2 * (5 * 4096 + 2 * 11008));
+
+  EXPECT_EQ(whole->low_bit_scale, LowBitScale::kFree) << "what an absent key means";
+  for (const auto& [name, scale] :
+       {std::pair("free", LowBitScale::kFree), std::pair("pow2", LowBitScale::kPow2)}) {
+    file["quantization_config"]["scale"] = name;
+    ASSERT_TRUE(Read(file).ok());
+    EXPECT_EQ(Read(file)->low_bit_scale, scale);
+  }
 }
 
 TEST_F(ModelConfigTest, RefusesOtherQuantizationsByName) {
@@ -275,6 +283,8 @@ TEST_F(ModelConfigTest, RefusesCodesThatDoNotExistByTheirKey) {
       {"activation_bits", 5},
       {"activation_bits", 32},
       {"activation_bits", true},
+      {"scale", "pow3"},
+      {"scale", 2},
       {"alpha", 1.0},
       {"version", nullptr},
   };

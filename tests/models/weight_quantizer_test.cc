@@ -13,6 +13,7 @@
 #include "models/input_statistics.h"
 #include "models/safetensors.h"
 #include "models/safetensors_writer.h"
+#include "models/tensor_source.h"
 #include "tests/models/test_files.h"
 
 namespace innerq {
@@ -65,6 +66,17 @@ TEST(SafetensorsWriter, WritesWhatIsReadInAnyOrderAndAligned) {
   EXPECT_EQ(found,
             "wide:F32[2]=ABCDEFGH;brain:BF16[1, 1, 3]=uvwxyz;half:F16[1]=de;codes:U8[3, 1]=abc;"
             "odd \"name\"\n:U8[5]=12345;");
+}
+
+TEST(SafetensorsWriter, HoldsMetadataOfAnySizeThatIsKnownBefore) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path path = directory.path() / "a.safetensors";
+  const std::string large(10'000, 'x');
+  auto writer = SafetensorsWriter::Create(path, {{"a", DType::kU8, {4}}}, {{"asked", large}});
+  ASSERT_TRUE(writer.ok());
+  ASSERT_TRUE(writer->Write("a", Bytes("four")).ok());
+  ASSERT_TRUE(writer->Finish({{"reached", "0.5"}}).ok());
+  EXPECT_EQ(HeaderOf(path)["__metadata__"], (json{{"asked", large}, {"reached", "0.5"}}));
 }
 
 TEST(SafetensorsWriter, RefusesAFileThatIsThereAndLeavesNoneThatReads) {
@@ -246,11 +258,9 @@ TEST_F(WeightQuantizerTest, KeepsTheConfigAndAddsTheKey) {
   WriteAll(source_ / "config.json", config.dump() + "\n\n");
   Quantized(
       {.spec = {.scheme = LowBitScheme::kPow2, .bits = 3, .group_size = 0, .activation_bits = 8}});
-  config["quantization_config"] = {{"quant_method", "sigma"},
-                                   {"scheme", "pow2"},
-                                   {"bits", 3},
-                                   {"group_size", 0},
-                                   {"activation_bits", 8}};
+  config["quantization_config"] = {
+      {"quant_method", "sigma"}, {"scheme", "pow2"},     {"bits", 3},
+      {"group_size", 0},         {"activation_bits", 8}, {"scale", "free"}};
   EXPECT_EQ(json::parse(ReadAll(output_ / "config.json")), config);
 }
 
@@ -263,6 +273,8 @@ TEST_F(WeightQuantizerTest, TellsWhatWasAskedAndOfWhichWeights) {
   EXPECT_EQ(metadata["bits"], "4");
   EXPECT_EQ(metadata["group_size"], "32");
   EXPECT_EQ(metadata["activation_bits"], "16");
+  EXPECT_EQ(metadata["scale"], "free");
+  EXPECT_FALSE(metadata.contains("prune_matrices"));
   EXPECT_NEAR(std::stod(metadata["prune"].get<std::string>()), 0.5, 1e-6);
   EXPECT_NEAR(std::stod(metadata["zeros"].get<std::string>()), result.zeros, 1e-5);
 
@@ -279,6 +291,74 @@ TEST_F(WeightQuantizerTest, TellsWhatWasAskedAndOfWhichWeights) {
   });
   Quantized({.spec = kSpec});
   EXPECT_NE(SourceHash(), hash);
+}
+
+TEST_F(WeightQuantizerTest, ScalesArePowersOfTwoWhereAskedFor) {
+  const QuantizedCheckpoint result = Quantized({.spec = kSpec, .scale = LowBitScale::kPow2});
+  EXPECT_EQ(HeaderOf(output_ / "model.safetensors")["__metadata__"]["scale"], "pow2");
+  const auto output = Open(output_);
+  ASSERT_NE(output, nullptr);
+  EXPECT_EQ(output->config().low_bit_scale, LowBitScale::kPow2);
+  const auto source = CreateCheckpointSource(output);  // which refuses others
+  for (const QuantizedMatrix& matrix : result.matrices) {
+    const auto codes = source->GetLowBit(matrix.name, {matrix.rows, matrix.cols});
+    ASSERT_TRUE(codes.ok()) << codes.error().message;
+    for (int64_t i = 0; i < matrix.rows * kSpec.Groups(matrix.cols); ++i) {
+      EXPECT_TRUE(codes->scales[i] != 0 && IsPowerOfTwoScale(codes->scales[i])) << matrix.name;
+    }
+  }
+}
+
+TEST(PruneRule, StarsStandForAnyCharacters) {
+  const auto matches = [](const std::string& pattern) {
+    return PruneRule{.pattern = pattern}.Matches("model.layers.10.mlp.down_proj");
+  };
+  for (const char* pattern : {"model.layers.10.mlp.down_proj", "*", "**", "*.down_proj",
+                              "model.layers.10.*", "model.layers.1*", "*.mlp.*", "*1*0*mlp*",
+                              "model.*.10.*.down_proj", "*down_proj*", "*.*.*.*.*", "*_p*oj"}) {
+    EXPECT_TRUE(matches(pattern)) << pattern;
+  }
+  for (const char* pattern : {"", "model.layers.1.*", "down_proj", "model.layers.10.mlp.down_pro",
+                              "model.layers.10.mlp.down_projx", "*.up_proj", "*.*.*.*.*.*",
+                              "model?layers*", "*mlp", "*p", "mlp*"}) {
+    EXPECT_FALSE(matches(pattern)) << pattern;
+  }
+  const std::vector<PruneRule> rules = {{"*.mlp.*", 0.5}, {"*.0.*", 0.25}};
+  EXPECT_EQ(FindPruneRule(rules, "model.layers.1.mlp.up_proj"), &rules[0]);
+  EXPECT_EQ(FindPruneRule(rules, "model.layers.0.mlp.up_proj"), &rules[1]) << "the last";
+  EXPECT_EQ(FindPruneRule(rules, "model.layers.1.self_attn.q_proj"), nullptr);
+}
+
+TEST_F(WeightQuantizerTest, PrunesEachMatrixAsTheLastRuleThatMatchesSays) {
+  QuantizeOptions options{.spec = kSpec, .prune = 0.5};
+  options.prune_matrices = {{"model.layers.0.*", 0.7}, {"*.down_proj", 0.625}, {"*.v_proj", 0}};
+  const QuantizedCheckpoint result = Quantized(options);
+  const auto output = Open(output_);
+  ASSERT_NE(output, nullptr);
+  double unpruned = 0;
+  for (const QuantizedMatrix& matrix : result.matrices) {
+    const auto codes = output->GetLowBit(matrix.name, {matrix.rows, matrix.cols});
+    ASSERT_TRUE(codes.ok()) << codes.error().message;
+    double zeros = 0;
+    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) {
+      zeros += codes->Level(i / matrix.cols, i % matrix.cols) == 0 ? 1 : 0;
+    }
+    zeros /= static_cast<double>(matrix.rows * matrix.cols);
+    EXPECT_NEAR(matrix.zeros, zeros, 1e-9) << matrix.name;
+    if (matrix.name.ends_with("v_proj")) {
+      EXPECT_LT(zeros, 0.3) << "rounding alone";
+      unpruned += zeros;
+      continue;
+    }
+    const double asked = matrix.name.ends_with("down_proj")                   ? 0.625
+                         : matrix.name.find("layers.0.") != std::string::npos ? 0.7
+                                                                              : 0.5;
+    EXPECT_NEAR(zeros, asked, 0.001) << matrix.name;
+  }
+  EXPECT_GT(unpruned, 0);
+  const json metadata = HeaderOf(output_ / "model.safetensors")["__metadata__"];
+  EXPECT_EQ(metadata["prune"], "0.5");
+  EXPECT_EQ(metadata["prune_matrices"], "model.layers.0.*=0.7,*.down_proj=0.625,*.v_proj=0");
 }
 
 TEST_F(WeightQuantizerTest, StaticActivationsBringTheirClip) {
@@ -327,6 +407,14 @@ TEST_F(WeightQuantizerTest, RefusesWhatItCannotQuantize) {
   EXPECT_EQ(no_groups.error().message,
             "model.layers.0.mlp.down_proj: 96 inputs are no multiple of 64");
   EXPECT_EQ(no_groups.error().param, "group_size");
+  EXPECT_TRUE(std::filesystem::is_empty(output_)) << "nothing was written yet";
+
+  const auto no_matrix = Quantize({.spec = kSpec, .prune_matrices = {{"*", 0}, {"*.head", 0}}});
+  ASSERT_FALSE(no_matrix.ok());
+  EXPECT_EQ(no_matrix.error().message,
+            "no matrix matches *.head; the first is model.layers.0.self_attn.q_proj, the last "
+            "model.layers.1.mlp.down_proj");
+  EXPECT_EQ(no_matrix.error().param, "prune_matrices");
   EXPECT_TRUE(std::filesystem::is_empty(output_)) << "nothing was written yet";
 
   const auto stopped =

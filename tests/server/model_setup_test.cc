@@ -76,6 +76,10 @@ TEST(ModelSetup, SaysHowLowBitWeightsAreHeld) {
   // A scale of 16 bits for each output of 128 inputs.
   EXPECT_EQ(DescribeLowBit(config),
             "uniform 8-bit, whole rows, activations 3-bit (8.12 bits per weight)");
+  config.low_bit_scale = LowBitScale::kPow2;
+  EXPECT_EQ(DescribeLowBit(config),
+            "uniform 8-bit, whole rows, scales powers of two, activations 3-bit (8.12 bits per "
+            "weight)");
 }
 
 }  // namespace

@@ -156,6 +156,22 @@ TEST_F(QuantizeTest, StaticActivationsAreClippedAndWeightsPruned) {
   EXPECT_NE(ReadAll(args.output / "model.safetensors").find("input_clip"), std::string::npos);
 }
 
+TEST_F(QuantizeTest, SingleMatricesArePrunedAndToldOf) {
+  QuantizeArgs args = Args();
+  args.prune = 0.25;
+  args.prune_matrices = {"*.mlp.*=0.9", "*.mlp.down_proj=0.5", "*.mlp.gate_proj=0.25",
+                         "*.mlp.up_proj=0.25"};
+  const Measured measured = Run(args);
+  const auto has = [&](const char* row) {
+    EXPECT_NE(measured.text.find(row), std::string::npos) << row << "\n" << measured.text;
+  };
+  has("| *.mlp.*                      |        0 |  90.0 % |         |\n");
+  has("| *.mlp.down_proj              |        5 |  50.0 % |  50.0 % |\n");
+  has("| *.mlp.gate_proj              |        5 |  25.0 % |  25.0 % |\n");
+  has("| all others                   |       20 |  25.0 % |  25.0 % |\n");
+  EXPECT_EQ(Run(Args("all")).text.find("| pruned "), std::string::npos);
+}
+
 TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
   const auto refuses = [this](const std::function<void(QuantizeArgs&)>& change,
                               const std::string& part) {
@@ -173,8 +189,26 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
           "--activation-bits: expected 3, 4, 8 or 16");
   refuses([](auto& args) { args.weights.activation_bits = 3; },
           "--activation-bits 3 takes --calibration: its clip is learned from inputs");
+  refuses([](auto& args) { args.scale = "pow3"; }, "--scale: expected free or pow2, found pow3");
   refuses([](auto& args) { args.prune = 0.96; }, "--prune: expected a share in [0, 0.95]");
   refuses([](auto& args) { args.prune = std::nan(""); }, "--prune: ");
+  for (const char* rule : {"", "=", "=0.5", "*", "*=", "*=half", "*=0.5x", "*= 0.5", "*=0.5="}) {
+    refuses(
+        [rule](auto& args) {
+          args.prune_matrices = {"*=0.1", rule};
+        },
+        std::string("--prune-matrix: expected PATTERN=R, R a number, found ") + rule);
+  }
+  for (const char* rule : {"*=0.96", "*=-0.1", "*=nan", "*=inf"}) {
+    refuses([rule](auto& args) { args.prune_matrices = {rule}; },
+            std::string("--prune-matrix ") + rule + ": expected a share in [0, 0.95], found ");
+  }
+  refuses(
+      [](auto& args) {
+        args.prune_matrices = {"*.q_proj=0.5", "model.layers.5.*=0.5"};
+      },
+      "--prune-matrix: no matrix matches model.layers.5.*; the first is "
+      "model.layers.0.self_attn.q_proj, the last model.layers.4.mlp.down_proj");
   refuses([](auto& args) { args.calibration_tokens = 1; }, "--calibration-tokens: ");
   refuses([](auto& args) { args.evaluation_tokens = 0; }, "--evaluate-tokens: ");
   refuses([](auto& args) { args.calibration = {"/nonexistent.txt"}; }, "/nonexistent.txt");
