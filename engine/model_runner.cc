@@ -266,11 +266,14 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
 // embeddings is held as BF16 and, where it is the last matrix as well, packed once more.
 int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format) {
   const bool has_codes = config.low_bit && !format;
+  const bool has_head_codes = config.low_bit_head && !format;
   const int64_t table = config.vocab_size * config.hidden_size;
   const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table) -
-                         (has_codes ? config.num_layer_weights() : 0);
+                         (has_codes ? config.num_layer_weights() : 0) -
+                         (has_head_codes ? table : 0);
   return table * DTypeBytes(DType::kBF16) + packed * (format == WeightFormat::kF32 ? 4 : 2) +
-         (has_codes ? config.low_bit_bytes() : 0);
+         (has_codes ? config.low_bit_bytes() : 0) +
+         (has_head_codes ? config.low_bit_head_bytes() : 0);
 }
 
 }  // namespace

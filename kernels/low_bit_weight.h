@@ -107,7 +107,11 @@ struct LowBitSpec {
   }
   int64_t Groups(int64_t cols) const { return group_size == 0 ? 1 : cols / group_size; }
   int64_t RowBytes(int64_t cols) const { return cols * bits / 8; }  // of codes
-  INNERQ_HOST_DEVICE int max_level() const {                        // L
+  // Of codes and scales of a matrix [rows, cols].
+  int64_t Bytes(int64_t rows, int64_t cols) const {
+    return rows * (RowBytes(cols) + Groups(cols) * static_cast<int64_t>(sizeof(uint16_t)));
+  }
+  INNERQ_HOST_DEVICE int max_level() const {  // L
     if (scheme == LowBitScheme::kApot) return 8;
     return scheme == LowBitScheme::kPow2 ? 1 << ((1 << (bits - 1)) - 2) : (1 << (bits - 1)) - 1;
   }

@@ -164,16 +164,18 @@ bool Checkpoint::HasLowBit(const std::string& name) const {
 }
 
 Result<LowBitMatrix> Checkpoint::GetLowBit(const std::string& name, const Shape& shape) const {
-  if (!config().low_bit) {
-    return BadTensor(
-        *this, name + kCodes,
-        "config.json has no \"quantization_config\", which says how a matrix is coded");
+  const std::optional<LowBitSpec>& spec = config().LowBitOf(name);
+  if (!spec) {
+    return BadTensor(*this, name + kCodes,
+                     std::string("config.json has no \"quantization_config\"") +
+                         (name == kHeadName ? " with a \"head\"" : "") +
+                         ", which says how a matrix is coded");
   }
   if (Find(name + ".weight") != nullptr) {
     return BadTensor(*this, name + ".weight",
                      "the matrix is also stored as codes or has their scales or clip");
   }
-  LowBitMatrix matrix{.spec = *config().low_bit, .rows = shape[0], .cols = shape[1]};
+  LowBitMatrix matrix{.spec = *spec, .rows = shape[0], .cols = shape[1]};
   ASSIGN_OR_RETURN(
       const ConstTensorView codes,
       GetTyped(*this, name + kCodes, DType::kU8, {matrix.rows, matrix.spec.RowBytes(matrix.cols)}));

@@ -26,6 +26,8 @@ struct RopeScaling {
   int64_t original_max_positions = 0;  // llama3 only, tokens
 };
 
+constexpr char kHeadName[] = "lm_head";  // the matrix [V, C] that gives logits
+
 // Shape of a Llama-family decoder, from config.json. Every field has been checked.
 struct ModelConfig {
   std::string architecture = "LlamaForCausalLM";
@@ -47,13 +49,21 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;  // from generation_config.json where present
   // How matrices that are stored as codes are coded ("quantization_config"); nullopt: none are.
   std::optional<LowBitSpec> low_bit;
-  LowBitScale low_bit_scale = LowBitScale::kFree;  // of those
+  // How the matrix of logits, kHeadName, is coded ("head" in it); nullopt: it is not.
+  std::optional<LowBitSpec> low_bit_head;
+  LowBitScale low_bit_scale = LowBitScale::kFree;  // of all that are coded
 
   int64_t num_parameters() const;
   // Weights of all matrices of the layers: those that may be stored as codes.
   int64_t num_layer_weights() const;
-  // Bytes of codes and scales of those matrices as `low_bit`, which must be there, says.
+  // Bytes of codes and scales of those matrices as `low_bit`, which must be there, says; and of the
+  // head as `low_bit_head` says.
   int64_t low_bit_bytes() const;
+  int64_t low_bit_head_bytes() const;
+  // How a matrix is coded if it is: the head or one of a layer.
+  const std::optional<LowBitSpec>& LowBitOf(std::string_view matrix) const {
+    return matrix == kHeadName ? low_bit_head : low_bit;
+  }
   // [D/2] rotary frequencies after scaling, computed as Hugging Face transformers does, in F32.
   std::vector<float> InverseFrequencies() const;
 };
@@ -90,12 +100,12 @@ class Checkpoint {
   // Whether matrix `name`, e.g. "model.layers.0.mlp.up_proj", is stored as codes, not as
   // "<name>.weight": whether any of the tensors that GetLowBit reads is there.
   bool HasLowBit(const std::string& name) const;
-  // Such a matrix, of `shape` [N, K], as config().low_bit says:
+  // Such a matrix, of `shape` [N, K], as config() says:
   //   <name>.weight_codes   U8 [N, K * bits / 8]
   //   <name>.weight_scales  F16 [N, groups], not read here
   //   <name>.input_clip     F32 [1], finite and positive; may be absent
   // Errors: data loss, naming the tensor, for one that is absent or of another type or shape, for a
-  // matrix that is stored as floats as well, and where config.json has no "quantization_config".
+  // matrix that is stored as floats as well, and where config.json does not say how it is coded.
   Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) const;
 };
 

@@ -46,17 +46,17 @@ struct Activations {
 };
 
 constexpr char kTable[] = "model.embed_tokens";
-constexpr char kHead[] = "lm_head";
 constexpr char kFinalNorm[] = "model.norm.weight";
 
 // The matrix of embeddings [V, C]. Tied matrices may be stored under either name.
 std::string TableName(const ModelConfig& config, bool has_table) {
-  return config.tie_word_embeddings && !has_table ? kHead : kTable;
+  return config.tie_word_embeddings && !has_table ? kHeadName : kTable;
 }
 
-// The matrix that gives logits, tied or not.
+// The matrix that gives logits. A head that is tied is the table, unless it has codes of its own.
 Stack HeadOf(const ModelConfig& config, const std::string& table) {
-  return {{{config.tie_word_embeddings ? table : kHead, config.vocab_size}}, config.hidden_size};
+  const bool is_table = config.tie_word_embeddings && !config.low_bit_head;
+  return {{{is_table ? table : kHeadName, config.vocab_size}}, config.hidden_size};
 }
 
 // Those of a stack are all codes, with the same clip of inputs, or none of them is.
@@ -460,10 +460,13 @@ Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
   const Shape norm{config.hidden_size};
   const std::string table =
       TableName(config, checkpoint.Find(std::string(kTable) + ".weight") != nullptr);
-  for (const std::string name : {kTable, kHead}) {
-    if (!checkpoint.HasLowBit(name)) continue;
-    return Error{ErrorCode::kDataLoss, checkpoint.directory().string() + ": tensor " + name +
-                                           ".weight_codes: only matrices of layers may be codes"};
+  if (checkpoint.HasLowBit(kTable)) {
+    return Error{ErrorCode::kDataLoss,
+                 checkpoint.directory().string() + ": tensor " + kTable +
+                     ".weight_codes: the table of embeddings cannot be codes"};
+  }
+  if (config.low_bit_head || checkpoint.HasLowBit(kHeadName)) {
+    RETURN_IF_ERROR(checkpoint.GetLowBit(kHeadName, {config.vocab_size, config.hidden_size}));
   }
   RETURN_IF_ERROR(checkpoint.Get(table + ".weight", {config.vocab_size, config.hidden_size}));
   for (int64_t i = 0; i < config.num_layers; ++i) {
@@ -491,8 +494,8 @@ Result<std::unique_ptr<LlamaModel>> LlamaModel::Load(std::shared_ptr<const Check
 
 Result<std::unique_ptr<LlamaModel>> LlamaModel::Random(const ModelConfig& config, uint64_t seed,
                                                        Backend* backend, LoadOptions options) {
-  auto model = std::make_unique<FusedLlama>(
-      config, backend, CreateRandomSource(seed, config.low_bit), std::move(options));
+  auto model = std::make_unique<FusedLlama>(config, backend, CreateRandomSource(seed, config),
+                                            std::move(options));
   RETURN_IF_ERROR(model->Build());
   return std::unique_ptr<LlamaModel>(std::move(model));
 }

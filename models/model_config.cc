@@ -236,25 +236,13 @@ Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   return keys.status();
 }
 
-struct LowBitConfig {
-  LowBitSpec spec;
-  LowBitScale scale;
-};
-
-// "quantization_config" alone.
-Result<LowBitConfig> ReadLowBitConfig(const json& object, const std::string& where) {
-  KeyReader keys(object, where);
-  keys.Require(keys.String("quant_method") == "sigma", "quant_method",
-               "sigma, which `innerq quantize` makes and which alone is supported");
-  RETURN_IF_ERROR(keys.status());
-  keys.RequireOnly({"quant_method", "scheme", "bits", "group_size", "activation_bits", "scale"});
+// The keys that say how matrices are coded.
+Result<LowBitSpec> ReadLowBitSpec(KeyReader& keys) {
   const std::optional<LowBitScheme> scheme = FindLowBitScheme(keys.String("scheme"));
   keys.Require(scheme.has_value(), "scheme", "pow2, apot or uniform");
   const int64_t bits = keys.Integer("bits", 2, 8);
   const int64_t group_size = keys.Integer("group_size", 0, 128);
   const int64_t activation_bits = keys.Integer("activation_bits", 3, 16);
-  const auto scale = FindLowBitScale(keys.String("scale", LowBitScaleName(LowBitScale::kFree)));
-  keys.Require(scale.has_value(), "scale", "free or pow2");
   RETURN_IF_ERROR(keys.status());
 
   LowBitSpec spec;  // valid with 4 bits; what a change makes invalid is the change's fault
@@ -267,20 +255,49 @@ Result<LowBitConfig> ReadLowBitConfig(const json& object, const std::string& whe
   spec.activation_bits = static_cast<int>(activation_bits);
   keys.Require(spec.valid(), "activation_bits", "3, 4, 8 or 16");
   RETURN_IF_ERROR(keys.status());
-  return LowBitConfig{spec, *scale};
+  return spec;
 }
 
-// "quantization_config" into config.low_bit, whose other extents are known.
+// What follows a key of the model's to say that `spec` must divide it.
+std::string MultipleOf(const LowBitSpec& spec, const std::string& key) {
+  return "a multiple of " + std::to_string(std::max(kLowBitUnit, spec.group_size)) + " for " + key;
+}
+
+// "head" of "quantization_config" into config.low_bit_head.
+Result<void> ReadLowBitHead(KeyReader& quantization, const std::string& where, KeyReader& model,
+                            ModelConfig& config) {
+  const json* object = quantization.Find("head");
+  if (object == nullptr) return quantization.status();
+  quantization.Require(object->is_object(), "head", "an object");
+  RETURN_IF_ERROR(quantization.status());
+  KeyReader keys(*object, where + "head.");
+  keys.RequireOnly({"scheme", "bits", "group_size", "activation_bits"});
+  ASSIGN_OR_RETURN(config.low_bit_head, ReadLowBitSpec(keys));
+  model.Require(config.low_bit_head->Divides(config.hidden_size), "hidden_size",
+                MultipleOf(*config.low_bit_head, "quantization_config.head"));
+  return model.status();
+}
+
+// "quantization_config" into config.low_bit and its like; the other extents are known.
 Result<void> ReadLowBit(KeyReader& keys, const std::string& file, ModelConfig& config) {
   constexpr char kKey[] = "quantization_config";
   const json* object = keys.Find(kKey);
   if (object == nullptr) return keys.status();
   keys.Require(object->is_object(), kKey, "an object");
   RETURN_IF_ERROR(keys.status());
-  ASSIGN_OR_RETURN(const LowBitConfig read, ReadLowBitConfig(*object, file + ": " + kKey + "."));
-  const LowBitSpec& spec = read.spec;
-  const std::string multiple =
-      "a multiple of " + std::to_string(std::max(kLowBitUnit, spec.group_size)) + " for " + kKey;
+  const std::string where = file + ": " + kKey + ".";
+  KeyReader quantization(*object, where);
+  quantization.Require(quantization.String("quant_method") == "sigma", "quant_method",
+                       "sigma, which `innerq quantize` makes and which alone is supported");
+  RETURN_IF_ERROR(quantization.status());
+  quantization.RequireOnly(
+      {"quant_method", "scheme", "bits", "group_size", "activation_bits", "scale", "head"});
+  ASSIGN_OR_RETURN(const LowBitSpec spec, ReadLowBitSpec(quantization));
+  const auto scale =
+      FindLowBitScale(quantization.String("scale", LowBitScaleName(LowBitScale::kFree)));
+  quantization.Require(scale.has_value(), "scale", "free or pow2");
+  RETURN_IF_ERROR(quantization.status());
+  const std::string multiple = MultipleOf(spec, kKey);
   keys.Require(spec.Divides(config.hidden_size), "hidden_size", multiple);
   // Without the key, heads divide hidden_size into the same number of inputs.
   keys.Require(
@@ -288,8 +305,9 @@ Result<void> ReadLowBit(KeyReader& keys, const std::string& file, ModelConfig& c
       "that, times num_attention_heads " + std::to_string(config.num_heads) + ", " + multiple);
   keys.Require(spec.Divides(config.intermediate_size), "intermediate_size", multiple);
   config.low_bit = spec;
-  config.low_bit_scale = read.scale;
-  return keys.status();
+  config.low_bit_scale = *scale;
+  RETURN_IF_ERROR(keys.status());
+  return ReadLowBitHead(quantization, where, keys, config);
 }
 
 // Token ids of config.json, replaced by those that generation_config.json gives.
@@ -354,12 +372,15 @@ int64_t ModelConfig::low_bit_bytes() const {
   CHECK(low_bit.has_value(), "a model without codes");
   const int64_t queries = num_heads * head_dim;
   const int64_t keys_values = 2 * num_kv_heads * head_dim;
-  const auto bytes = [this](int64_t rows, int64_t cols) {
-    return rows * (low_bit->RowBytes(cols) + low_bit->Groups(cols) * DTypeBytes(DType::kF16));
-  };
+  const auto bytes = [this](int64_t rows, int64_t cols) { return low_bit->Bytes(rows, cols); };
   return num_layers *
          (bytes(queries + keys_values, hidden_size) + bytes(hidden_size, queries) +
           bytes(2 * intermediate_size, hidden_size) + bytes(hidden_size, intermediate_size));
+}
+
+int64_t ModelConfig::low_bit_head_bytes() const {
+  CHECK(low_bit_head.has_value(), "a head without codes");
+  return low_bit_head->Bytes(vocab_size, hidden_size);
 }
 
 std::vector<float> ModelConfig::InverseFrequencies() const {

@@ -69,7 +69,7 @@ uint64_t HashName(const std::string& name) {
 
 class RandomSource : public TensorSource {
  public:
-  RandomSource(uint64_t seed, std::optional<LowBitSpec> low_bit) : seed_(seed), low_bit_(low_bit) {
+  RandomSource(uint64_t seed, const ModelConfig& config) : seed_(seed), config_(config) {
     for (size_t i = 0; i < kQuantiles; ++i) {
       normal_[i] = Quantile((static_cast<double>(i) + 0.5) / kQuantiles);
     }
@@ -88,14 +88,17 @@ class RandomSource : public TensorSource {
   }
 
   bool HasLowBit(const std::string& name) const override {
-    return low_bit_.has_value() && name.ends_with("_proj");
+    const bool may_be_coded = name == kHeadName || name.ends_with("_proj");
+    return may_be_coded && config_.LowBitOf(name).has_value();
   }
 
   Result<LowBitMatrix> GetLowBit(const std::string& name, const Shape& shape) override {
-    CHECK(HasLowBit(name) && low_bit_->Divides(shape[1]), "no codes for such a matrix");
+    CHECK(HasLowBit(name), "no codes for such a matrix");
+    const LowBitSpec& spec = *config_.LowBitOf(name);
+    CHECK(spec.Divides(shape[1]), "no codes for such a matrix");
     Codes& matrix = codes_[name];
-    if (matrix.codes.empty()) matrix = RandomCodes(name, shape);
-    return LowBitMatrix{*low_bit_, shape[0], shape[1], matrix.codes.data(), matrix.scales.data()};
+    if (matrix.codes.empty()) matrix = RandomCodes(name, spec, shape);
+    return LowBitMatrix{spec, shape[0], shape[1], matrix.codes.data(), matrix.scales.data()};
   }
 
   void Drop(const std::string& name) override {
@@ -112,17 +115,17 @@ class RandomSource : public TensorSource {
   };
 
   // All codes alike, and scales that make up for how large their levels are.
-  Codes RandomCodes(const std::string& name, const Shape& shape) const {
+  Codes RandomCodes(const std::string& name, const LowBitSpec& spec, const Shape& shape) const {
     double squares = 0;
-    for (int code = 0; code < 1 << low_bit_->bits; ++code) {
-      squares += std::pow(static_cast<double>(low_bit_->Level(code)) / low_bit_->max_level(), 2);
+    for (int code = 0; code < 1 << spec.bits; ++code) {
+      squares += std::pow(static_cast<double>(spec.Level(code)) / spec.max_level(), 2);
     }
-    const double level = std::sqrt(squares / (1 << low_bit_->bits));
+    const double level = std::sqrt(squares / (1 << spec.bits));
     const double clip = 1.0 / std::sqrt(static_cast<double>(shape[1])) / level;
     Codes matrix;
-    matrix.scales.assign(static_cast<size_t>(shape[0] * low_bit_->Groups(shape[1])),
+    matrix.scales.assign(static_cast<size_t>(shape[0] * spec.Groups(shape[1])),
                          F32ToF16(static_cast<float>(clip)));
-    matrix.codes.resize(static_cast<size_t>(shape[0] * low_bit_->RowBytes(shape[1])));
+    matrix.codes.resize(static_cast<size_t>(shape[0] * spec.RowBytes(shape[1])));
     const uint64_t stream = HashCounter(seed_ ^ HashName(name));
     for (size_t i = 0; i < matrix.codes.size(); i += sizeof(uint64_t)) {
       const uint64_t random = HashCounter(stream + i);
@@ -165,7 +168,7 @@ class RandomSource : public TensorSource {
   }
 
   uint64_t seed_;
-  std::optional<LowBitSpec> low_bit_;
+  const ModelConfig config_;
   std::array<double, kQuantiles> normal_{};
   std::unordered_map<std::string, std::unique_ptr<uint16_t[]>> tensors_;
   std::unordered_map<std::string, Codes> codes_;
@@ -177,8 +180,8 @@ std::unique_ptr<TensorSource> CreateCheckpointSource(std::shared_ptr<const Check
   return std::make_unique<CheckpointSource>(std::move(checkpoint));
 }
 
-std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed, std::optional<LowBitSpec> low_bit) {
-  return std::make_unique<RandomSource>(seed, low_bit);
+std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed, const ModelConfig& config) {
+  return std::make_unique<RandomSource>(seed, config);
 }
 
 }  // namespace innerq

@@ -36,8 +36,8 @@ std::unique_ptr<TensorSource> CreateCheckpointSource(std::shared_ptr<const Check
 
 // BF16 tensors that depend on `seed` and their names alone: matrices [N, K] normal with deviation
 // 1/sqrt(K), so that products keep the size of their input; vectors of ones where the name ends in
-// "norm.weight"; biases normal with deviation 0.1. With `low_bit` matrices whose names end in
-// "_proj" are codes, of the same deviation. About a nanosecond an element.
-std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed, std::optional<LowBitSpec> low_bit);
+// "norm.weight"; biases normal with deviation 0.1. Matrices of layers and the head are codes, of
+// the same deviation, where `config` says how. About a nanosecond an element.
+std::unique_ptr<TensorSource> CreateRandomSource(uint64_t seed, const ModelConfig& config);
 
 }  // namespace innerq

@@ -97,15 +97,17 @@ Result<std::vector<BenchLoad>> MakeLoads(const BenchArgs& args, const EngineOpti
 }
 
 // How random weights of a shape are coded.
-Result<LowBitSpec> RandomCodes(const LowBitArgs& args, const ModelConfig& model) {
+Result<void> ChooseCodes(const LowBitArgs& args, ModelConfig* model) {
   ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args));
   for (const int64_t inputs :
-       {model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size}) {
+       {model->hidden_size, model->num_heads * model->head_dim, model->intermediate_size}) {
     if (spec.Divides(inputs)) continue;
     return InvalidArgument(fmt::format("--group-size: {} inputs are no multiple of {}", inputs,
                                        std::max(kLowBitUnit, spec.group_size)));
   }
-  return spec;
+  model->low_bit = spec;
+  ASSIGN_OR_RETURN(model->low_bit_head, HeadSpecOf(args));
+  return {};
 }
 
 Result<BenchPlan> MakePlan(const ConfigSource& source, const BenchArgs& args) {
@@ -126,7 +128,7 @@ Result<BenchPlan> MakePlan(const ConfigSource& source, const BenchArgs& args) {
   }
   if (args.layers > 0) plan.model.num_layers = args.layers;
   if (!args.weights.scheme.empty()) {
-    ASSIGN_OR_RETURN(plan.model.low_bit, RandomCodes(args.weights, plan.model));
+    RETURN_IF_ERROR(ChooseCodes(args.weights, &plan.model));
   }
   const ModelRunnerOptions& runner = plan.options.runner;
   ASSIGN_OR_RETURN(plan.loads, MakeLoads(args, runner.engine, plan.model));
@@ -213,7 +215,9 @@ std::string WeightsOf(const BenchPlan& plan) {
   const char* prefix = random ? "random " : "";
   if (const auto& low_bit = plan.model.low_bit) {
     if (dtype) return fmt::format("{}{} decoded", prefix, format);
-    return fmt::format("{}{} {}-bit", prefix, LowBitSchemeName(low_bit->scheme), low_bit->bits);
+    const auto& head = plan.model.low_bit_head;
+    return fmt::format("{}{} {}-bit{}", prefix, LowBitSchemeName(low_bit->scheme), low_bit->bits,
+                       head ? fmt::format(" ({}-bit head)", head->bits) : "");
   }
   return random || dtype ? fmt::format("{}{}", prefix, format) : "stored";
 }

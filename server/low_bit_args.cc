@@ -52,4 +52,15 @@ Result<LowBitSpec> SpecOf(const LowBitArgs& args) {
   return spec;
 }
 
+Result<std::optional<LowBitSpec>> HeadSpecOf(const LowBitArgs& args) {
+  if (args.head_bits == 0) return std::optional<LowBitSpec>();
+  const LowBitSpec spec{
+      .scheme = BestScheme(args.head_bits), .bits = args.head_bits, .group_size = args.group_size};
+  if (!spec.valid()) {
+    return InvalidArgument(
+        fmt::format("--head-bits: expected 2, 3, 4 or 8, found {}", args.head_bits));
+  }
+  return std::optional(spec);
+}
+
 }  // namespace innerq

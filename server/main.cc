@@ -167,6 +167,11 @@ CLI::Option* AddLowBitOptions(CLI::App* command, innerq::LowBitArgs* args) {
       "Of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned from "
       "calibration",
       {3, 4, 8, 16});
+  command
+      ->add_option("--head-bits", args->head_bits,
+                   "Of a weight of the matrix of logits (lm_head): 2, 3, 4, 8, by the default "
+                   "scheme. Default: it stays as it is")
+      ->check(CLI::IsMember(std::set<int>{2, 3, 4, 8}));
   return scheme;
 }
 
@@ -190,7 +195,7 @@ CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArg
       ->needs(shape);
   CLI::Option* const scheme = AddLowBitOptions(bench, &args->weights);
   scheme->needs(shape);
-  for (const char* name : {"--bits", "--group-size", "--activation-bits"}) {
+  for (const char* name : {"--bits", "--group-size", "--activation-bits", "--head-bits"}) {
     bench->get_option(name)->needs(scheme);
   }
   bench->add_option("--batch", args->batches, "Sequences at once")

@@ -103,10 +103,13 @@ std::string DescribeLowBit(const ModelConfig& config) {
       spec.group_size == 0 ? "whole rows" : fmt::format("groups of {}", spec.group_size);
   const char* const scales =
       config.low_bit_scale == LowBitScale::kPow2 ? ", scales powers of two" : "";
-  return fmt::format("{} {}-bit, {}{}, activations {}-bit ({:.2f} bits per weight)",
-                     LowBitSchemeName(spec.scheme), spec.bits, groups, scales, spec.activation_bits,
-                     8 * static_cast<double>(config.low_bit_bytes()) /
-                         static_cast<double>(config.num_layer_weights()));
+  const auto& head = config.low_bit_head;
+  return fmt::format(
+      "{} {}-bit, {}{}, activations {}-bit ({:.2f} bits per weight){}",
+      LowBitSchemeName(spec.scheme), spec.bits, groups, scales, spec.activation_bits,
+      8 * static_cast<double>(config.low_bit_bytes()) /
+          static_cast<double>(config.num_layer_weights()),
+      head ? fmt::format("; head {} {}-bit", LowBitSchemeName(head->scheme), head->bits) : "");
 }
 
 std::string DescribeLowBit(const Options& options, const ModelConfig& config) {

@@ -56,7 +56,8 @@ Result<LoadedModel> StartModel(ModelParts parts);
 Result<LoadedModel> LoadModel(const Options& options);
 
 // How matrices of codes are stored, e.g. "pow2 3-bit, groups of 64, activations 16-bit (3.25 bits
-// per weight)", with scales counted. `config.low_bit` must be there.
+// per weight)", with scales counted, and "; head uniform 8-bit" if it is coded. `config.low_bit`
+// must be there.
 std::string DescribeLowBit(const ModelConfig& config);
 // And what becomes of them.
 std::string DescribeLowBit(const Options& options, const ModelConfig& config);

@@ -15,13 +15,18 @@
 
 namespace innerq {
 
-// "quantization_config" of config.json.
-inline nlohmann::json QuantizationConfig(const LowBitSpec& spec) {
-  return {{"quant_method", "sigma"},
-          {"scheme", LowBitSchemeName(spec.scheme)},
+// How matrices are coded, "head" of "quantization_config".
+inline nlohmann::json LowBitConfig(const LowBitSpec& spec) {
+  return {{"scheme", LowBitSchemeName(spec.scheme)},
           {"bits", spec.bits},
           {"group_size", spec.group_size},
           {"activation_bits", spec.activation_bits}};
+}
+// "quantization_config" of config.json.
+inline nlohmann::json QuantizationConfig(const LowBitSpec& spec) {
+  nlohmann::json config = LowBitConfig(spec);
+  config["quant_method"] = "sigma";
+  return config;
 }
 
 // A matrix [N, K] as codes: T is three standard deviations of a group.

@@ -287,11 +287,82 @@ TEST_F(LowBitLoadTest, RefusesMatricesStoredTwice) {
   ExpectRefused("tensor " + std::string(kDown) + ".weight: the matrix is also stored as codes");
 }
 
-TEST_F(LowBitLoadTest, RefusesCodesOutsideOfLayers) {
-  StoredTensor head = Coded(std::string(kUp) + ".weight_codes");
-  head.name = "lm_head.weight_codes";
-  stored_.coded.push_back(head);
-  ExpectRefused("tensor lm_head.weight_codes: only matrices of layers may be codes");
+TEST_F(LowBitLoadTest, RefusesATableOfCodes) {
+  StoredTensor table = Coded(std::string(kUp) + ".weight_codes");
+  table.name = "model.embed_tokens.weight_codes";
+  stored_.coded.push_back(table);
+  ExpectRefused("tensor model.embed_tokens.weight_codes: the table of embeddings cannot be codes");
+}
+
+// With the matrix of logits as codes as well, alone or beside a table that it is tied to.
+class LowBitHeadTest : public LowBitLoadTest {
+ protected:
+  // The table, which the model has for a head.
+  StoredTensor Head() {
+    StoredTensor head = Coded("model.embed_tokens.weight");
+    head.name = "lm_head.weight";
+    return head;
+  }
+  void StoreHead(bool tied) {
+    const StoredCodes codes = StoreCodes(kHeadSpec, Head());
+    stored_.coded.insert(stored_.coded.begin(), codes.scales);
+    stored_.coded.push_back(codes.codes);
+    stored_.decoded.insert(stored_.decoded.begin(), codes.decoded);
+    config_["quantization_config"]["head"] = LowBitConfig(kHeadSpec);
+    config_["tie_word_embeddings"] = tied;
+  }
+  Logits RunDecodedHead(Backend* backend, LoadOptions options) {
+    const json config = std::exchange(config_["tie_word_embeddings"], false);
+    Logits logits = RunDecoded(backend, std::move(options));
+    config_["tie_word_embeddings"] = config;
+    return logits;
+  }
+
+  static constexpr LowBitSpec kHeadSpec{LowBitScheme::kUniform, 8, 64, 16};
+};
+
+TEST_F(LowBitHeadTest, GivesTheLogitsOfItsDecodedWeights) {
+  for (const bool tied : {false, true}) {
+    Store({.scheme = LowBitScheme::kPow2, .bits = 3, .group_size = 32});
+    config_["tie_word_embeddings"] = true;  // as the model is
+    const Logits without = RunCoded(reference_.get(), Options());
+    StoreHead(tied);
+    const Logits decoded = RunDecodedHead(reference_.get(), Options(WeightFormat::kF32));
+    ASSERT_EQ(decoded.size(), 32u);
+    EXPECT_EQ(RunCoded(reference_.get(), Options(WeightFormat::kF32)), decoded);
+    const Logits codes = RunCoded(reference_.get(), Options());
+    ASSERT_EQ(codes.size(), decoded.size());
+    EXPECT_NE(codes, without);
+    // As of CodesGiveTheLogitsOfTheirDecodedWeights.
+    float largest = 0, worst = 0;
+    for (size_t i = 0; i < codes.size(); ++i) {
+      for (size_t j = 0; j < codes[i].size(); ++j) {
+        largest = std::max(largest, std::abs(decoded[i][j]));
+        worst = std::max(worst, std::abs(codes[i][j] - decoded[i][j]));
+      }
+    }
+    EXPECT_GT(worst, 0.0f);
+    EXPECT_LE(worst, 1e-2f * largest);
+  }
+}
+
+TEST_F(LowBitHeadTest, IsRefusedUnlessConfigJsonAndTensorsAgree) {
+  for (const bool tied : {false, true}) {
+    Store({.scheme = LowBitScheme::kPow2, .bits = 3, .group_size = 32});
+    config_["quantization_config"]["head"] = LowBitConfig(kHeadSpec);
+    config_["tie_word_embeddings"] = tied;
+    ExpectRefused("tensor lm_head.weight_codes: missing; expected shape [128, 64]");
+    StoreHead(tied);
+    stored_.coded.insert(stored_.coded.begin(), Head());
+    ExpectRefused("tensor lm_head.weight: the matrix is also stored as codes");
+    Remove("lm_head.weight");
+    config_["quantization_config"].erase("head");
+    ExpectRefused(
+        "tensor lm_head.weight_codes: config.json has no \"quantization_config\" with a \"head\"");
+    config_["quantization_config"]["head"] = LowBitConfig(kHeadSpec);
+    Remove("lm_head.weight_scales");
+    ExpectRefused("tensor lm_head.weight_scales: missing; expected shape [128, 1]");
+  }
 }
 
 TEST_F(LowBitLoadTest, RefusesStacksOfCodesAndFloats) {

@@ -309,6 +309,44 @@ TEST_F(ModelConfigTest, RefusesCodesThatDoNotExistByTheirKey) {
   }
 }
 
+TEST_F(ModelConfigTest, ReadsHowTheHeadIsCoded) {
+  json file = Llama2Config();
+  json& config = file["quantization_config"] = SigmaConfig();
+  EXPECT_EQ(Read(file)->low_bit_head, std::nullopt);
+  config["head"] = nullptr;
+  EXPECT_EQ(Read(file)->low_bit_head, std::nullopt);
+  const json head = {
+      {"scheme", "uniform"}, {"bits", 8}, {"group_size", 32}, {"activation_bits", 16}};
+  config["head"] = head;
+  const auto read = Read(file);
+  ASSERT_TRUE(read.ok()) << read.error().message;
+  EXPECT_EQ(read->low_bit_head, (LowBitSpec{LowBitScheme::kUniform, 8, 32, 16}));
+  EXPECT_EQ(read->LowBitOf("lm_head"), read->low_bit_head);
+  EXPECT_EQ(read->LowBitOf("model.layers.0.mlp.up_proj"), read->low_bit);
+  EXPECT_EQ(read->low_bit_head_bytes(), 32000 * (4096 + 4096 / 32 * 2));
+
+  config["head"] = "uniform";
+  ExpectRefused(Read(file), "quantization_config.head: expected an object");
+  for (const auto& [key, value] : head.items()) {
+    config["head"] = head;
+    config["head"].erase(key);
+    ExpectRefused(Read(file), "quantization_config.head." + key + ": missing");
+  }
+  config["head"] = head;
+  config["head"]["bits"] = 5;
+  ExpectRefused(Read(file), "quantization_config.head.bits: expected");
+  config["head"] = head;
+  config["head"]["scale"] = "free";
+  ExpectRefused(Read(file), "quantization_config.head.scale: expected");
+  // A head of 32-wide groups can be had where layers have none of 64, but not the other way round.
+  config["head"] = head;
+  config["head"]["group_size"] = 128;
+  config["group_size"] = 32;
+  file["hidden_size"] = 4096 + 32;
+  file["head_dim"] = 128;
+  ExpectRefused(Read(file), "hidden_size: expected a multiple of 128 for quantization_config.head");
+}
+
 TEST_F(ModelConfigTest, SumsOfTwoPowersHaveFourBits) {
   json file = Llama2Config();
   file["quantization_config"] = SigmaConfig();

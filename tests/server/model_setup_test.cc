@@ -80,6 +80,8 @@ TEST(ModelSetup, SaysHowLowBitWeightsAreHeld) {
   EXPECT_EQ(DescribeLowBit(config),
             "uniform 8-bit, whole rows, scales powers of two, activations 3-bit (8.12 bits per "
             "weight)");
+  config.low_bit_head = LowBitSpec{LowBitScheme::kApot, 4, 64, 16};
+  EXPECT_TRUE(report_has("weight); head apot 4-bit, decoded to f16"));
 }
 
 }  // namespace
