@@ -4,14 +4,17 @@
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <deque>
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <span>
 #include <system_error>
 
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/low_bit_encoder.h"
+#include "kernels/cpu/low_bit_hessian.h"
 #include "models/files.h"
 #include "models/layer_tensors.h"
 #include "models/llama.h"
@@ -46,11 +49,18 @@ class Fnv1a {
   uint64_t hash_ = 0xcbf29ce484222325u;
 };
 
+// What the matrices of a stack have in common.
+struct SharedInputs {
+  const InputStatistics* statistics = nullptr;  // null: none were seen
+  InputClip clip;                               // of static activations
+  size_t matrices_left = 0;                     // to encode
+  std::optional<FeedbackFactor> factor;         // of their Hessian, while it is needed
+};
+
 // A matrix that becomes codes, and its place in the report.
 struct MatrixTarget {
   size_t index = 0;
-  const InputStatistics* inputs = nullptr;  // null: none were seen
-  InputClip clip;                           // of static activations
+  SharedInputs* inputs = nullptr;
 };
 
 // The shortest decimal that reads back as the number.
@@ -128,23 +138,23 @@ class Quantizer {
   // Finds the matrices, with clips of static activations.
   Result<void> Prepare() {
     for (const Stack& stack : LayerStacks(source_.config())) {
-      MatrixTarget target;
-      if (options_.inputs != nullptr) target.inputs = &options_.inputs->Of(stack.parts[0].name);
+      SharedInputs& inputs = inputs_.emplace_back();
+      inputs.matrices_left = stack.parts.size();
+      if (options_.inputs != nullptr) inputs.statistics = &options_.inputs->Of(stack.parts[0].name);
       if (HasStaticActivations(spec_)) {
-        CHECK(target.inputs != nullptr, "static activations without statistics of inputs");
-        const auto clip = LearnInputClip(*target.inputs, spec_);
+        CHECK(inputs.statistics != nullptr, "static activations without statistics of inputs");
+        const auto clip = LearnInputClip(*inputs.statistics, spec_);
         if (!clip) {
           return Error{clip.error().code, stack.parts[0].name + ": " + clip.error().message};
         }
-        target.clip = *clip;
+        inputs.clip = *clip;
       }
       for (const Part& part : stack.parts) {
-        target.index = report_.matrices.size();
-        targets_[part.name] = target;
+        targets_[part.name] = {report_.matrices.size(), &inputs};
         report_.matrices.push_back({.name = part.name,
                                     .rows = part.rows,
                                     .cols = stack.cols,
-                                    .input_alpha = target.clip.alpha});
+                                    .input_alpha = inputs.clip.alpha});
       }
     }
     return {};
@@ -213,9 +223,21 @@ class Quantizer {
     hash_.Add(BytesOf(tensor.view));
   }
 
+  // Tensors come by name, those of a layer after those of another: few factors are held at once.
+  Result<const FeedbackFactor*> FactorOf(SharedInputs& inputs) {
+    if (inputs.statistics == nullptr) return nullptr;
+    if (!inputs.factor) {
+      ASSIGN_OR_RETURN(inputs.factor, FactorHessian(inputs.statistics->hessian(),
+                                                    inputs.statistics->cols, options_.threads));
+    }
+    return &*inputs.factor;
+  }
+
   Result<void> WriteMatrix(const std::string& name, const MatrixTarget& target,
                            const ConstTensorView& stored, SafetensorsWriter* file) {
     QuantizedMatrix& matrix = report_.matrices[target.index];
+    SharedInputs& inputs = *target.inputs;
+    ASSIGN_OR_RETURN(const FeedbackFactor* const factor, FactorOf(inputs));
     const int64_t count = stored.shape.num_elements();
     ASSIGN_OR_RETURN(Buffer floats, AllocateHost(count * DTypeBytes(DType::kF32)));
     auto* const weights = reinterpret_cast<float*>(floats.data());
@@ -226,16 +248,18 @@ class Quantizer {
                       .rows = matrix.rows,
                       .cols = matrix.cols,
                       .weights = weights,
-                      .hessian = target.inputs == nullptr ? nullptr : target.inputs->hessian(),
+                      .hessian = factor == nullptr ? nullptr : inputs.statistics->hessian(),
+                      .factor = factor,
                       .prune = ShareToPrune(name),
                       .scale = options_.scale,
                       .threads = options_.threads}));
+    if (--inputs.matrices_left == 0) inputs.factor.reset();
     const auto codes = std::as_bytes(std::span(encoded.codes));
     const auto scales = std::as_bytes(std::span(encoded.scales));
     RETURN_IF_ERROR(file->Write(name + ".weight_codes", codes));
     RETURN_IF_ERROR(file->Write(name + ".weight_scales", scales));
     if (HasStaticActivations(spec_)) {
-      const std::span<const float> clip(&target.clip.range, 1);
+      const std::span<const float> clip(&inputs.clip.range, 1);
       RETURN_IF_ERROR(file->Write(name + ".input_clip", std::as_bytes(clip)));
     }
     matrix.alpha = encoded.alpha;
@@ -272,6 +296,7 @@ class Quantizer {
   const Checkpoint& source_;
   const QuantizeOptions& options_;
   const LowBitSpec spec_;
+  std::deque<SharedInputs> inputs_;              // of each stack; do not move
   std::map<std::string, MatrixTarget> targets_;  // by matrix
   QuantizedCheckpoint report_;
   double zeros_ = 0;  // weights

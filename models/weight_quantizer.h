@@ -80,10 +80,11 @@ Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& o
 //                      tensors by name: name, dtype, shape (each of these with a newline after it)
 //                      and data
 //   and copies of the source's other regular files but weights and their indices.
-// One matrix is in memory at a time. What was written stays where it fails. CHECK: the spec is
-// valid, and there are statistics for static activations. Errors: as of CheckQuantizable; invalid
-// argument for weights that are not finite or exceed F16, and as of LearnInputClip; resource
-// exhausted; unavailable, with path and reason, for what cannot be read or written; cancelled.
+// One matrix is in memory at a time, and a Hessian is factored once for all that share it. What was
+// written stays where it fails. CHECK: the spec is valid, and there are statistics for static
+// activations. Errors: as of CheckQuantizable; invalid argument for weights that are not finite or
+// exceed F16, and as of LearnInputClip; resource exhausted; unavailable, with path and reason, for
+// what cannot be read or written; cancelled.
 Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,
                                                const QuantizeOptions& options,
                                                const std::filesystem::path& directory);

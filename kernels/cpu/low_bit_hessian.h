@@ -57,8 +57,8 @@ struct FeedbackFactor {
 // Factors `hessian` [K][K], of which the lower triangle is read, in F64. Its diagonal is dampened
 // by 1 % of its mean, or ten, a hundred or a thousand times that, the first that leaves it positive
 // definite; so an input that was always zero neither gives nor takes feedback. A Hessian of zeros
-// counts as the identity. Errors: invalid argument if none does. Throws std::bad_alloc. Costs K^3 /
-// 6 multiplications.
+// counts as the identity. Errors: invalid argument if none does; resource exhausted. Costs K^3 / 6
+// multiplications, and 4 K^2 bytes beside the 2 K^2 of the result.
 Result<FeedbackFactor> FactorHessian(const double* hessian, int64_t cols, int threads);
 
 }  // namespace innerq

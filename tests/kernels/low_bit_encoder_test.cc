@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/cpu/low_bit_clip.h"
+#include "kernels/cpu/low_bit_hessian.h"
 #include "tests/kernels/low_bit_case.h"
 
 namespace innerq {
@@ -350,6 +351,27 @@ TEST(LowBitEncoder, ErrorFeedbackLowersTheErrorOfOutputs) {
     args.hessian = nullptr;
     EXPECT_LT(OutputError(args, pow2, hessian),
               0.4 * OutputError(args, MustEncodeLowBit(args), hessian));
+  }
+}
+
+TEST(LowBitEncoder, AFactorThatMatricesShareGivesTheSameCodes) {
+  constexpr int64_t kRows = 20, kCols = 128;
+  const std::vector<float> weights = EncoderWeights(kRows, kCols);
+  const std::vector<double> hessian = CorrelatedHessian(kCols);
+  const Result<FeedbackFactor> factor = FactorHessian(hessian.data(), kCols, 1);
+  ASSERT_TRUE(factor.ok());
+  EncodeLowBitArgs args{.spec = {kEncoderUniform, 3, 64},
+                        .rows = kRows,
+                        .cols = kCols,
+                        .weights = weights.data(),
+                        .hessian = hessian.data()};
+  const EncodedLowBit own = MustEncodeLowBit(args);
+  args.factor = &*factor;
+  for (int i = 0; i < 2; ++i) {
+    const EncodedLowBit shared = MustEncodeLowBit(args);
+    EXPECT_EQ(shared.codes, own.codes);
+    EXPECT_EQ(shared.scales, own.scales);
+    EXPECT_EQ(shared.error, own.error);
   }
 }
 

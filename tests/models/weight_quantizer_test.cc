@@ -4,13 +4,16 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <set>
 #include <tuple>
 
+#include "kernels/cpu/low_bit_encoder.h"
 #include "models/files.h"
 #include "models/input_statistics.h"
+#include "models/layer_tensors.h"
 #include "models/safetensors.h"
 #include "models/safetensors_writer.h"
 #include "models/tensor_source.h"
@@ -359,6 +362,54 @@ TEST_F(WeightQuantizerTest, PrunesEachMatrixAsTheLastRuleThatMatchesSays) {
   const json metadata = HeaderOf(output_ / "model.safetensors")["__metadata__"];
   EXPECT_EQ(metadata["prune"], "0.5");
   EXPECT_EQ(metadata["prune_matrices"], "model.layers.0.*=0.7,*.down_proj=0.625,*.v_proj=0");
+}
+
+// Inputs of which each resembles the one before it, of another scale for every stack.
+std::unique_ptr<InputCollector> CorrelatedInputs(const ModelConfig& config) {
+  auto inputs = InputCollector::Create(config, 1);
+  CHECK(inputs.ok(), inputs.error().message);
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  float scale = 1;
+  for (const Stack& stack : LayerStacks(config)) {
+    scale *= 1.5f;
+    constexpr int64_t kRows = 200;
+    std::vector<float> x;
+    float state = 0;
+    for (int64_t i = 0; i < kRows * stack.cols; ++i) {
+      x.push_back(scale * (state = 0.9f * state + normal(random)));
+    }
+    (*inputs)->Add(
+        std::span(&stack.parts[0].name, 1),
+        {reinterpret_cast<const std::byte*>(x.data()), DType::kF32, Shape{kRows, stack.cols}});
+  }
+  return std::move(*inputs);
+}
+
+TEST_F(WeightQuantizerTest, EveryMatrixIsEncodedByTheHessianOfItsInputs) {
+  const auto source = Open(source_);
+  const auto inputs = CorrelatedInputs(source->config());
+  const QuantizedCheckpoint result = Quantized({.spec = kSpec, .inputs = inputs.get()});
+  const auto output = Open(output_);
+  ASSERT_NE(output, nullptr);
+  ASSERT_EQ(result.matrices.size(), 14u);
+  for (const QuantizedMatrix& matrix : result.matrices) {
+    const ConstTensorView stored = source->Find(matrix.name + ".weight")->view;
+    std::vector<float> weights;
+    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) {
+      weights.push_back(ElementAsFloat(stored, i));
+    }
+    const auto alone = EncodeLowBit({.spec = kSpec,
+                                     .rows = matrix.rows,
+                                     .cols = matrix.cols,
+                                     .weights = weights.data(),
+                                     .hessian = inputs->Of(matrix.name).hessian()});
+    ASSERT_TRUE(alone.ok()) << alone.error().message;
+    EXPECT_EQ(matrix.error, alone->error) << matrix.name;
+    const CheckpointTensor* codes = output->Find(matrix.name + ".weight_codes");
+    EXPECT_EQ(std::memcmp(codes->view.data, alone->codes.data(), alone->codes.size()), 0)
+        << matrix.name;
+  }
 }
 
 TEST_F(WeightQuantizerTest, StaticActivationsBringTheirClip) {
