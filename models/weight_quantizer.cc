@@ -129,6 +129,21 @@ Result<void> CopyOthers(const std::filesystem::path& from, const std::filesystem
   return {};
 }
 
+// Bytes that encoding a matrix takes at most beside statistics.
+int64_t EncodingBytes(const QuantizeOptions& options, const Part& part, int64_t cols,
+                      bool has_hessian) {
+  const PruneRule* const rule = FindPruneRule(options.prune_matrices, part.name);
+  const EncodeLowBitArgs args{.spec = options.spec,
+                              .rows = part.rows,
+                              .cols = cols,
+                              .prune = rule == nullptr ? options.prune : rule->share,
+                              .threads = options.threads};
+  const int64_t floats = part.rows * cols * DTypeBytes(DType::kF32);
+  const int64_t encoding = floats + EncodeLowBitBytes(args, has_hessian);
+  if (!has_hessian) return encoding;
+  return std::max(FactorHessianBytes(cols), FeedbackFactorBytes(cols) + encoding);
+}
+
 // Reads a checkpoint's tensors in the order of their names and writes what becomes of them.
 class Quantizer {
  public:
@@ -359,6 +374,38 @@ Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& o
                            "prune_matrices");
   }
   return {};
+}
+
+Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptions& options,
+                                   const CalibrationPlan& plan) {
+  const ModelConfig& config = source.config();
+  int64_t weights = 0, encoding = 0;
+  for (const CheckpointTensor& tensor : source.tensors()) {
+    weights += plan.runs ? tensor.view.bytes() : 0;
+  }
+  std::string largest;
+  for (const Stack& stack : LayerStacks(config)) {
+    for (const Part& part : stack.parts) {
+      const int64_t bytes = EncodingBytes(options, part, stack.cols, plan.calibrates);
+      if (bytes <= encoding) continue;
+      encoding = bytes;
+      largest = part.name;
+    }
+  }
+  // q, k and v are not encoded one after the other: their factor may be there as well.
+  if (plan.calibrates) encoding += FeedbackFactorBytes(config.hidden_size);
+  const int64_t statistics = plan.calibrates ? InputCollector::Bytes(config) : 0;
+  const int64_t needed = weights + statistics + encoding, available = AvailableHostBytes();
+  if (needed <= available) return {};
+  const auto item = [](int64_t bytes, const std::string& what) {
+    return bytes == 0 ? "" : std::to_string(bytes) + " bytes for " + what;
+  };
+  return Error{
+      ErrorCode::kResourceExhausted,
+      "it takes " + item(weights, "the float model, ") +
+          item(statistics, "statistics of the inputs of all matrices (8 K^2 for K inputs), ") +
+          item(encoding, "encoding " + largest) + "; " + std::to_string(available) +
+          " are available"};
 }
 
 Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,

@@ -67,6 +67,16 @@ struct QuantizedCheckpoint {
 // a rule that matches no matrix (param "prune_matrices"); as of LlamaModel::CheckTensors.
 Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& options);
 
+// Whether the float model runs as well.
+struct CalibrationPlan {
+  bool runs = false;        // the model itself, to calibrate or to measure
+  bool calibrates = false;  // so that there will be `inputs`
+};
+// Looks whether there is memory for the float model, the statistics of its inputs and the encoding
+// of any matrix, before any of it is taken. Errors: resource exhausted, with the sizes.
+Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptions& options,
+                                   const CalibrationPlan& plan);
+
 // Writes to `directory`, which is there and empty:
 //   config.json        the source's, with
 //                      "quantization_config": {"quant_method": "sigma", "scheme", "bits",

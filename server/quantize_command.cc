@@ -162,6 +162,17 @@ Result<Material> ReadMaterial(const QuantizeArgs& args, const ModelConfig& confi
   return material;
 }
 
+Result<void> CheckQuantizeMemory(const Checkpoint& source, const QuantizeOptions& options,
+                                 const Material& material) {
+  const bool calibrates = !material.calibration.texts.empty();
+  const Result<void> fits = CheckMemoryToQuantize(
+      source, options, {.runs = !material.evaluation.texts.empty(), .calibrates = calibrates});
+  if (fits || !calibrates) return fits;
+  return Error{
+      fits.error().code,
+      fits.error().message + "; do without --calibration, or use a machine with more memory"};
+}
+
 // A runner on loaded weights for one sequence of a window, with a cache of F16.
 Result<std::unique_ptr<ModelRunner>> RunnerOn(const ModelRunner& weights,
                                               const ModelConfig& config) {
@@ -215,12 +226,7 @@ Result<void> LoadAndCalibrate(Options options, const std::shared_ptr<const Check
   if (material.evaluation.texts.empty()) return {};
   const bool calibrates = !material.calibration.texts.empty();
   if (calibrates) {
-    auto inputs = InputCollector::Create(source->config(), limits.threads);
-    if (!inputs) {
-      return Error{inputs.error().code, "--calibration: " + inputs.error().message +
-                                            "; do without, or use a machine with more memory"};
-    }
-    model->inputs = std::move(inputs).value();
+    ASSIGN_OR_RETURN(model->inputs, InputCollector::Create(source->config(), limits.threads));
     options.runner.observe = [model](std::span<const std::string> matrices, ConstTensorView x) {
       if (model->inputs) model->inputs->Add(matrices, x);
     };
@@ -378,14 +384,15 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
     return InvalidArgument(
         fmt::format("--group-size {}: {}", args.weights.group_size, error.message));
   }
+  ASSIGN_OR_RETURN(Options options, OptionsOf(args, config));
+  ASSIGN_OR_RETURN(quantize.threads, ThreadsOf(options, *source));
   ASSIGN_OR_RETURN(Material material, ReadMaterial(args, config));
+  RETURN_IF_ERROR(CheckQuantizeMemory(*source, quantize, material));
   ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));
 
-  ASSIGN_OR_RETURN(Options options, OptionsOf(args, config));
-  ASSIGN_OR_RETURN(const int threads, ThreadsOf(options, *source));
   FloatModel model;
-  RETURN_IF_ERROR(LoadAndCalibrate(options, source, material, {threads, interrupted}, &model));
-  quantize.threads = threads;
+  RETURN_IF_ERROR(
+      LoadAndCalibrate(options, source, material, {quantize.threads, interrupted}, &model));
   quantize.inputs = model.inputs.get();
   ASSIGN_OR_RETURN(const QuantizedCheckpoint result,
                    Encode(*source, quantize, output.path(), interrupted));

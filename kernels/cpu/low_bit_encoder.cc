@@ -378,4 +378,17 @@ Result<EncodedLowBit> EncodeLowBit(const EncodeLowBitArgs& args) {
   }
 }
 
+int64_t EncodeLowBitBytes(const EncodeLowBitArgs& args, bool has_hessian) {
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t rows = args.rows, cols = args.cols, groups = rows * args.spec.Groups(cols);
+  const auto of_group = static_cast<int64_t>(sizeof(double) + sizeof(uint16_t));
+  const int64_t result = rows * args.spec.RowBytes(cols) + groups * of_group;  // and sigmas
+  const int64_t of_row = rows * static_cast<int64_t>(sizeof(RoundingSums) + 2 * sizeof(double));
+  const int64_t of_thread = kFloat * (cols * (kLanes + 1) + 3 * kMaxColumns * kLanes);
+  const int64_t magnitudes = args.prune > 0 ? kFloat * rows * cols : 0;
+  const int64_t scaled_hessian = has_hessian ? kFloat * cols * (cols + 1) / 2 : 0;
+  return result + of_row + args.threads * of_thread + kFloat * cols +
+         std::max(magnitudes, scaled_hessian);
+}
+
 }  // namespace innerq

@@ -52,9 +52,12 @@ struct EncodedLowBit {
 // turn comes, to what its columns then aim at; T of a whole output to the weights as they came,
 // which also decide what is pruned.
 //
-// The result is the same for any number of threads. Takes 6 K^2 bytes beside the arguments with a
-// Hessian, 2 K^2 if it is factored, and 4 N K with pruning. Errors: invalid argument for a weight
+// The result is the same for any number of threads. Errors: invalid argument for a weight
 // that is not finite or exceeds F16, and for a Hessian that cannot be one; resource exhausted.
 Result<EncodedLowBit> EncodeLowBit(const EncodeLowBitArgs& args);
+
+// Bytes that EncodeLowBit takes at most beside weights, Hessian and factor, its result included.
+// What `args` points to does not matter.
+int64_t EncodeLowBitBytes(const EncodeLowBitArgs& args, bool has_hessian);
 
 }  // namespace innerq

@@ -375,6 +375,21 @@ TEST(LowBitEncoder, AFactorThatMatricesShareGivesTheSameCodes) {
   }
 }
 
+TEST(LowBitEncoder, TellsItsMemory) {
+  constexpr int64_t kRows = 1000, kCols = 4096;
+  EncodeLowBitArgs args{.spec = {kEncoderUniform, 4, 64}, .rows = kRows, .cols = kCols};
+  constexpr int64_t kCodes = kRows * kCols / 2;
+  const int64_t plain = EncodeLowBitBytes(args, false);
+  EXPECT_GT(plain, kCodes);
+  EXPECT_LT(plain, 2 * kCodes);
+  EXPECT_NEAR(static_cast<double>(EncodeLowBitBytes(args, true) - plain), 2.0 * kCols * kCols,
+              1e-3 * kCols * kCols);
+  args.prune = 0.5;
+  EXPECT_EQ(EncodeLowBitBytes(args, false) - plain, 4 * kRows * kCols);
+  EXPECT_EQ(FeedbackFactorBytes(kCols), 4 * (kCols * (kCols + 1) / 2 + kCols));
+  EXPECT_EQ(FactorHessianBytes(kCols) - FeedbackFactorBytes(kCols), 8 * (kCols * (kCols + 1) / 2));
+}
+
 // H^-1 by Gauss and Jordan.
 std::vector<double> InverseHessian(std::vector<double> hessian, size_t cols) {
   std::vector<double> inverse(cols * cols);

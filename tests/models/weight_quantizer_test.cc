@@ -7,6 +7,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <regex>
 #include <set>
 #include <tuple>
 
@@ -450,6 +451,50 @@ TEST_F(WeightQuantizerTest, StaticActivationsBringTheirClip) {
   add("model.layers.1.mlp.down_proj", 96, std::numeric_limits<float>::infinity());
   EXPECT_NE((*inputs)->Check().error().message.find("down_proj: inputs are not finite"),
             std::string::npos);
+}
+
+TEST_F(WeightQuantizerTest, LooksAtItsMemoryBeforeItTakesAny) {
+  const auto check = [&](const QuantizeOptions& options, const CalibrationPlan& plan) {
+    const auto fits = CheckMemoryToQuantize(*Open(source_), options, plan);
+    return fits.ok() ? "" : fits.error().message;
+  };
+  const CalibrationPlan kAll{.runs = true, .calibrates = true};
+  EXPECT_EQ(check({.spec = kSpec, .prune = 0.5}, kAll), "");
+  json config = json::parse(ReadAll(source_ / "config.json"));
+  config["intermediate_size"] = 1 << 20;
+  config["hidden_size"] = 1 << 19;
+  config["num_hidden_layers"] = 1;
+  WriteAll(source_ / "config.json", config.dump());
+  // 4 N K of floats, N K / 2 of codes, 2 N K / 32 of scales and as much four times for sigmas; 24 N
+  // and some more is little.
+  constexpr double kWeights = double{1 << 19} * (1 << 20);
+  const auto encoding = [](const std::string& message) {
+    std::smatch found;
+    const std::regex part(
+        "([0-9]+) bytes for encoding model\\.layers\\.0\\.mlp\\.down_proj; [0-9]+ are available$");
+    EXPECT_TRUE(std::regex_search(message, found, part)) << message;
+    return found.empty() ? 0 : std::stod(found[1]) / kWeights;
+  };
+  const std::string plain = check({.spec = kSpec}, {});
+  EXPECT_EQ(plain.substr(0, 9), "it takes ");
+  EXPECT_EQ(plain.find("statistics"), plain.npos);
+  EXPECT_EQ(plain.find("float model"), plain.npos);
+  EXPECT_NEAR(encoding(plain), 4 + 0.5 + 10.0 / 32, 0.01);
+  EXPECT_NEAR(encoding(check({.spec = kSpec, .prune = 0.5}, {})), 8 + 0.5 + 10.0 / 32, 0.01);
+  const std::string calibrated = check({.spec = kSpec}, kAll);
+  int64_t stored = 0;
+  for (const CheckpointTensor& tensor : Open(source_)->tensors()) stored += tensor.view.bytes();
+  EXPECT_EQ(calibrated.find("it takes " + std::to_string(stored) + " bytes for the float model, "),
+            0u)
+      << calibrated;
+  // K is 2^19 twice, 256 and 2^20.
+  const std::string statistics = std::to_string(8 * (2 * (1ll << 38) + 256 * 256 + (1ll << 40)));
+  EXPECT_NE(calibrated.find(statistics + " bytes for statistics of the inputs of all matrices (8 "
+                                         "K^2 for K inputs), "),
+            calibrated.npos)
+      << calibrated;
+  // The factor and H for down_proj of K = 2 N, 2 K^2 each, and a factor of q, k and v.
+  EXPECT_NEAR(encoding(calibrated), 4 + 0.5 + 10.0 / 32 + 2 * 2 * 2 + 1, 0.01);
 }
 
 TEST_F(WeightQuantizerTest, RefusesWhatItCannotQuantize) {
