@@ -367,9 +367,31 @@ Result<void> MeasureModels(const QuantizeArgs& args, const Options& options,
   return {};
 }
 
+// While it lives, a second signal removes a directory before it ends the process.
+class RemovedBeforeExit {
+ public:
+  RemovedBeforeExit(const Interruption& signals, OutputDirectory& output) : signals_(signals) {
+    Set([&output] {
+      if (output.Remove()) return;
+      fmt::print(stderr, "innerq: {} could not be removed\n", output.path().string());
+    });
+  }
+  ~RemovedBeforeExit() { Set({}); }
+  RemovedBeforeExit(const RemovedBeforeExit&) = delete;
+  RemovedBeforeExit& operator=(const RemovedBeforeExit&) = delete;
+
+ private:
+  void Set(std::function<void()> work) {
+    if (signals_.set_before_exit) signals_.set_before_exit(std::move(work));
+  }
+
+  const Interruption& signals_;
+};
+
 }  // namespace
 
-Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupted) {
+Result<void> Quantize(const QuantizeArgs& args, const Interruption& signals) {
+  const std::function<bool()>& interrupted = signals.interrupted;
   ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args.weights));
   RETURN_IF_ERROR(CheckNumbers(args, spec));
   ASSIGN_OR_RETURN(QuantizeOptions quantize, QuantizeOptionsOf(args, spec));
@@ -389,6 +411,7 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
   ASSIGN_OR_RETURN(Material material, ReadMaterial(args, config));
   RETURN_IF_ERROR(CheckQuantizeMemory(*source, quantize, material));
   ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));
+  const RemovedBeforeExit removed(signals, output);
 
   FloatModel model;
   RETURN_IF_ERROR(
@@ -411,8 +434,7 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
 }
 
 int QuantizeCommand(const QuantizeArgs& args) {
-  return RunUntilSignal(
-      [&](std::function<bool()> interrupted) { return Quantize(args, std::move(interrupted)); });
+  return RunUntilSignal([&](const Interruption& signals) { return Quantize(args, signals); });
 }
 
 }  // namespace innerq
