@@ -80,19 +80,16 @@ Result<InputClip> LearnInputClip(const InputStatistics& inputs, const LowBitSpec
   return best;
 }
 
+int64_t InputCollector::Bytes(const ModelConfig& config) {
+  int64_t bytes = 0;
+  for (const Stack& stack : LayerStacks(config)) bytes += GramBytes(stack.cols);
+  return bytes;
+}
+
 Result<std::unique_ptr<InputCollector>> InputCollector::Create(const ModelConfig& config,
                                                                int threads) {
-  const std::vector<Stack> stacks = LayerStacks(config);
-  int64_t bytes = 0;
-  for (const Stack& stack : stacks) bytes += GramBytes(stack.cols);
-  if (const int64_t available = AvailableHostBytes(); bytes > available) {
-    return Error{ErrorCode::kResourceExhausted, "statistics of the inputs of all matrices take " +
-                                                    std::to_string(bytes) +
-                                                    " bytes, 8 K^2 for a matrix of K inputs; " +
-                                                    std::to_string(available) + " are available"};
-  }
   std::unique_ptr<InputCollector> collector(new InputCollector(threads));
-  for (const Stack& stack : stacks) {
+  for (const Stack& stack : LayerStacks(config)) {
     const auto inputs = std::make_shared<InputStatistics>();
     inputs->cols = stack.cols;
     ASSIGN_OR_RETURN(inputs->gram, AllocateHost(GramBytes(stack.cols)));

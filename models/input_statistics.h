@@ -52,7 +52,9 @@ Result<InputClip> LearnInputClip(const InputStatistics& inputs, const LowBitSpec
 // Gathers the statistics of all layers' matrices. One thread.
 class InputCollector {
  public:
-  // Takes 8 bytes for each K^2 of a stack. Errors: resource exhausted, with the sizes.
+  // Bytes that it takes: 8 K^2 for each stack.
+  static int64_t Bytes(const ModelConfig& config);
+  // Errors: resource exhausted.
   static Result<std::unique_ptr<InputCollector>> Create(const ModelConfig& config, int threads);
 
   // To be LoadOptions::observe. A failure shows in Check.

@@ -4,14 +4,17 @@
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <deque>
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <span>
 #include <system_error>
 
 #include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/low_bit_encoder.h"
+#include "kernels/cpu/low_bit_hessian.h"
 #include "models/files.h"
 #include "models/layer_tensors.h"
 #include "models/llama.h"
@@ -46,11 +49,18 @@ class Fnv1a {
   uint64_t hash_ = 0xcbf29ce484222325u;
 };
 
+// What the matrices of a stack have in common.
+struct SharedInputs {
+  const InputStatistics* statistics = nullptr;  // null: none were seen
+  InputClip clip;                               // of static activations
+  size_t matrices_left = 0;                     // to encode
+  std::optional<FeedbackFactor> factor;         // of their Hessian, while it is needed
+};
+
 // A matrix that becomes codes, and its place in the report.
 struct MatrixTarget {
   size_t index = 0;
-  const InputStatistics* inputs = nullptr;  // null: none were seen
-  InputClip clip;                           // of static activations
+  SharedInputs* inputs = nullptr;
 };
 
 // The shortest decimal that reads back as the number.
@@ -119,6 +129,21 @@ Result<void> CopyOthers(const std::filesystem::path& from, const std::filesystem
   return {};
 }
 
+// Bytes that encoding a matrix takes at most beside statistics.
+int64_t EncodingBytes(const QuantizeOptions& options, const Part& part, int64_t cols,
+                      bool has_hessian) {
+  const PruneRule* const rule = FindPruneRule(options.prune_matrices, part.name);
+  const EncodeLowBitArgs args{.spec = options.spec,
+                              .rows = part.rows,
+                              .cols = cols,
+                              .prune = rule == nullptr ? options.prune : rule->share,
+                              .threads = options.threads};
+  const int64_t floats = part.rows * cols * DTypeBytes(DType::kF32);
+  const int64_t encoding = floats + EncodeLowBitBytes(args, has_hessian);
+  if (!has_hessian) return encoding;
+  return std::max(FactorHessianBytes(cols), FeedbackFactorBytes(cols) + encoding);
+}
+
 // Reads a checkpoint's tensors in the order of their names and writes what becomes of them.
 class Quantizer {
  public:
@@ -128,23 +153,23 @@ class Quantizer {
   // Finds the matrices, with clips of static activations.
   Result<void> Prepare() {
     for (const Stack& stack : LayerStacks(source_.config())) {
-      MatrixTarget target;
-      if (options_.inputs != nullptr) target.inputs = &options_.inputs->Of(stack.parts[0].name);
+      SharedInputs& inputs = inputs_.emplace_back();
+      inputs.matrices_left = stack.parts.size();
+      if (options_.inputs != nullptr) inputs.statistics = &options_.inputs->Of(stack.parts[0].name);
       if (HasStaticActivations(spec_)) {
-        CHECK(target.inputs != nullptr, "static activations without statistics of inputs");
-        const auto clip = LearnInputClip(*target.inputs, spec_);
+        CHECK(inputs.statistics != nullptr, "static activations without statistics of inputs");
+        const auto clip = LearnInputClip(*inputs.statistics, spec_);
         if (!clip) {
           return Error{clip.error().code, stack.parts[0].name + ": " + clip.error().message};
         }
-        target.clip = *clip;
+        inputs.clip = *clip;
       }
       for (const Part& part : stack.parts) {
-        target.index = report_.matrices.size();
-        targets_[part.name] = target;
+        targets_[part.name] = {report_.matrices.size(), &inputs};
         report_.matrices.push_back({.name = part.name,
                                     .rows = part.rows,
                                     .cols = stack.cols,
-                                    .input_alpha = target.clip.alpha});
+                                    .input_alpha = inputs.clip.alpha});
       }
     }
     return {};
@@ -213,9 +238,21 @@ class Quantizer {
     hash_.Add(BytesOf(tensor.view));
   }
 
+  // Tensors come by name, those of a layer after those of another: few factors are held at once.
+  Result<const FeedbackFactor*> FactorOf(SharedInputs& inputs) {
+    if (inputs.statistics == nullptr) return nullptr;
+    if (!inputs.factor) {
+      ASSIGN_OR_RETURN(inputs.factor, FactorHessian(inputs.statistics->hessian(),
+                                                    inputs.statistics->cols, options_.threads));
+    }
+    return &*inputs.factor;
+  }
+
   Result<void> WriteMatrix(const std::string& name, const MatrixTarget& target,
                            const ConstTensorView& stored, SafetensorsWriter* file) {
     QuantizedMatrix& matrix = report_.matrices[target.index];
+    SharedInputs& inputs = *target.inputs;
+    ASSIGN_OR_RETURN(const FeedbackFactor* const factor, FactorOf(inputs));
     const int64_t count = stored.shape.num_elements();
     ASSIGN_OR_RETURN(Buffer floats, AllocateHost(count * DTypeBytes(DType::kF32)));
     auto* const weights = reinterpret_cast<float*>(floats.data());
@@ -226,16 +263,18 @@ class Quantizer {
                       .rows = matrix.rows,
                       .cols = matrix.cols,
                       .weights = weights,
-                      .hessian = target.inputs == nullptr ? nullptr : target.inputs->hessian(),
+                      .hessian = factor == nullptr ? nullptr : inputs.statistics->hessian(),
+                      .factor = factor,
                       .prune = ShareToPrune(name),
                       .scale = options_.scale,
                       .threads = options_.threads}));
+    if (--inputs.matrices_left == 0) inputs.factor.reset();
     const auto codes = std::as_bytes(std::span(encoded.codes));
     const auto scales = std::as_bytes(std::span(encoded.scales));
     RETURN_IF_ERROR(file->Write(name + ".weight_codes", codes));
     RETURN_IF_ERROR(file->Write(name + ".weight_scales", scales));
     if (HasStaticActivations(spec_)) {
-      const std::span<const float> clip(&target.clip.range, 1);
+      const std::span<const float> clip(&inputs.clip.range, 1);
       RETURN_IF_ERROR(file->Write(name + ".input_clip", std::as_bytes(clip)));
     }
     matrix.alpha = encoded.alpha;
@@ -272,6 +311,7 @@ class Quantizer {
   const Checkpoint& source_;
   const QuantizeOptions& options_;
   const LowBitSpec spec_;
+  std::deque<SharedInputs> inputs_;              // of each stack; do not move
   std::map<std::string, MatrixTarget> targets_;  // by matrix
   QuantizedCheckpoint report_;
   double zeros_ = 0;  // weights
@@ -334,6 +374,38 @@ Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& o
                            "prune_matrices");
   }
   return {};
+}
+
+Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptions& options,
+                                   const CalibrationPlan& plan) {
+  const ModelConfig& config = source.config();
+  int64_t weights = 0, encoding = 0;
+  for (const CheckpointTensor& tensor : source.tensors()) {
+    weights += plan.runs ? tensor.view.bytes() : 0;
+  }
+  std::string largest;
+  for (const Stack& stack : LayerStacks(config)) {
+    for (const Part& part : stack.parts) {
+      const int64_t bytes = EncodingBytes(options, part, stack.cols, plan.calibrates);
+      if (bytes <= encoding) continue;
+      encoding = bytes;
+      largest = part.name;
+    }
+  }
+  // q, k and v are not encoded one after the other: their factor may be there as well.
+  if (plan.calibrates) encoding += FeedbackFactorBytes(config.hidden_size);
+  const int64_t statistics = plan.calibrates ? InputCollector::Bytes(config) : 0;
+  const int64_t needed = weights + statistics + encoding, available = AvailableHostBytes();
+  if (needed <= available) return {};
+  const auto item = [](int64_t bytes, const std::string& what) {
+    return bytes == 0 ? "" : std::to_string(bytes) + " bytes for " + what;
+  };
+  return Error{
+      ErrorCode::kResourceExhausted,
+      "it takes " + item(weights, "the float model, ") +
+          item(statistics, "statistics of the inputs of all matrices (8 K^2 for K inputs), ") +
+          item(encoding, "encoding " + largest) + "; " + std::to_string(available) +
+          " are available"};
 }
 
 Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,

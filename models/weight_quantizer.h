@@ -67,6 +67,16 @@ struct QuantizedCheckpoint {
 // a rule that matches no matrix (param "prune_matrices"); as of LlamaModel::CheckTensors.
 Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& options);
 
+// Whether the float model runs as well.
+struct CalibrationPlan {
+  bool runs = false;        // the model itself, to calibrate or to measure
+  bool calibrates = false;  // so that there will be `inputs`
+};
+// Looks whether there is memory for the float model, the statistics of its inputs and the encoding
+// of any matrix, before any of it is taken. Errors: resource exhausted, with the sizes.
+Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptions& options,
+                                   const CalibrationPlan& plan);
+
 // Writes to `directory`, which is there and empty:
 //   config.json        the source's, with
 //                      "quantization_config": {"quant_method": "sigma", "scheme", "bits",
@@ -80,10 +90,11 @@ Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& o
 //                      tensors by name: name, dtype, shape (each of these with a newline after it)
 //                      and data
 //   and copies of the source's other regular files but weights and their indices.
-// One matrix is in memory at a time. What was written stays where it fails. CHECK: the spec is
-// valid, and there are statistics for static activations. Errors: as of CheckQuantizable; invalid
-// argument for weights that are not finite or exceed F16, and as of LearnInputClip; resource
-// exhausted; unavailable, with path and reason, for what cannot be read or written; cancelled.
+// One matrix is in memory at a time, and a Hessian is factored once for all that share it. What was
+// written stays where it fails. CHECK: the spec is valid, and there are statistics for static
+// activations. Errors: as of CheckQuantizable; invalid argument for weights that are not finite or
+// exceed F16, and as of LearnInputClip; resource exhausted; unavailable, with path and reason, for
+// what cannot be read or written; cancelled.
 Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,
                                                const QuantizeOptions& options,
                                                const std::filesystem::path& directory);

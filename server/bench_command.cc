@@ -331,8 +331,8 @@ Result<void> Benchmark(const ConfigSource& source, const BenchArgs& args,
 }
 
 int BenchCommand(const ConfigSource& source, const BenchArgs& args, const std::string& version) {
-  return RunUntilSignal([&](const std::function<bool()>& interrupted) {
-    return Benchmark(source, args, version, interrupted);
+  return RunUntilSignal([&](const Interruption& signals) {
+    return Benchmark(source, args, version, signals.interrupted);
   });
 }
 

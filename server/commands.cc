@@ -140,11 +140,13 @@ int ReportError(const Error& error) {
   return usage ? 2 : 1;
 }
 
-int RunUntilSignal(const std::function<Result<void>(std::function<bool()>)>& work) {
+int RunUntilSignal(const std::function<Result<void>(const Interruption&)>& work) {
   Signals signals;
   signals.Catch();
   const auto caught = [&signals] { return signals.Wait(std::chrono::milliseconds(0)); };
-  const Result<void> done = work([&caught] { return caught() != 0; });
+  const Result<void> done =
+      work({[&caught] { return caught() != 0; },
+            [&signals](auto before_exit) { signals.SetBeforeExit(std::move(before_exit)); }});
   if (done) return 0;
   const int code = ReportError(done.error());
   return done.error().code == ErrorCode::kCancelled ? 128 + caught() : code;

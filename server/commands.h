@@ -21,9 +21,18 @@ struct ConfigSource {
 // Prints an error on standard error; returns the exit code for it.
 int ReportError(const Error& error);
 
+// What work hears of signals.
+struct Interruption {
+  std::function<bool()> interrupted;  // true from SIGINT or SIGTERM on
+  // Takes what is to be done before a second signal ends the process at once: on another thread,
+  // for which the work waits as soon as it asks. To be taken back, by an empty function, before it
+  // cannot be done any more. May be empty: there are no signals.
+  std::function<void(std::function<void()>)> set_before_exit{};
+};
+
 // Runs work that asks `interrupted` again and again and ends with the error "cancelled" once that
-// is true: from SIGINT or SIGTERM on. Returns the exit code, 128 and the signal's number after one.
-int RunUntilSignal(const std::function<Result<void>(std::function<bool()> interrupted)>& work);
+// is true. Returns the exit code, 128 and the signal's number after one.
+int RunUntilSignal(const std::function<Result<void>(const Interruption&)>& work);
 
 struct GenerateArgs {
   std::string prompt;

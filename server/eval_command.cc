@@ -98,9 +98,8 @@ Result<void> Evaluate(const ConfigSource& source, const EvalArgs& args,
 }
 
 int EvalCommand(const ConfigSource& source, const EvalArgs& args) {
-  return RunUntilSignal([&](std::function<bool()> interrupted) {
-    return Evaluate(source, args, std::move(interrupted));
-  });
+  return RunUntilSignal(
+      [&](const Interruption& signals) { return Evaluate(source, args, signals.interrupted); });
 }
 
 }  // namespace innerq

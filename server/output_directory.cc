@@ -1,5 +1,6 @@
 #include "server/output_directory.h"
 
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -12,6 +13,17 @@ namespace {
 
 Error CannotCreate(const std::filesystem::path& path, const std::string& reason) {
   return {ErrorCode::kUnavailable, "cannot create " + path.string() + ": " + reason};
+}
+
+// Waits until a file, or the names in a directory, are on the disk.
+Result<void> WaitForDisk(const std::filesystem::path& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // A file system that cannot wait for names says EINVAL.
+  const int failed = fd < 0 || (::fsync(fd) != 0 && errno != EINVAL) ? errno : 0;
+  if (fd >= 0) ::close(fd);
+  if (failed == 0) return {};
+  return Error{ErrorCode::kUnavailable,
+               "cannot write " + path.string() + ": " + std::strerror(failed)};
 }
 
 }  // namespace
@@ -42,21 +54,40 @@ Result<OutputDirectory> OutputDirectory::Create(const std::filesystem::path& pat
   }
 }
 
-OutputDirectory::OutputDirectory(OutputDirectory&& other) noexcept
-    : final_(std::move(other.final_)), partial_(std::exchange(other.partial_, {})) {}
+OutputDirectory::OutputDirectory(OutputDirectory&& other) noexcept = default;
 
 OutputDirectory::~OutputDirectory() {
-  std::error_code ignored;  // there is nothing left to do
-  if (!partial_.empty()) std::filesystem::remove_all(partial_, ignored);
+  if (state_ != nullptr) Remove();
 }
 
 Result<void> OutputDirectory::Commit() {
-  // Replaces an empty directory, and no other.
-  if (::rename(partial_.c_str(), final_.c_str()) != 0) {
-    return CannotCreate(final_, std::strerror(errno));
+  std::error_code failed;
+  for (std::filesystem::directory_iterator it(partial_, failed), end; !failed && it != end;
+       it.increment(failed)) {
+    RETURN_IF_ERROR(WaitForDisk(it->path()));
   }
-  partial_.clear();
-  return {};
+  if (failed) return CannotCreate(final_, failed.message());
+  RETURN_IF_ERROR(WaitForDisk(partial_));
+  {
+    const std::lock_guard lock(state_->mutex);
+    // Replaces an empty directory, and no other.
+    if (::rename(partial_.c_str(), final_.c_str()) != 0) {
+      return CannotCreate(final_, std::strerror(errno));
+    }
+    state_->is_partial = false;
+  }
+  return WaitForDisk(final_.parent_path());
+}
+
+bool OutputDirectory::Remove() {
+  constexpr int kTries = 100;  // a file that is created meanwhile takes another one
+  const std::lock_guard lock(state_->mutex);
+  std::error_code failed;
+  for (int i = 0; state_->is_partial && i < kTries; ++i) {
+    std::filesystem::remove_all(partial_, failed);
+    state_->is_partial = static_cast<bool>(failed);
+  }
+  return !state_->is_partial;
 }
 
 }  // namespace innerq

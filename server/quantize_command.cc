@@ -162,6 +162,17 @@ Result<Material> ReadMaterial(const QuantizeArgs& args, const ModelConfig& confi
   return material;
 }
 
+Result<void> CheckQuantizeMemory(const Checkpoint& source, const QuantizeOptions& options,
+                                 const Material& material) {
+  const bool calibrates = !material.calibration.texts.empty();
+  const Result<void> fits = CheckMemoryToQuantize(
+      source, options, {.runs = !material.evaluation.texts.empty(), .calibrates = calibrates});
+  if (fits || !calibrates) return fits;
+  return Error{
+      fits.error().code,
+      fits.error().message + "; do without --calibration, or use a machine with more memory"};
+}
+
 // A runner on loaded weights for one sequence of a window, with a cache of F16.
 Result<std::unique_ptr<ModelRunner>> RunnerOn(const ModelRunner& weights,
                                               const ModelConfig& config) {
@@ -215,12 +226,7 @@ Result<void> LoadAndCalibrate(Options options, const std::shared_ptr<const Check
   if (material.evaluation.texts.empty()) return {};
   const bool calibrates = !material.calibration.texts.empty();
   if (calibrates) {
-    auto inputs = InputCollector::Create(source->config(), limits.threads);
-    if (!inputs) {
-      return Error{inputs.error().code, "--calibration: " + inputs.error().message +
-                                            "; do without, or use a machine with more memory"};
-    }
-    model->inputs = std::move(inputs).value();
+    ASSIGN_OR_RETURN(model->inputs, InputCollector::Create(source->config(), limits.threads));
     options.runner.observe = [model](std::span<const std::string> matrices, ConstTensorView x) {
       if (model->inputs) model->inputs->Add(matrices, x);
     };
@@ -361,9 +367,31 @@ Result<void> MeasureModels(const QuantizeArgs& args, const Options& options,
   return {};
 }
 
+// While it lives, a second signal removes a directory before it ends the process.
+class RemovedBeforeExit {
+ public:
+  RemovedBeforeExit(const Interruption& signals, OutputDirectory& output) : signals_(signals) {
+    Set([&output] {
+      if (output.Remove()) return;
+      fmt::print(stderr, "innerq: {} could not be removed\n", output.path().string());
+    });
+  }
+  ~RemovedBeforeExit() { Set({}); }
+  RemovedBeforeExit(const RemovedBeforeExit&) = delete;
+  RemovedBeforeExit& operator=(const RemovedBeforeExit&) = delete;
+
+ private:
+  void Set(std::function<void()> work) {
+    if (signals_.set_before_exit) signals_.set_before_exit(std::move(work));
+  }
+
+  const Interruption& signals_;
+};
+
 }  // namespace
 
-Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupted) {
+Result<void> Quantize(const QuantizeArgs& args, const Interruption& signals) {
+  const std::function<bool()>& interrupted = signals.interrupted;
   ASSIGN_OR_RETURN(const LowBitSpec spec, SpecOf(args.weights));
   RETURN_IF_ERROR(CheckNumbers(args, spec));
   ASSIGN_OR_RETURN(QuantizeOptions quantize, QuantizeOptionsOf(args, spec));
@@ -378,14 +406,16 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
     return InvalidArgument(
         fmt::format("--group-size {}: {}", args.weights.group_size, error.message));
   }
-  ASSIGN_OR_RETURN(Material material, ReadMaterial(args, config));
-  ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));
-
   ASSIGN_OR_RETURN(Options options, OptionsOf(args, config));
-  ASSIGN_OR_RETURN(const int threads, ThreadsOf(options, *source));
+  ASSIGN_OR_RETURN(quantize.threads, ThreadsOf(options, *source));
+  ASSIGN_OR_RETURN(Material material, ReadMaterial(args, config));
+  RETURN_IF_ERROR(CheckQuantizeMemory(*source, quantize, material));
+  ASSIGN_OR_RETURN(OutputDirectory output, OutputDirectory::Create(args.output, "OUT_DIR"));
+  const RemovedBeforeExit removed(signals, output);
+
   FloatModel model;
-  RETURN_IF_ERROR(LoadAndCalibrate(options, source, material, {threads, interrupted}, &model));
-  quantize.threads = threads;
+  RETURN_IF_ERROR(
+      LoadAndCalibrate(options, source, material, {quantize.threads, interrupted}, &model));
   quantize.inputs = model.inputs.get();
   ASSIGN_OR_RETURN(const QuantizedCheckpoint result,
                    Encode(*source, quantize, output.path(), interrupted));
@@ -404,8 +434,7 @@ Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupte
 }
 
 int QuantizeCommand(const QuantizeArgs& args) {
-  return RunUntilSignal(
-      [&](std::function<bool()> interrupted) { return Quantize(args, std::move(interrupted)); });
+  return RunUntilSignal([&](const Interruption& signals) { return Quantize(args, signals); });
 }
 
 }  // namespace innerq

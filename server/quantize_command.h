@@ -3,11 +3,11 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "kernels/result.h"
+#include "server/commands.h"
 #include "server/low_bit_args.h"
 
 namespace innerq {
@@ -30,10 +30,10 @@ struct QuantizeArgs {
 // perplexity and KL divergence from the float model, both with F16 caches: on the texts for that;
 // without any on what calibration left of its own, or on the same again if it left nothing; without
 // these either not at all. The checkpoint is complete by then and stays whatever happens.
-// `interrupted` is asked again and again; true ends it with the error "cancelled". Until the
-// checkpoint is complete an error leaves nothing behind. Errors: invalid argument, with the option;
+// An interruption ends it with the error "cancelled". Until the checkpoint is complete neither an
+// error nor a second signal leaves anything behind. Errors: invalid argument, with the option;
 // as of QuantizeCheckpoint and LoadWeights.
-Result<void> Quantize(const QuantizeArgs& args, std::function<bool()> interrupted);
+Result<void> Quantize(const QuantizeArgs& args, const Interruption& signals);
 
 // The same until a signal; returns the exit code, 128 and the signal's number after one.
 int QuantizeCommand(const QuantizeArgs& args);

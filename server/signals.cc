@@ -7,6 +7,7 @@
 #include <csignal>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace innerq {
 
@@ -15,6 +16,7 @@ struct Signals::State {
   std::condition_variable arrived;
   bool catching = false;
   int caught = 0;
+  std::function<void()> before_exit;
 
   void Run(const sigset_t& set) noexcept {
     pthread_setname_np(pthread_self(), "innerq-signals");
@@ -22,7 +24,10 @@ struct Signals::State {
       int signal = 0;
       if (sigwait(&set, &signal) != 0) continue;
       const std::lock_guard lock(mutex);
-      if (!catching || caught != 0) ::_exit(128 + signal);
+      if (!catching || caught != 0) {
+        if (before_exit) before_exit();
+        ::_exit(128 + signal);
+      }
       caught = signal;
       arrived.notify_all();
     }
@@ -43,6 +48,11 @@ Signals::Signals() : state_(std::make_shared<State>()) {
 void Signals::Catch() {
   const std::lock_guard lock(state_->mutex);
   state_->catching = true;
+}
+
+void Signals::SetBeforeExit(std::function<void()> work) {
+  const std::lock_guard lock(state_->mutex);
+  state_->before_exit = std::move(work);
 }
 
 int Signals::Wait(std::chrono::milliseconds timeout) {

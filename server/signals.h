@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
 
 namespace innerq {
@@ -16,6 +17,9 @@ class Signals {
   // Until this call the first signal ends the process; from now on it is Wait that returns, and
   // only a second one that ends the process.
   void Catch();
+  // What the second signal does before it ends the process, on the thread of signals; empty:
+  // nothing. Waits while one does, which is for ever.
+  void SetBeforeExit(std::function<void()> work);
   // The first signal that was caught, now or within the timeout; 0: none.
   int Wait(std::chrono::milliseconds timeout);
 

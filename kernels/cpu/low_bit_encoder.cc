@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <new>
 #include <optional>
@@ -328,11 +329,13 @@ void LowBitEncoder::MeasureError() {
 
 Result<EncodedLowBit> LowBitEncoder::Encode() {
   RETURN_IF_ERROR(CheckWeights());
-  std::optional<FeedbackFactor> factor;
-  if (args_.hessian != nullptr) {
-    ASSIGN_OR_RETURN(factor, FactorHessian(args_.hessian, args_.cols, args_.threads));
-    costs_ = factor->diagonal;
+  std::optional<FeedbackFactor> own;
+  const FeedbackFactor* factor = args_.factor;
+  if (args_.hessian != nullptr && factor == nullptr) {
+    ASSIGN_OR_RETURN(own, FactorHessian(args_.hessian, args_.cols, args_.threads));
+    factor = &*own;
   }
+  if (factor != nullptr) costs_ = factor->diagonal;
   for (int64_t g = 0; g < args_.rows * groups_; ++g) {
     sigmas_[static_cast<size_t>(g)] = Sigma(Group(args_.weights + g * group_size_));
   }
@@ -342,17 +345,17 @@ Result<EncodedLowBit> LowBitEncoder::Encode() {
     threshold_ = static_cast<float>(out_.threshold);
     out_.alpha = LearnAlpha();
   }
-  const int64_t step = factor.has_value() ? kLanes : 1;
+  const int64_t step = factor != nullptr ? kLanes : 1;
 #pragma omp parallel for num_threads(args_.threads) schedule(dynamic, 1)
   for (int64_t n = 0; n < args_.rows; n += step) {
     EncodeScratch& scratch = scratch_[static_cast<size_t>(ThreadIndex())];
-    if (factor.has_value()) {
+    if (factor != nullptr) {
       EncodeRows({n, std::min(kLanes, args_.rows - n), factor->feedback, scratch});
     } else {
       EncodeRow(n, scratch);
     }
   }
-  factor.reset();
+  own.reset();
   MeasureError();
   return std::move(out_);
 }
@@ -362,6 +365,9 @@ Result<EncodedLowBit> LowBitEncoder::Encode() {
 Result<EncodedLowBit> EncodeLowBit(const EncodeLowBitArgs& args) {
   CHECK(args.spec.valid() && args.rows > 0 && args.cols > 0 && args.spec.Divides(args.cols),
         "a low-bit matrix that its spec cannot hold");
+  CHECK(args.factor == nullptr ||
+            (args.hessian != nullptr && std::ssize(args.factor->diagonal) == args.cols),
+        "a factor of no Hessian, or of another size");
   CHECK(args.threads > 0 && args.prune >= 0 && args.prune < 1, "no such threads or pruning");
   try {
     return LowBitEncoder(args).Encode();
@@ -370,6 +376,19 @@ Result<EncodedLowBit> EncodeLowBit(const EncodeLowBitArgs& args) {
                                                     std::to_string(args.rows) + " rows and " +
                                                     std::to_string(args.cols) + " columns"};
   }
+}
+
+int64_t EncodeLowBitBytes(const EncodeLowBitArgs& args, bool has_hessian) {
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t rows = args.rows, cols = args.cols, groups = rows * args.spec.Groups(cols);
+  const auto of_group = static_cast<int64_t>(sizeof(double) + sizeof(uint16_t));
+  const int64_t result = rows * args.spec.RowBytes(cols) + groups * of_group;  // and sigmas
+  const int64_t of_row = rows * static_cast<int64_t>(sizeof(RoundingSums) + 2 * sizeof(double));
+  const int64_t of_thread = kFloat * (cols * (kLanes + 1) + 3 * kMaxColumns * kLanes);
+  const int64_t magnitudes = args.prune > 0 ? kFloat * rows * cols : 0;
+  const int64_t scaled_hessian = has_hessian ? kFloat * cols * (cols + 1) / 2 : 0;
+  return result + of_row + args.threads * of_thread + kFloat * cols +
+         std::max(magnitudes, scaled_hessian);
 }
 
 }  // namespace innerq

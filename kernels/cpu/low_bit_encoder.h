@@ -10,6 +10,8 @@
 
 namespace innerq {
 
+struct FeedbackFactor;
+
 // A matrix to encode. Borrowed.
 struct EncodeLowBitArgs {
   LowBitSpec spec;
@@ -19,6 +21,8 @@ struct EncodeLowBitArgs {
   // H = X^T X [K][K] of inputs X seen in use, to minimize |X W^T - X Q^T|^2; null: the identity.
   // Only the lower triangle is read.
   const double* hessian = nullptr;
+  // Of `hessian`, where several matrices share it (low_bit_hessian.h); null: made here.
+  const FeedbackFactor* factor = nullptr;
   // The share of weights that become zero because they are small: those with |w| < t * sigma of
   // their group, t found for the whole matrix. Where about as many would round to zero anyway,
   // those alone do, as with 0. In [0, 1).
@@ -48,9 +52,12 @@ struct EncodedLowBit {
 // turn comes, to what its columns then aim at; T of a whole output to the weights as they came,
 // which also decide what is pruned.
 //
-// The result is the same for any number of threads. Takes 6 K^2 bytes beside the arguments with a
-// Hessian, 4 N K with pruning. Errors: invalid argument for a weight that is not finite or exceeds
-// F16, and for a Hessian that cannot be one; resource exhausted.
+// The result is the same for any number of threads. Errors: invalid argument for a weight
+// that is not finite or exceeds F16, and for a Hessian that cannot be one; resource exhausted.
 Result<EncodedLowBit> EncodeLowBit(const EncodeLowBitArgs& args);
+
+// Bytes that EncodeLowBit takes at most beside weights, Hessian and factor, its result included.
+// What `args` points to does not matter.
+int64_t EncodeLowBitBytes(const EncodeLowBitArgs& args, bool has_hessian);
 
 }  // namespace innerq

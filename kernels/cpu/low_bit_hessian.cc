@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <string>
 
 namespace innerq {
@@ -69,6 +70,36 @@ bool Factor(LowerTriangle<double>& rows, int64_t cols, [[maybe_unused]] int thre
   return true;
 }
 
+// FactorHessian, but throws std::bad_alloc.
+Result<FeedbackFactor> FactorOrThrow(const double* hessian, int64_t cols, int threads) {
+  const double mean = MeanDiagonal(hessian, cols);
+  if (!(mean >= 0) || !std::isfinite(mean)) {
+    return InvalidArgument("a Hessian's mean diagonal must be finite and not negative, not " +
+                           std::to_string(mean));
+  }
+  const double scale = mean > 0 ? mean : 1;
+  double damping = mean > 0 ? kDamping : 1;
+  LowerTriangle<double> rows(cols);
+  for (int attempt = 0; attempt < kDampingTries; ++attempt, damping *= 10) {
+    for (int64_t k = 0; k < cols; ++k) {
+      double* row = rows.Row(k);
+      for (int64_t j = 0; j <= k; ++j) row[j] = hessian[k * cols + j] / scale;
+      row[k] += damping;
+    }
+    if (!Factor(rows, cols, threads)) continue;
+    FeedbackFactor factor{LowerTriangle<float>(cols), {}};
+    for (int64_t k = 0; k < cols; ++k) {
+      const double* from = rows.Row(k);
+      float* to = factor.feedback.Row(k);
+      for (int64_t j = 0; j <= k; ++j) to[j] = static_cast<float>(from[j] / from[k]);
+      factor.diagonal.push_back(static_cast<float>(hessian[k * cols + k] / scale + damping));
+    }
+    return factor;
+  }
+  return InvalidArgument("the Hessian is not positive definite, not even with " +
+                         std::to_string(damping / 10) + " of its mean added to its diagonal");
+}
+
 constexpr int64_t kVectorLanes = 4;
 using Vector = float __attribute__((vector_size(kVectorLanes * sizeof(float))));
 
@@ -124,32 +155,12 @@ void AddCosts(const ScaledHessian& hessian, int64_t cols, const float* x, double
 }
 
 Result<FeedbackFactor> FactorHessian(const double* hessian, int64_t cols, int threads) {
-  const double mean = MeanDiagonal(hessian, cols);
-  if (!(mean >= 0) || !std::isfinite(mean)) {
-    return InvalidArgument("a Hessian's mean diagonal must be finite and not negative, not " +
-                           std::to_string(mean));
+  try {
+    return FactorOrThrow(hessian, cols, threads);
+  } catch (const std::bad_alloc&) {
+    return Error{ErrorCode::kResourceExhausted,
+                 "not enough memory to factor a Hessian of " + std::to_string(cols) + " inputs"};
   }
-  const double scale = mean > 0 ? mean : 1;
-  double damping = mean > 0 ? kDamping : 1;
-  LowerTriangle<double> rows(cols);
-  for (int attempt = 0; attempt < kDampingTries; ++attempt, damping *= 10) {
-    for (int64_t k = 0; k < cols; ++k) {
-      double* row = rows.Row(k);
-      for (int64_t j = 0; j <= k; ++j) row[j] = hessian[k * cols + j] / scale;
-      row[k] += damping;
-    }
-    if (!Factor(rows, cols, threads)) continue;
-    FeedbackFactor factor{LowerTriangle<float>(cols), {}};
-    for (int64_t k = 0; k < cols; ++k) {
-      const double* from = rows.Row(k);
-      float* to = factor.feedback.Row(k);
-      for (int64_t j = 0; j <= k; ++j) to[j] = static_cast<float>(from[j] / from[k]);
-      factor.diagonal.push_back(static_cast<float>(hessian[k * cols + k] / scale + damping));
-    }
-    return factor;
-  }
-  return InvalidArgument("the Hessian is not positive definite, not even with " +
-                         std::to_string(damping / 10) + " of its mean added to its diagonal");
 }
 
 }  // namespace innerq

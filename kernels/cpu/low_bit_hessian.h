@@ -54,11 +54,17 @@ struct FeedbackFactor {
   std::vector<float> diagonal;  // [K] of H / mean, dampened
 };
 
+// Bytes of a factor of K inputs, and of it and all else that FactorHessian takes.
+constexpr int64_t FeedbackFactorBytes(int64_t cols) { return 2 * cols * (cols + 1) + 4 * cols; }
+constexpr int64_t FactorHessianBytes(int64_t cols) {
+  return FeedbackFactorBytes(cols) + 4 * cols * (cols + 1);
+}
+
 // Factors `hessian` [K][K], of which the lower triangle is read, in F64. Its diagonal is dampened
 // by 1 % of its mean, or ten, a hundred or a thousand times that, the first that leaves it positive
 // definite; so an input that was always zero neither gives nor takes feedback. A Hessian of zeros
-// counts as the identity. Errors: invalid argument if none does. Throws std::bad_alloc. Costs K^3 /
-// 6 multiplications.
+// counts as the identity. Errors: invalid argument if none does; resource exhausted. Costs K^3 / 6
+// multiplications.
 Result<FeedbackFactor> FactorHessian(const double* hessian, int64_t cols, int threads);
 
 }  // namespace innerq

@@ -174,5 +174,28 @@ def test_a_signal_ends_it_and_leaves_nothing():
             assert not list(parent.iterdir())
 
 
+def test_a_second_signal_ends_it_at_once_and_leaves_nothing():
+    codes = []
+    for _ in range(10):
+        with tempfile.TemporaryDirectory() as name:
+            parent = pathlib.Path(name)
+            process = subprocess.Popen(
+                command(parent / "out", "--calibration", RECALL, "--calibration-tokens", 1 << 20),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while not list(parent.iterdir()):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # two of a kind could count as one
+            stdout, stderr = process.communicate(timeout=60)
+            assert stdout == "" and not list(parent.iterdir()), (stdout, stderr)
+            codes.append(process.returncode)
+            if process.returncode == 128 + signal.SIGTERM:
+                assert stderr == "", stderr
+                return
+    raise AssertionError(f"the first signal was always quicker: {codes}")
+
+
 if __name__ == "__main__":
     sys.exit(run_tests(globals()))

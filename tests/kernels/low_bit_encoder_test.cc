@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/cpu/low_bit_clip.h"
+#include "kernels/cpu/low_bit_hessian.h"
 #include "tests/kernels/low_bit_case.h"
 
 namespace innerq {
@@ -351,6 +352,42 @@ TEST(LowBitEncoder, ErrorFeedbackLowersTheErrorOfOutputs) {
     EXPECT_LT(OutputError(args, pow2, hessian),
               0.4 * OutputError(args, MustEncodeLowBit(args), hessian));
   }
+}
+
+TEST(LowBitEncoder, AFactorThatMatricesShareGivesTheSameCodes) {
+  constexpr int64_t kRows = 20, kCols = 128;
+  const std::vector<float> weights = EncoderWeights(kRows, kCols);
+  const std::vector<double> hessian = CorrelatedHessian(kCols);
+  const Result<FeedbackFactor> factor = FactorHessian(hessian.data(), kCols, 1);
+  ASSERT_TRUE(factor.ok());
+  EncodeLowBitArgs args{.spec = {kEncoderUniform, 3, 64},
+                        .rows = kRows,
+                        .cols = kCols,
+                        .weights = weights.data(),
+                        .hessian = hessian.data()};
+  const EncodedLowBit own = MustEncodeLowBit(args);
+  args.factor = &*factor;
+  for (int i = 0; i < 2; ++i) {
+    const EncodedLowBit shared = MustEncodeLowBit(args);
+    EXPECT_EQ(shared.codes, own.codes);
+    EXPECT_EQ(shared.scales, own.scales);
+    EXPECT_EQ(shared.error, own.error);
+  }
+}
+
+TEST(LowBitEncoder, TellsItsMemory) {
+  constexpr int64_t kRows = 1000, kCols = 4096;
+  EncodeLowBitArgs args{.spec = {kEncoderUniform, 4, 64}, .rows = kRows, .cols = kCols};
+  constexpr int64_t kCodes = kRows * kCols / 2;
+  const int64_t plain = EncodeLowBitBytes(args, false);
+  EXPECT_GT(plain, kCodes);
+  EXPECT_LT(plain, 2 * kCodes);
+  EXPECT_NEAR(static_cast<double>(EncodeLowBitBytes(args, true) - plain), 2.0 * kCols * kCols,
+              1e-3 * kCols * kCols);
+  args.prune = 0.5;
+  EXPECT_EQ(EncodeLowBitBytes(args, false) - plain, 4 * kRows * kCols);
+  EXPECT_EQ(FeedbackFactorBytes(kCols), 4 * (kCols * (kCols + 1) / 2 + kCols));
+  EXPECT_EQ(FactorHessianBytes(kCols) - FeedbackFactorBytes(kCols), 8 * (kCols * (kCols + 1) / 2));
 }
 
 // H^-1 by Gauss and Jordan.

@@ -4,13 +4,17 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <regex>
 #include <set>
 #include <tuple>
 
+#include "kernels/cpu/low_bit_encoder.h"
 #include "models/files.h"
 #include "models/input_statistics.h"
+#include "models/layer_tensors.h"
 #include "models/safetensors.h"
 #include "models/safetensors_writer.h"
 #include "models/tensor_source.h"
@@ -361,6 +365,54 @@ TEST_F(WeightQuantizerTest, PrunesEachMatrixAsTheLastRuleThatMatchesSays) {
   EXPECT_EQ(metadata["prune_matrices"], "model.layers.0.*=0.7,*.down_proj=0.625,*.v_proj=0");
 }
 
+// Inputs of which each resembles the one before it, of another scale for every stack.
+std::unique_ptr<InputCollector> CorrelatedInputs(const ModelConfig& config) {
+  auto inputs = InputCollector::Create(config, 1);
+  CHECK(inputs.ok(), inputs.error().message);
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  float scale = 1;
+  for (const Stack& stack : LayerStacks(config)) {
+    scale *= 1.5f;
+    constexpr int64_t kRows = 200;
+    std::vector<float> x;
+    float state = 0;
+    for (int64_t i = 0; i < kRows * stack.cols; ++i) {
+      x.push_back(scale * (state = 0.9f * state + normal(random)));
+    }
+    (*inputs)->Add(
+        std::span(&stack.parts[0].name, 1),
+        {reinterpret_cast<const std::byte*>(x.data()), DType::kF32, Shape{kRows, stack.cols}});
+  }
+  return std::move(*inputs);
+}
+
+TEST_F(WeightQuantizerTest, EveryMatrixIsEncodedByTheHessianOfItsInputs) {
+  const auto source = Open(source_);
+  const auto inputs = CorrelatedInputs(source->config());
+  const QuantizedCheckpoint result = Quantized({.spec = kSpec, .inputs = inputs.get()});
+  const auto output = Open(output_);
+  ASSERT_NE(output, nullptr);
+  ASSERT_EQ(result.matrices.size(), 14u);
+  for (const QuantizedMatrix& matrix : result.matrices) {
+    const ConstTensorView stored = source->Find(matrix.name + ".weight")->view;
+    std::vector<float> weights;
+    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) {
+      weights.push_back(ElementAsFloat(stored, i));
+    }
+    const auto alone = EncodeLowBit({.spec = kSpec,
+                                     .rows = matrix.rows,
+                                     .cols = matrix.cols,
+                                     .weights = weights.data(),
+                                     .hessian = inputs->Of(matrix.name).hessian()});
+    ASSERT_TRUE(alone.ok()) << alone.error().message;
+    EXPECT_EQ(matrix.error, alone->error) << matrix.name;
+    const CheckpointTensor* codes = output->Find(matrix.name + ".weight_codes");
+    EXPECT_EQ(std::memcmp(codes->view.data, alone->codes.data(), alone->codes.size()), 0)
+        << matrix.name;
+  }
+}
+
 TEST_F(WeightQuantizerTest, StaticActivationsBringTheirClip) {
   const auto inputs = InputCollector::Create(Open(source_)->config(), 1);
   ASSERT_TRUE(inputs.ok()) << inputs.error().message;
@@ -399,6 +451,50 @@ TEST_F(WeightQuantizerTest, StaticActivationsBringTheirClip) {
   add("model.layers.1.mlp.down_proj", 96, std::numeric_limits<float>::infinity());
   EXPECT_NE((*inputs)->Check().error().message.find("down_proj: inputs are not finite"),
             std::string::npos);
+}
+
+TEST_F(WeightQuantizerTest, LooksAtItsMemoryBeforeItTakesAny) {
+  const auto check = [&](const QuantizeOptions& options, const CalibrationPlan& plan) {
+    const auto fits = CheckMemoryToQuantize(*Open(source_), options, plan);
+    return fits.ok() ? "" : fits.error().message;
+  };
+  const CalibrationPlan kAll{.runs = true, .calibrates = true};
+  EXPECT_EQ(check({.spec = kSpec, .prune = 0.5}, kAll), "");
+  json config = json::parse(ReadAll(source_ / "config.json"));
+  config["intermediate_size"] = 1 << 20;
+  config["hidden_size"] = 1 << 19;
+  config["num_hidden_layers"] = 1;
+  WriteAll(source_ / "config.json", config.dump());
+  // 4 N K of floats, N K / 2 of codes, 2 N K / 32 of scales and as much four times for sigmas; 24 N
+  // and some more is little.
+  constexpr double kWeights = double{1 << 19} * (1 << 20);
+  const auto encoding = [](const std::string& message) {
+    std::smatch found;
+    const std::regex part(
+        "([0-9]+) bytes for encoding model\\.layers\\.0\\.mlp\\.down_proj; [0-9]+ are available$");
+    EXPECT_TRUE(std::regex_search(message, found, part)) << message;
+    return found.empty() ? 0 : std::stod(found[1]) / kWeights;
+  };
+  const std::string plain = check({.spec = kSpec}, {});
+  EXPECT_EQ(plain.substr(0, 9), "it takes ");
+  EXPECT_EQ(plain.find("statistics"), plain.npos);
+  EXPECT_EQ(plain.find("float model"), plain.npos);
+  EXPECT_NEAR(encoding(plain), 4 + 0.5 + 10.0 / 32, 0.01);
+  EXPECT_NEAR(encoding(check({.spec = kSpec, .prune = 0.5}, {})), 8 + 0.5 + 10.0 / 32, 0.01);
+  const std::string calibrated = check({.spec = kSpec}, kAll);
+  int64_t stored = 0;
+  for (const CheckpointTensor& tensor : Open(source_)->tensors()) stored += tensor.view.bytes();
+  EXPECT_EQ(calibrated.find("it takes " + std::to_string(stored) + " bytes for the float model, "),
+            0u)
+      << calibrated;
+  // K is 2^19 twice, 256 and 2^20.
+  const std::string statistics = std::to_string(8 * (2 * (1ll << 38) + 256 * 256 + (1ll << 40)));
+  EXPECT_NE(calibrated.find(statistics + " bytes for statistics of the inputs of all matrices (8 "
+                                         "K^2 for K inputs), "),
+            calibrated.npos)
+      << calibrated;
+  // The factor and H for down_proj of K = 2 N, 2 K^2 each, and a factor of q, k and v.
+  EXPECT_NEAR(encoding(calibrated), 4 + 0.5 + 10.0 / 32 + 2 * 2 * 2 + 1, 0.01);
 }
 
 TEST_F(WeightQuantizerTest, RefusesWhatItCannotQuantize) {

@@ -2,13 +2,33 @@
 #include "server/quantize_command.h"
 
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <functional>
 #include <regex>
+#include <set>
+#include <thread>
+#include <vector>
 
 #include "server/output_directory.h"
 #include "tests/models/test_files.h"
+
+namespace innerq {
+namespace {
+
+std::vector<std::filesystem::path> synced_files;  // in order
+
+}  // namespace
+}  // namespace innerq
+
+// In place of the C library's, for all of this program.
+extern "C" int fsync(int fd) {
+  const std::string link = "/proc/self/fd/" + std::to_string(fd);
+  innerq::synced_files.push_back(std::filesystem::read_symlink(link));
+  return static_cast<int>(::syscall(SYS_fsync, fd));
+}
 
 namespace innerq {
 namespace {
@@ -45,7 +65,7 @@ class QuantizeTest : public testing::Test {
   static Measured Run(const QuantizeArgs& args) {
     testing::internal::CaptureStdout();
     testing::internal::CaptureStderr();  // may warn of what this machine cannot multiply
-    const Result<void> done = Quantize(args, [] { return false; });
+    const Result<void> done = Quantize(args, {[] { return false; }});
     testing::internal::GetCapturedStderr();
     Measured measured;
     measured.text = testing::internal::GetCapturedStdout();
@@ -73,7 +93,7 @@ class QuantizeTest : public testing::Test {
 
   Error Refusal(const QuantizeArgs& args) const {
     testing::internal::CaptureStdout();
-    const Result<void> done = Quantize(args, [] { return false; });
+    const Result<void> done = Quantize(args, {[] { return false; }});
     EXPECT_EQ(testing::internal::GetCapturedStdout(), "");
     EXPECT_FALSE(done.ok());
     EXPECT_TRUE(std::filesystem::is_empty(directory_.path())) << "nothing is left behind";
@@ -231,7 +251,7 @@ TEST_F(QuantizeTest, AnInterruptedRunLeavesNothing) {
     if (calibrates) args.calibration = {Recall()};
     int asked = 0;
     // Late enough that the file has been begun.
-    const Result<void> stopped = Quantize(args, [&asked] { return ++asked > 8; });
+    const Result<void> stopped = Quantize(args, {[&asked] { return ++asked > 8; }});
     ASSERT_FALSE(stopped.ok());
     EXPECT_EQ(stopped.error().code, ErrorCode::kCancelled);
     EXPECT_TRUE(std::filesystem::is_empty(directory_.path()));
@@ -262,6 +282,38 @@ TEST(OutputDirectory, AppearsAtTheEndAndReplacesOnlyAnEmptyOne) {
   ASSERT_FALSE(third.ok());
   EXPECT_EQ(third.error().code, ErrorCode::kInvalidArgument);
   EXPECT_FALSE(OutputDirectory::Create(path / "a", "OUT").ok()) << "a file";
+}
+
+TEST(OutputDirectory, IsOnTheDiskBeforeItHasItsName) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path path = directory.path() / "out";
+  auto output = OutputDirectory::Create(path, "OUT");
+  ASSERT_TRUE(output.ok());
+  const std::filesystem::path partial = output->path();
+  WriteAll(partial / "a", "a");
+  WriteAll(partial / "b", "b");
+  synced_files.clear();
+  ASSERT_TRUE(output->Commit().ok());
+  ASSERT_EQ(synced_files.size(), 4u);
+  EXPECT_EQ(std::set(synced_files.begin(), synced_files.begin() + 2),
+            (std::set{partial / "a", partial / "b"}));
+  EXPECT_EQ(synced_files[2], partial) << "the files' names";
+  EXPECT_EQ(synced_files[3], directory.path()) << "its own";
+}
+
+TEST(OutputDirectory, IsRemovedByAnyThreadAndNotCommittedThen) {
+  const TemporaryDirectory directory;
+  auto output = OutputDirectory::Create(directory.path() / "out", "OUT");
+  ASSERT_TRUE(output.ok());
+  WriteAll(output->path() / "a", "a");
+  std::jthread([&output] { EXPECT_TRUE(output->Remove()); }).join();
+  EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
+  EXPECT_FALSE(output->Commit().ok());
+  auto committed = OutputDirectory::Create(directory.path() / "out", "OUT");
+  ASSERT_TRUE(committed.ok());
+  ASSERT_TRUE(committed->Commit().ok());
+  EXPECT_TRUE(committed->Remove()) << "there is nothing to remove";
+  EXPECT_TRUE(std::filesystem::exists(directory.path() / "out"));
 }
 
 }  // namespace
