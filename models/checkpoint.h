@@ -26,7 +26,8 @@ struct RopeScaling {
   int64_t original_max_positions = 0;  // llama3 only, tokens
 };
 
-constexpr char kHeadName[] = "lm_head";  // the matrix [V, C] that gives logits
+constexpr char kTableName[] = "model.embed_tokens";  // the matrix [V, C] of embeddings
+constexpr char kHeadName[] = "lm_head";              // the matrix [V, C] that gives logits
 
 // Shape of a Llama-family decoder, from config.json. Every field has been checked.
 struct ModelConfig {

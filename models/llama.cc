@@ -45,12 +45,11 @@ struct Activations {
   Buffer top_for_host;
 };
 
-constexpr char kTable[] = "model.embed_tokens";
 constexpr char kFinalNorm[] = "model.norm.weight";
 
 // The matrix of embeddings [V, C]. Tied matrices may be stored under either name.
 std::string TableName(const ModelConfig& config, bool has_table) {
-  return config.tie_word_embeddings && !has_table ? kHeadName : kTable;
+  return config.tie_word_embeddings && !has_table ? kHeadName : kTableName;
 }
 
 // The matrix that gives logits. A head that is tied is the table, unless it has codes of its own.
@@ -163,7 +162,7 @@ class FusedLlama : public LlamaModel {
   // --- Loading ---
 
   Result<void> BuildWeights() {
-    const std::string table = TableName(config_, source_->Has(std::string(kTable) + ".weight"));
+    const std::string table = TableName(config_, source_->Has(std::string(kTableName) + ".weight"));
     embedding_name_ = table + ".weight";
     ASSIGN_OR_RETURN(embedding_, source_->Get(embedding_name_, {config_.vocab_size, hidden()}));
     ASSIGN_OR_RETURN(embedding_buffer_, backend_->Import(embedding_));
@@ -459,10 +458,10 @@ Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
   const Shape norm{config.hidden_size};
   const std::string table =
-      TableName(config, checkpoint.Find(std::string(kTable) + ".weight") != nullptr);
-  if (checkpoint.HasLowBit(kTable)) {
+      TableName(config, checkpoint.Find(std::string(kTableName) + ".weight") != nullptr);
+  if (checkpoint.HasLowBit(kTableName)) {
     return Error{ErrorCode::kDataLoss,
-                 checkpoint.directory().string() + ": tensor " + kTable +
+                 checkpoint.directory().string() + ": tensor " + kTableName +
                      ".weight_codes: the table of embeddings cannot be codes"};
   }
   if (config.low_bit_head || checkpoint.HasLowBit(kHeadName)) {

@@ -61,6 +61,13 @@ struct SharedInputs {
 struct MatrixTarget {
   size_t index = 0;
   SharedInputs* inputs = nullptr;
+  LowBitSpec spec;
+  double prune = 0;
+};
+
+// What a tensor of the source is written as: the same under a name, a matrix of codes, or both.
+struct WrittenAs {
+  std::string tensor, matrix;  // may be empty
 };
 
 // The shortest decimal that reads back as the number.
@@ -73,22 +80,28 @@ std::span<const std::byte> BytesOf(const ConstTensorView& view) {
   return {view.data, static_cast<size_t>(view.bytes())};
 }
 
+std::string SpecText(const LowBitSpec& spec, const std::string& indent) {
+  return indent + "\"scheme\": \"" + LowBitSchemeName(spec.scheme) + "\"," +  //
+         indent + "\"bits\": " + std::to_string(spec.bits) + "," +            //
+         indent + "\"group_size\": " + std::to_string(spec.group_size) + "," + indent +
+         "\"activation_bits\": " + std::to_string(spec.activation_bits);
+}
+
 // The text of the source's config.json with the key added at its end, where it replaces a null one.
 // The others stay as they are, to the last digit.
 Result<std::string> ConfigWith(const QuantizeOptions& options,
                                const std::filesystem::path& directory) {
-  const LowBitSpec& spec = options.spec;
   ASSIGN_OR_RETURN(std::string text, ReadTextFile(directory / kConfigFile, kMaxTextFileBytes));
   const size_t end = text.rfind('}');
   CHECK(end != text.npos && end > 0, "a config.json that was read is an object with keys");
   text.resize(text.find_last_not_of(" \t\r\n", end - 1) + 1);
-  text += ",\n  \"quantization_config\": {\n    \"quant_method\": \"sigma\",\n    \"scheme\": \"";
-  text += LowBitSchemeName(spec.scheme);
-  text += "\",\n    \"bits\": " + std::to_string(spec.bits);
-  text += ",\n    \"group_size\": " + std::to_string(spec.group_size);
-  text += ",\n    \"activation_bits\": " + std::to_string(spec.activation_bits);
-  text += std::string(",\n    \"scale\": \"") + LowBitScaleName(options.scale) + "\"\n  }\n}\n";
-  return text;
+  text += ",\n  \"quantization_config\": {\n    \"quant_method\": \"sigma\",";
+  text += SpecText(options.spec, "\n    ");
+  text += std::string(",\n    \"scale\": \"") + LowBitScaleName(options.scale) + "\"";
+  if (options.head) {
+    text += ",\n    \"head\": {" + SpecText(*options.head, "\n      ") + "\n    }";
+  }
+  return text + "\n  }\n}\n";
 }
 
 Error WriteError(const std::filesystem::path& path, const std::string& reason) {
@@ -129,16 +142,16 @@ Result<void> CopyOthers(const std::filesystem::path& from, const std::filesystem
   return {};
 }
 
-// Bytes that encoding a matrix takes at most beside statistics.
-int64_t EncodingBytes(const QuantizeOptions& options, const Part& part, int64_t cols,
-                      bool has_hessian) {
-  const PruneRule* const rule = FindPruneRule(options.prune_matrices, part.name);
-  const EncodeLowBitArgs args{.spec = options.spec,
-                              .rows = part.rows,
-                              .cols = cols,
-                              .prune = rule == nullptr ? options.prune : rule->share,
-                              .threads = options.threads};
-  const int64_t floats = part.rows * cols * DTypeBytes(DType::kF32);
+// The share to prune of a layer's matrix.
+double ShareToPrune(const QuantizeOptions& options, const std::string& matrix) {
+  const PruneRule* const rule = FindPruneRule(options.prune_matrices, matrix);
+  return rule == nullptr ? options.prune : rule->share;
+}
+
+// Bytes that encoding a matrix takes at most beside statistics. `args`: but for weights and the
+// like.
+int64_t EncodingBytes(const EncodeLowBitArgs& args, bool has_hessian) {
+  const int64_t cols = args.cols, floats = args.rows * cols * DTypeBytes(DType::kF32);
   const int64_t encoding = floats + EncodeLowBitBytes(args, has_hessian);
   if (!has_hessian) return encoding;
   return std::max(FactorHessianBytes(cols), FeedbackFactorBytes(cols) + encoding);
@@ -148,30 +161,39 @@ int64_t EncodingBytes(const QuantizeOptions& options, const Part& part, int64_t 
 class Quantizer {
  public:
   Quantizer(const Checkpoint& source, const QuantizeOptions& options)
-      : source_(source), options_(options), spec_(options.spec) {}
+      : source_(source), options_(options) {}
 
   // Finds the matrices, with clips of static activations.
   Result<void> Prepare() {
+    const LowBitSpec& spec = options_.spec;
     for (const Stack& stack : LayerStacks(source_.config())) {
       SharedInputs& inputs = inputs_.emplace_back();
       inputs.matrices_left = stack.parts.size();
       if (options_.inputs != nullptr) inputs.statistics = &options_.inputs->Of(stack.parts[0].name);
-      if (HasStaticActivations(spec_)) {
+      if (HasStaticActivations(spec)) {
         CHECK(inputs.statistics != nullptr, "static activations without statistics of inputs");
-        const auto clip = LearnInputClip(*inputs.statistics, spec_);
+        const auto clip = LearnInputClip(*inputs.statistics, spec);
         if (!clip) {
           return Error{clip.error().code, stack.parts[0].name + ": " + clip.error().message};
         }
         inputs.clip = *clip;
       }
       for (const Part& part : stack.parts) {
-        targets_[part.name] = {report_.matrices.size(), &inputs};
+        const double prune = ShareToPrune(options_, part.name);
+        targets_[part.name] = {report_.matrices.size(), &inputs, spec, prune};
         report_.matrices.push_back({.name = part.name,
                                     .rows = part.rows,
                                     .cols = stack.cols,
                                     .input_alpha = inputs.clip.alpha});
       }
     }
+    if (!options_.head) return {};
+    SharedInputs& inputs = inputs_.emplace_back();  // of which there are no statistics
+    inputs.matrices_left = 1;
+    targets_[kHeadName] = {report_.matrices.size(), &inputs, *options_.head, 0};
+    const ModelConfig& config = source_.config();
+    report_.matrices.push_back(
+        {.name = kHeadName, .rows = config.vocab_size, .cols = config.hidden_size});
     return {};
   }
 
@@ -187,12 +209,10 @@ class Quantizer {
         return Error{ErrorCode::kCancelled, "interrupted"};
       }
       Hash(tensor);
-      const std::string matrix = MatrixOf(tensor.name);
-      const auto target = targets_.find(matrix);
-      if (target == targets_.end()) {
-        RETURN_IF_ERROR(file.Write(tensor.name, BytesOf(tensor.view)));
-      } else {
-        const auto written = WriteMatrix(matrix, target->second, tensor.view, &file);
+      const WrittenAs to = OutputsOf(tensor.name);
+      if (!to.tensor.empty()) RETURN_IF_ERROR(file.Write(to.tensor, BytesOf(tensor.view)));
+      if (!to.matrix.empty()) {
+        const auto written = WriteMatrix(to.matrix, targets_.at(to.matrix), tensor.view, &file);
         if (!written) {
           const std::string where = source_.directory().string() + ": tensor " + tensor.name + ": ";
           return Error{written.error().code, where + written.error().message};
@@ -214,18 +234,31 @@ class Quantizer {
                                            : "";
   }
 
+  // A head that is tied has codes beside the table, which then is the only matrix of floats of the
+  // two: a checkpoint may have it under either name, or both.
+  WrittenAs OutputsOf(const std::string& tensor) const {
+    const std::string matrix = MatrixOf(tensor);
+    if (options_.head && source_.config().tie_word_embeddings) {
+      const std::string table = std::string(kTableName) + ".weight";
+      const bool is_table =
+          source_.Find(table) != nullptr ? matrix == kTableName : matrix == kHeadName;
+      if (is_table) return {table, kHeadName};
+      if (matrix == kHeadName) return {};
+    }
+    return targets_.contains(matrix) ? WrittenAs{"", matrix} : WrittenAs{tensor, ""};
+  }
+
   std::vector<TensorToWrite> Outputs() const {
     std::vector<TensorToWrite> outputs;
     for (const CheckpointTensor& tensor : source_.tensors()) {
-      const std::string matrix = MatrixOf(tensor.name);
-      if (!targets_.contains(matrix)) {
-        outputs.push_back({tensor.name, tensor.view.dtype, tensor.view.shape});
-        continue;
-      }
+      const auto [name, matrix] = OutputsOf(tensor.name);
+      if (!name.empty()) outputs.push_back({name, tensor.view.dtype, tensor.view.shape});
+      if (matrix.empty()) continue;
+      const LowBitSpec& spec = targets_.at(matrix).spec;
       const int64_t rows = tensor.view.shape[0], cols = tensor.view.shape[1];
-      outputs.push_back({matrix + ".weight_codes", DType::kU8, {rows, spec_.RowBytes(cols)}});
-      outputs.push_back({matrix + ".weight_scales", DType::kF16, {rows, spec_.Groups(cols)}});
-      if (!HasStaticActivations(spec_)) continue;
+      outputs.push_back({matrix + ".weight_codes", DType::kU8, {rows, spec.RowBytes(cols)}});
+      outputs.push_back({matrix + ".weight_scales", DType::kF16, {rows, spec.Groups(cols)}});
+      if (!HasStaticActivations(spec)) continue;
       outputs.push_back({matrix + ".input_clip", DType::kF32, {1}});
     }
     return outputs;
@@ -259,13 +292,13 @@ class Quantizer {
     for (int64_t i = 0; i < count; ++i) weights[i] = ElementAsFloat(stored, i);
     ASSIGN_OR_RETURN(
         const EncodedLowBit encoded,
-        EncodeLowBit({.spec = spec_,
+        EncodeLowBit({.spec = target.spec,
                       .rows = matrix.rows,
                       .cols = matrix.cols,
                       .weights = weights,
                       .hessian = factor == nullptr ? nullptr : inputs.statistics->hessian(),
                       .factor = factor,
-                      .prune = ShareToPrune(name),
+                      .prune = target.prune,
                       .scale = options_.scale,
                       .threads = options_.threads}));
     if (--inputs.matrices_left == 0) inputs.factor.reset();
@@ -273,7 +306,7 @@ class Quantizer {
     const auto scales = std::as_bytes(std::span(encoded.scales));
     RETURN_IF_ERROR(file->Write(name + ".weight_codes", codes));
     RETURN_IF_ERROR(file->Write(name + ".weight_scales", scales));
-    if (HasStaticActivations(spec_)) {
+    if (HasStaticActivations(target.spec)) {
       const std::span<const float> clip(&inputs.clip.range, 1);
       RETURN_IF_ERROR(file->Write(name + ".input_clip", std::as_bytes(clip)));
     }
@@ -286,18 +319,14 @@ class Quantizer {
     return {};
   }
 
-  double ShareToPrune(const std::string& matrix) const {
-    const PruneRule* const rule = FindPruneRule(options_.prune_matrices, matrix);
-    return rule == nullptr ? options_.prune : rule->share;
-  }
-
   std::map<std::string, std::string> AskedMetadata() const {
+    const LowBitSpec& spec = options_.spec;
     std::map<std::string, std::string> metadata = {
         {"format", "pt"},
-        {"scheme", LowBitSchemeName(spec_.scheme)},
-        {"bits", std::to_string(spec_.bits)},
-        {"group_size", std::to_string(spec_.group_size)},
-        {"activation_bits", std::to_string(spec_.activation_bits)},
+        {"scheme", LowBitSchemeName(spec.scheme)},
+        {"bits", std::to_string(spec.bits)},
+        {"group_size", std::to_string(spec.group_size)},
+        {"activation_bits", std::to_string(spec.activation_bits)},
         {"scale", LowBitScaleName(options_.scale)},
         {"prune", ShortestText(options_.prune)}};
     std::string rules;
@@ -305,12 +334,15 @@ class Quantizer {
       rules += (rules.empty() ? "" : ",") + rule.pattern + "=" + ShortestText(rule.share);
     }
     if (!rules.empty()) metadata["prune_matrices"] = rules;
+    if (const auto& head = options_.head) {
+      metadata["head"] =
+          std::string(LowBitSchemeName(head->scheme)) + " " + std::to_string(head->bits);
+    }
     return metadata;
   }
 
   const Checkpoint& source_;
   const QuantizeOptions& options_;
-  const LowBitSpec spec_;
   std::deque<SharedInputs> inputs_;              // of each stack; do not move
   std::map<std::string, MatrixTarget> targets_;  // by matrix
   QuantizedCheckpoint report_;
@@ -349,23 +381,26 @@ const PruneRule* FindPruneRule(std::span<const PruneRule> rules, std::string_vie
 }
 
 Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& options) {
-  const LowBitSpec& spec = options.spec;
-  CHECK(spec.valid(), "a spec that is not valid");
+  CHECK(options.spec.valid() && (!options.head || options.head->valid()), "a valid spec");
   const ModelConfig& config = source.config();
   if (config.low_bit) {
     return InvalidArgument((source.directory() / kConfigFile).string() +
                            ": quantization_config: the model is quantized already");
   }
   RETURN_IF_ERROR(LlamaModel::CheckTensors(source));
+  const auto check = [](const std::string& name, int64_t cols, const LowBitSpec& spec) {
+    if (spec.Divides(cols)) return Result<void>();
+    const int64_t unit = std::max(kLowBitUnit, spec.group_size);
+    return Result<void>(InvalidArgument(
+        name + ": " + std::to_string(cols) + " inputs are no multiple of " + std::to_string(unit),
+        "group_size"));
+  };
   std::vector<std::string> names;
   for (const Stack& stack : LayerStacks(config)) {
     for (const Part& part : stack.parts) names.push_back(part.name);
-    if (spec.Divides(stack.cols)) continue;
-    const int64_t unit = std::max(kLowBitUnit, spec.group_size);
-    return InvalidArgument(stack.parts[0].name + ": " + std::to_string(stack.cols) +
-                               " inputs are no multiple of " + std::to_string(unit),
-                           "group_size");
+    RETURN_IF_ERROR(check(stack.parts[0].name, stack.cols, options.spec));
   }
+  if (options.head) RETURN_IF_ERROR(check(kHeadName, config.hidden_size, *options.head));
   for (const PruneRule& rule : options.prune_matrices) {
     const auto matches = [&](const std::string& name) { return rule.Matches(name); };
     if (std::any_of(names.begin(), names.end(), matches)) continue;
@@ -384,13 +419,30 @@ Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptio
     weights += plan.runs ? tensor.view.bytes() : 0;
   }
   std::string largest;
+  const auto look = [&](const std::string& name, const EncodeLowBitArgs& args, bool has_hessian) {
+    const int64_t bytes = EncodingBytes(args, has_hessian);
+    if (bytes <= encoding) return;
+    encoding = bytes;
+    largest = name;
+  };
   for (const Stack& stack : LayerStacks(config)) {
     for (const Part& part : stack.parts) {
-      const int64_t bytes = EncodingBytes(options, part, stack.cols, plan.calibrates);
-      if (bytes <= encoding) continue;
-      encoding = bytes;
-      largest = part.name;
+      look(part.name,
+           {.spec = options.spec,
+            .rows = part.rows,
+            .cols = stack.cols,
+            .prune = ShareToPrune(options, part.name),
+            .threads = options.threads},
+           plan.calibrates);
     }
+  }
+  if (options.head) {
+    look(kHeadName,
+         {.spec = *options.head,
+          .rows = config.vocab_size,
+          .cols = config.hidden_size,
+          .threads = options.threads},
+         false);
   }
   // q, k and v are not encoded one after the other: their factor may be there as well.
   if (plan.calibrates) encoding += FeedbackFactorBytes(config.hidden_size);

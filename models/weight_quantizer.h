@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -29,7 +30,9 @@ const PruneRule* FindPruneRule(std::span<const PruneRule> rules, std::string_vie
 
 // How to encode the matrices of a model's layers.
 struct QuantizeOptions {
-  LowBitSpec spec;  // divides the K of all of them
+  LowBitSpec spec;                   // divides the K of all of them
+  std::optional<LowBitSpec> head{};  // of the matrix of logits, of which nothing is pruned; null:
+                                     // it stays as it is
   LowBitScale scale = LowBitScale::kFree;
   double prune = 0;                         // as of EncodeLowBitArgs
   std::vector<PruneRule> prune_matrices{};  // instead of `prune` where one matches
@@ -54,7 +57,7 @@ struct QuantizedMatrix {
 };
 
 struct QuantizedCheckpoint {
-  std::vector<QuantizedMatrix> matrices;  // in order of layers
+  std::vector<QuantizedMatrix> matrices;  // in order of layers, then the head
   int64_t num_weights = 0;                // of them all
   int64_t low_bit_bytes = 0;              // of their codes and scales
   double zeros = 0;                       // share of `num_weights`
@@ -80,13 +83,15 @@ Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptio
 // Writes to `directory`, which is there and empty:
 //   config.json        the source's, with
 //                      "quantization_config": {"quant_method": "sigma", "scheme", "bits",
-//                      "group_size", "activation_bits", "scale"}
-//   model.safetensors  every "<name>.weight" of a layer's matrix as the tensors of
-//                      Checkpoint::GetLowBit, "<name>.input_clip" for static activations alone; all
-//                      others as stored. "__metadata__": "format" pt, "scheme", "bits",
-//                      "group_size", "activation_bits", "scale", "prune" as asked, "zeros" as
-//                      reached; "prune_matrices", if there are rules, PATTERN=SHARE in their order
-//                      with commas between them; "source" FNV-1a of 64 bits over the source's
+//                      "group_size", "activation_bits", "scale", "head" if there is one}
+//   model.safetensors  every "<name>.weight" of a layer's matrix, and of a head that is coded, as
+//                      the tensors of Checkpoint::GetLowBit, "<name>.input_clip" for static
+//                      activations alone; all others as stored. A tied head has codes beside the
+//                      table, which is then called "model.embed_tokens". "__metadata__": "format"
+//                      pt, "scheme", "bits", "group_size", "activation_bits", "scale", "prune" as
+//                      asked, "zeros" as reached; "prune_matrices", if there are rules,
+//                      PATTERN=SHARE in their order with commas between them; "head", if there is
+//                      one, its scheme and bits; "source" FNV-1a of 64 bits over the source's
 //                      tensors by name: name, dtype, shape (each of these with a newline after it)
 //                      and data
 //   and copies of the source's other regular files but weights and their indices.

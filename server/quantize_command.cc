@@ -54,6 +54,7 @@ Result<PruneRule> ReadPruneRule(const std::string& text) {
 // All but what is known only when calibration is over.
 Result<QuantizeOptions> QuantizeOptionsOf(const QuantizeArgs& args, const LowBitSpec& spec) {
   QuantizeOptions options{.spec = spec, .prune = args.prune};
+  ASSIGN_OR_RETURN(options.head, HeadSpecOf(args.weights));
   const auto scale = FindLowBitScale(args.scale);
   if (!scale) return InvalidArgument("--scale: expected free or pow2, found " + args.scale);
   options.scale = *scale;
@@ -312,6 +313,7 @@ void PrintPruning(const QuantizedCheckpoint& result, const QuantizeOptions& opti
     int64_t matrices = 0, weights = 0;
     double zeros = 0;
     for (const QuantizedMatrix& matrix : result.matrices) {
+      if (matrix.name == kHeadName) continue;
       if (FindPruneRule(options.prune_matrices, matrix.name) != rule) continue;
       ++matrices;
       weights += matrix.rows * matrix.cols;

@@ -199,7 +199,9 @@ class RoundedInput(nn.Module):
 def decode(model, tensors, config):
     """Turns the codes of `tensors`, a checkpoint's, into ".weight" of floats, and makes the
     matrices of `model` round their inputs as the server does. config: "quantization_config"."""
-    spec = LowBitSpec(**{k: v for k, v in config.items() if k != "quant_method"})
+    if config.get("head") is not None:
+        raise ValueError("a head of codes has no counterpart here: quantize without --head-bits")
+    spec = LowBitSpec(**{k: v for k, v in config.items() if k not in ("quant_method", "head")})
     levels = torch.tensor(spec.levels, dtype=torch.float32)
     for name, linear in list(model.named_modules()):
         codes = tensors.pop(name + ".weight_codes", None)

@@ -38,14 +38,15 @@ def run(out, *arguments, **keywords):
 def test_what_it_makes_is_inspected_and_answers():
     with tempfile.TemporaryDirectory() as name:
         out = pathlib.Path(name) / "out"
-        done = run(out, "--scheme", "uniform", "--bits", 8, "--group-size", 128)
+        done = run(out, "--scheme", "uniform", "--bits", 8, "--group-size", 128, "--head-bits", 4)
         assert done.returncode == 0 and done.stderr == "", done.stderr
-        assert "3932160 weights in 8.125 bits each" in done.stdout, done.stdout
+        assert "4194304 weights in 7.875 bits each" in done.stdout, done.stdout
         assert {path.name for path in pathlib.Path(name).iterdir()} == {"out"}
         config = json.loads((out / "config.json").read_text())
         assert config.pop("quantization_config") == {
             "quant_method": "sigma", "scheme": "uniform", "bits": 8, "group_size": 128,
-            "activation_bits": 16, "scale": "free"}
+            "activation_bits": 16, "scale": "free",
+            "head": {"scheme": "apot", "bits": 4, "group_size": 128, "activation_bits": 16}}
         assert config == json.loads((DEMO / "config.json").read_text())
         for file in ("LICENSE", "tokenizer.model", "tokenizer_config.json",
                      "generation_config.json"):
@@ -53,6 +54,7 @@ def test_what_it_makes_is_inspected_and_answers():
         inspected = subprocess.run([BINARY, "inspect", out], capture_output=True, text=True,
                                    timeout=60, check=False)
         assert inspected.returncode == 0, inspected.stderr
+        assert "; head apot 4-bit\n" in inspected.stdout, inspected.stdout
         answers = [subprocess.run([BINARY, "generate", "-c", CONFIG, "--set", f"model.path={path}",
                                    "-p", "Question: Tom has 12 coins. Tom buys 5 more. How many "
                                    "coins does Tom have now?\nAnswer:", "-n", "60"],
@@ -127,6 +129,7 @@ def test_wrong_usage_is_exit_code_2():
                 ("--group-size", ["--group-size", 16]),
                 ("--activation-bits", ["--activation-bits", 2]),
                 ("its clip is learned from inputs", ["--activation-bits", 4]),
+                ("--head-bits", ["--head-bits", 16]),
                 ("--scale", ["--scale", "pow3"]),
                 ("--prune", ["--prune", 0.96]),
                 ("--prune-matrix: expected PATTERN=R", ["--prune-matrix", "*.q_proj"]),

@@ -10,8 +10,9 @@
 #   CALIBRATION   text to calibrate on                 the first 20 of models/demo/eval/recall.jsonl
 #   HELD_OUT      text to measure on, another          the last 20 of them
 #   TOKENS        of each, at most                     16384
-#   SPECS         a list of SCHEME:BITS[:SCALE]        all, pow2 with scale pow2 too, and pow2:4 with fewer
-#                                                      bits of inputs, and pruned
+#   SPECS         a list of SCHEME:BITS[:SCALE]        all, pow2 with scale pow2 too, pow2:4 with fewer
+#                                                      bits of inputs, and pruned, and apot:4 with a
+#                                                      head of 8 and 4 bits
 #   INNERQ        the program                          build/release/innerq, which it builds
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -61,3 +62,7 @@ for activation_bits in 8 4 3; do
   measure "pow2 4, inputs of $activation_bits bits" "${options[@]}" --activation-bits "$activation_bits"
 done
 measure "pow2 4, half pruned" "${options[@]}" --prune 0.5
+options=(--scheme apot --bits 4 --calibration "$calibration" --calibration-tokens "$tokens")
+for head_bits in 8 4; do
+  measure "apot 4, head of $head_bits bits" "${options[@]}" --head-bits "$head_bits"
+done

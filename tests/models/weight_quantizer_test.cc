@@ -15,6 +15,7 @@
 #include "models/files.h"
 #include "models/input_statistics.h"
 #include "models/layer_tensors.h"
+#include "models/llama.h"
 #include "models/safetensors.h"
 #include "models/safetensors_writer.h"
 #include "models/tensor_source.h"
@@ -313,6 +314,59 @@ TEST_F(WeightQuantizerTest, ScalesArePowersOfTwoWhereAskedFor) {
   }
 }
 
+// Tied or not, and under whichever name a tied table is stored.
+TEST_F(WeightQuantizerTest, TheHeadIsEncodedBesideATableOrInItsPlace) {
+  constexpr LowBitSpec kHeadSpec{.scheme = LowBitScheme::kUniform, .bits = 8, .group_size = 32};
+  const json config = json::parse(ReadAll(source_ / "config.json"));
+  const std::vector<StoredTensor> stored = StoredTensors(*Open(source_));
+  const std::string table = "model.embed_tokens.weight", head = "lm_head.weight";
+  for (const auto& [tied, names] : std::vector<std::pair<bool, std::vector<std::string>>>{
+           {true, {table}}, {true, {head}}, {true, {table, head}}, {false, {table, head}}}) {
+    json changed = config;
+    changed["tie_word_embeddings"] = tied;
+    WriteAll(source_ / "config.json", changed.dump());
+    std::vector<StoredTensor> tensors;
+    for (const StoredTensor& tensor : stored) {
+      if (tensor.name != table) tensors.push_back(tensor);
+      for (const std::string& name : names) {
+        if (tensor.name != table) continue;
+        tensors.push_back(tensor);
+        tensors.back().name = name;
+      }
+    }
+    WriteAll(source_ / "model.safetensors", Safetensors(tensors));
+    const QuantizedCheckpoint result =
+        Quantized({.spec = kSpec, .head = kHeadSpec, .prune = 0.5, .prune_matrices = {{"*", 0.5}}});
+    ASSERT_EQ(result.matrices.size(), 15u);
+    const QuantizedMatrix& matrix = result.matrices.back();
+    EXPECT_EQ(matrix.name, "lm_head");
+    EXPECT_EQ(matrix.rows, 128);
+    EXPECT_EQ(matrix.cols, 64);
+    EXPECT_LT(matrix.error, 1e-4) << "8 bits";
+    EXPECT_LT(matrix.zeros, 0.05) << "it is not pruned";
+
+    const auto output = Open(output_);
+    ASSERT_NE(output, nullptr);
+    EXPECT_EQ(output->config().low_bit_head, kHeadSpec);
+    EXPECT_TRUE(LlamaModel::CheckTensors(*output).ok());
+    EXPECT_EQ(output->metadata().at("head"), "uniform 8");
+    EXPECT_EQ(output->Find(head), nullptr);
+    const auto floats = output->Get(table, {128, 64});
+    ASSERT_TRUE(floats.ok()) << floats.error().message;
+    const auto codes = output->GetLowBit("lm_head", {128, 64});
+    ASSERT_TRUE(codes.ok()) << codes.error().message;
+    double error = 0, squares = 0;
+    for (int64_t i = 0; i < 128 * 64; ++i) {
+      const double w = ElementAsFloat(*floats, i);
+      error += std::pow(codes->Value(i / 64, i % 64) - w, 2);
+      squares += w * w;
+    }
+    EXPECT_NEAR(matrix.error, error / squares, 1e-6);
+    std::filesystem::remove_all(output_);
+    std::filesystem::create_directory(output_);
+  }
+}
+
 TEST(PruneRule, StarsStandForAnyCharacters) {
   const auto matches = [](const std::string& pattern) {
     return PruneRule{.pattern = pattern}.Matches("model.layers.10.mlp.down_proj");
@@ -504,6 +558,10 @@ TEST_F(WeightQuantizerTest, RefusesWhatItCannotQuantize) {
             "model.layers.0.mlp.down_proj: 96 inputs are no multiple of 64");
   EXPECT_EQ(no_groups.error().param, "group_size");
   EXPECT_TRUE(std::filesystem::is_empty(output_)) << "nothing was written yet";
+  const auto no_head = Quantize({.spec = kSpec, .head = LowBitSpec{.group_size = 128}});
+  ASSERT_FALSE(no_head.ok());
+  EXPECT_EQ(no_head.error().message, "lm_head: 64 inputs are no multiple of 128");
+  EXPECT_EQ(no_head.error().param, "group_size");
 
   const auto no_matrix = Quantize({.spec = kSpec, .prune_matrices = {{"*", 0}, {"*.head", 0}}});
   ASSERT_FALSE(no_matrix.ok());

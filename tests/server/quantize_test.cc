@@ -154,8 +154,16 @@ TEST_F(QuantizeTest, CalibratesAndMeasuresOnWhatIsLeft) {
   EXPECT_NE(four.text.find("error: squared, relative, of the outputs"), std::string::npos);
   EXPECT_NE(four.text.find("calibration texts that calibration did not use"), std::string::npos);
   EXPECT_NE(four.text.find("3932160 weights in 4.250 bits each"), std::string::npos) << four.text;
+  EXPECT_EQ(four.text.find("| lm_head "), std::string::npos) << four.text;
   EXPECT_GT(four.kl, 0) << four.text;
   EXPECT_LT(four.kl, 0.1) << four.text;
+
+  args.output = directory_.path() / "with_head";
+  args.weights.head_bits = 8;
+  const Measured with_head = Run(args);
+  EXPECT_NE(with_head.text.find("| lm_head   |        1 |"), std::string::npos) << with_head.text;
+  EXPECT_NEAR(with_head.kl, four.kl, 0.1 * four.kl) << with_head.text;
+  EXPECT_NE(with_head.kl, four.kl) << with_head.text;
 }
 
 TEST_F(QuantizeTest, StaticActivationsAreClippedAndWeightsPruned) {
@@ -209,6 +217,8 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
           "--activation-bits: expected 3, 4, 8 or 16");
   refuses([](auto& args) { args.weights.activation_bits = 3; },
           "--activation-bits 3 takes --calibration: its clip is learned from inputs");
+  refuses([](auto& args) { args.weights.head_bits = 5; },
+          "--head-bits: expected 2, 3, 4 or 8, found 5");
   refuses([](auto& args) { args.scale = "pow3"; }, "--scale: expected free or pow2, found pow3");
   refuses([](auto& args) { args.prune = 0.96; }, "--prune: expected a share in [0, 0.95]");
   refuses([](auto& args) { args.prune = std::nan(""); }, "--prune: ");
