@@ -16,6 +16,9 @@ struct LowBitArgs {
   int activation_bits = 16;
 };
 
+// The bits of all schemes, in words.
+std::string KnownLowBitBits();
+
 // Errors: invalid argument, naming the option.
 Result<LowBitSpec> SpecOf(const LowBitArgs& args);
 
