@@ -52,6 +52,23 @@ inline std::optional<LowBitScheme> FindLowBitScheme(std::string_view name) {
   return std::nullopt;
 }
 
+// Whether a scheme has codes of B bits, and all B of which it has some, in words.
+constexpr bool HasLowBitCodes(LowBitScheme scheme, int bits) {
+  if (scheme == LowBitScheme::kApot) return bits == 4;
+  return (bits >= 2 && bits <= 4) || (bits == 8 && scheme == LowBitScheme::kUniform);
+}
+constexpr const char* LowBitSchemeBits(LowBitScheme scheme) {
+  switch (scheme) {
+    case LowBitScheme::kPow2:
+      return "2, 3 or 4";
+    case LowBitScheme::kApot:
+      return "4";
+    case LowBitScheme::kUniform:
+      return "2, 3, 4 or 8";
+  }
+  return "?";
+}
+
 // What T may be: any number, or a power of two or zero. Products are computed alike.
 enum class LowBitScale { kFree, kPow2 };
 
@@ -84,20 +101,16 @@ constexpr int64_t kLowBitUnit = 32;
 // How a matrix is held and multiplied.
 struct LowBitSpec {
   LowBitScheme scheme = LowBitScheme::kPow2;
-  int bits = 4;              // B: 2, 3 or 4; apot 4 alone, uniform also 8
+  int bits = 4;              // B: as HasLowBitCodes says
   int64_t group_size = 64;   // 32, 64 or 128 inputs, or 0: all of an output
   int activation_bits = 16;  // A: 3, 4, 8 or 16
 
   bool operator==(const LowBitSpec&) const = default;
 
   bool valid() const {
-    const bool known_bits =
-        scheme == LowBitScheme::kApot
-            ? bits == 4
-            : (bits >= 2 && bits <= 4) || (bits == 8 && scheme == LowBitScheme::kUniform);
     const bool known_group =
         group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128;
-    return known_bits && known_group &&
+    return HasLowBitCodes(scheme, bits) && known_group &&
            (activation_bits == 3 || activation_bits == 4 || activation_bits == 8 ||
             activation_bits == 16);
   }

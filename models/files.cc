@@ -68,4 +68,8 @@ Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_
   return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
+Error CannotWrite(const std::filesystem::path& path, const std::string& reason) {
+  return {ErrorCode::kUnavailable, "cannot write " + path.string() + ": " + reason};
+}
+
 }  // namespace innerq

@@ -1,4 +1,5 @@
-// MappedFile and ReadTextFile: how this layer reads the files of a model directory.
+// MappedFile and ReadTextFile: how this layer reads the files of a model directory; and what it
+// says where it cannot write one.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +35,9 @@ class MappedFile {
 
 // The whole content of a file of at most `max_bytes`. Errors: not found, data loss.
 Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_bytes);
+
+// Unavailable, with path and reason.
+Error CannotWrite(const std::filesystem::path& path, const std::string& reason);
 
 // Largest JSON or tokenizer file that is read; real ones stay below 20 MB.
 constexpr int64_t kMaxTextFileBytes = 100'000'000;

@@ -249,7 +249,7 @@ Result<LowBitSpec> ReadLowBitSpec(KeyReader& keys) {
   spec.scheme = *scheme;
   spec.bits = static_cast<int>(bits);
   keys.Require(spec.valid(), "bits",
-               "2, 3 or 4 (4 alone where scheme is apot), or 8 where it is uniform");
+               std::string(LowBitSchemeBits(*scheme)) + " for scheme " + LowBitSchemeName(*scheme));
   spec.group_size = group_size;
   keys.Require(spec.valid(), "group_size", "0, 32, 64 or 128");
   spec.activation_bits = static_cast<int>(activation_bits);

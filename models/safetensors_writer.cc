@@ -8,16 +8,13 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
+#include "models/files.h"
+
 namespace innerq {
 namespace {
 
 constexpr int64_t kMetadataBytes = 2048;  // room in the header for what is known in the end
 constexpr int64_t kAlignment = 8;         // of the data
-
-Error CannotWrite(const std::filesystem::path& path, int error_number) {
-  return {ErrorCode::kUnavailable,
-          "cannot write " + path.string() + ": " + std::strerror(error_number)};
-}
 
 }  // namespace
 
@@ -58,11 +55,11 @@ Result<SafetensorsWriter> SafetensorsWriter::Create(const std::filesystem::path&
   constexpr mode_t kMode = 0666;
   SafetensorsWriter writer(path, std::move(tensors), std::move(metadata));
   writer.fd_ = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_CREAT | O_EXCL, kMode);
-  if (writer.fd_ < 0) return CannotWrite(path, errno);
+  if (writer.fd_ < 0) return CannotWrite(path, std::strerror(errno));
   // A disk that is too small shows now, not after hours.
   if (::fallocate(writer.fd_, 0, 0, writer.bytes()) != 0 && errno != EOPNOTSUPP &&
       errno != ENOSYS && errno != EINTR) {
-    return CannotWrite(path, errno);
+    return CannotWrite(path, std::strerror(errno));
   }
   return writer;
 }
@@ -88,7 +85,9 @@ Result<void> SafetensorsWriter::Finish(const std::map<std::string, std::string>&
   std::memcpy(file_begin.data(), &header_bytes, sizeof(header_bytes));  // little-endian hosts
   file_begin += header;
   RETURN_IF_ERROR(WriteAt(0, std::as_bytes(std::span(file_begin))));
-  if (::fsync(fd_) != 0 || ::close(std::exchange(fd_, -1)) != 0) return CannotWrite(path_, errno);
+  if (::fsync(fd_) != 0 || ::close(std::exchange(fd_, -1)) != 0) {
+    return CannotWrite(path_, std::strerror(errno));
+  }
   return {};
 }
 
@@ -109,7 +108,7 @@ Result<void> SafetensorsWriter::WriteAt(int64_t offset, std::span<const std::byt
   while (!data.empty()) {
     const ssize_t written = ::pwrite(fd_, data.data(), data.size(), offset);
     if (written < 0 && errno == EINTR) continue;
-    if (written < 0) return CannotWrite(path_, errno);
+    if (written < 0) return CannotWrite(path_, std::strerror(errno));
     offset += written;
     data = data.subspan(static_cast<size_t>(written));
   }

@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "kernels/float16.h"
+#include "models/fnv1a.h"
 
 namespace innerq {
 namespace {
@@ -60,11 +61,10 @@ uint64_t HashCounter(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// FNV-1a.
 uint64_t HashName(const std::string& name) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  return hash;
+  Fnv1a hash;
+  hash.Add(std::as_bytes(std::span(name)));
+  return hash.value();
 }
 
 class RandomSource : public TensorSource {

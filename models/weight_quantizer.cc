@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <fstream>
@@ -16,6 +18,7 @@
 #include "kernels/cpu/low_bit_encoder.h"
 #include "kernels/cpu/low_bit_hessian.h"
 #include "models/files.h"
+#include "models/fnv1a.h"
 #include "models/layer_tensors.h"
 #include "models/llama.h"
 #include "models/safetensors_writer.h"
@@ -26,28 +29,6 @@ namespace {
 constexpr char kConfigFile[] = "config.json";
 constexpr char kWeightsFile[] = "model.safetensors";
 constexpr std::string_view kWeightSuffix = ".weight";
-
-// FNV-1a of 64 bits (Fowler, Noll and Vo; draft-eastlake-fnv).
-class Fnv1a {
- public:
-  void Add(std::span<const std::byte> bytes) {
-    for (const std::byte byte : bytes) {
-      hash_ = (hash_ ^ static_cast<uint64_t>(byte)) * 0x100000001b3u;
-    }
-  }
-  void AddLine(const std::string& text) {
-    const std::string line = text + "\n";
-    Add(std::as_bytes(std::span(line)));
-  }
-  std::string Hex() const {
-    std::string text;
-    for (int shift = 60; shift >= 0; shift -= 4) text += "0123456789abcdef"[hash_ >> shift & 15];
-    return text;
-  }
-
- private:
-  uint64_t hash_ = 0xcbf29ce484222325u;
-};
 
 // What the matrices of a stack have in common.
 struct SharedInputs {
@@ -104,14 +85,10 @@ Result<std::string> ConfigWith(const QuantizeOptions& options,
   return text + "\n  }\n}\n";
 }
 
-Error WriteError(const std::filesystem::path& path, const std::string& reason) {
-  return {ErrorCode::kUnavailable, "cannot write " + path.string() + ": " + reason};
-}
-
 Result<void> WriteText(const std::filesystem::path& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
   file << text << std::flush;
-  if (!file) return WriteError(path, std::strerror(errno));
+  if (!file) return CannotWrite(path, std::strerror(errno));
   return {};
 }
 
@@ -134,7 +111,7 @@ Result<void> CopyOthers(const std::filesystem::path& from, const std::filesystem
     if (!it->is_regular_file(unseen) || IsReplaced(it->path().filename().string())) continue;
     const std::filesystem::path copy = to / it->path().filename();
     std::filesystem::copy_file(it->path(), copy, failed);
-    if (failed) return WriteError(copy, failed.message());
+    if (failed) return CannotWrite(copy, failed.message());
   }
   if (failed) {
     return Error{ErrorCode::kUnavailable, "cannot read " + from.string() + ": " + failed.message()};
@@ -221,8 +198,10 @@ class Quantizer {
       done += tensor.view.bytes();
     }
     report_.zeros = zeros_ / static_cast<double>(report_.num_weights);
+    char hash[17];  // of hexadecimal digits, and a zero
+    std::snprintf(hash, sizeof(hash), "%016" PRIx64, hash_.value());
     RETURN_IF_ERROR(file.Finish(
-        {{"zeros", ShortestText(report_.zeros)}, {"source", "fnv1a64:" + hash_.Hex()}}));
+        {{"zeros", ShortestText(report_.zeros)}, {"source", std::string("fnv1a64:") + hash}}));
     report_.file_bytes = file.bytes();
     return std::move(report_);
   }
@@ -265,9 +244,9 @@ class Quantizer {
   }
 
   void Hash(const CheckpointTensor& tensor) {
-    hash_.AddLine(tensor.name);
-    hash_.AddLine(DTypeName(tensor.view.dtype));
-    hash_.AddLine(tensor.view.shape.ToString());
+    const std::string lines = tensor.name + "\n" + DTypeName(tensor.view.dtype) + "\n" +
+                              tensor.view.shape.ToString() + "\n";
+    hash_.Add(std::as_bytes(std::span(lines)));
     hash_.Add(BytesOf(tensor.view));
   }
 

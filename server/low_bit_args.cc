@@ -5,18 +5,6 @@
 namespace innerq {
 namespace {
 
-const char* KnownBits(LowBitScheme scheme) {
-  switch (scheme) {
-    case LowBitScheme::kPow2:
-      return "2, 3 or 4";
-    case LowBitScheme::kApot:
-      return "4";
-    case LowBitScheme::kUniform:
-      return "2, 3, 4 or 8";
-  }
-  return "?";
-}
-
 // What costs a model the least, see README.
 LowBitScheme BestScheme(int bits) {
   if (bits == 4) return LowBitScheme::kApot;
@@ -24,6 +12,16 @@ LowBitScheme BestScheme(int bits) {
 }
 
 }  // namespace
+
+std::string KnownLowBitBits() {
+  std::string text;
+  for (const LowBitScheme scheme :
+       {LowBitScheme::kPow2, LowBitScheme::kApot, LowBitScheme::kUniform}) {
+    text += fmt::format("{}{} for {}", text.empty() ? "" : "; ", LowBitSchemeBits(scheme),
+                        LowBitSchemeName(scheme));
+  }
+  return text;
+}
 
 Result<LowBitSpec> SpecOf(const LowBitArgs& args) {
   LowBitSpec spec;  // valid; what a change makes invalid is the change's fault
@@ -34,8 +32,11 @@ Result<LowBitSpec> SpecOf(const LowBitArgs& args) {
   spec.scheme = *scheme;
   spec.bits = args.bits;
   if (!spec.valid()) {
-    return InvalidArgument(fmt::format("--bits: expected {} for --scheme {}, found {}",
-                                       KnownBits(*scheme), LowBitSchemeName(*scheme), args.bits));
+    const std::string known = args.scheme.empty()
+                                  ? KnownLowBitBits()
+                                  : fmt::format("{} for --scheme {}", LowBitSchemeBits(*scheme),
+                                                LowBitSchemeName(*scheme));
+    return InvalidArgument(fmt::format("--bits: expected {}, found {}", known, args.bits));
   }
   spec.group_size = args.group_size;
   if (!spec.valid()) {

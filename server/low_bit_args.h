@@ -18,6 +18,9 @@ struct LowBitArgs {
   int head_bits = 0;  // of the matrix of logits; 0: it stays as it is
 };
 
+// The bits of all schemes, in words.
+std::string KnownLowBitBits();
+
 // Errors: invalid argument, naming the option.
 Result<LowBitSpec> SpecOf(const LowBitArgs& args);
 

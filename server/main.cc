@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -147,31 +146,24 @@ CLI::App* AddEval(CLI::App* app, innerq::ConfigSource* source, innerq::EvalArgs*
   return eval;
 }
 
-// How weights are coded. Returns the option that chooses the scheme.
+// How weights are coded; SpecOf tells what there is. Returns the option that chooses the scheme.
 CLI::Option* AddLowBitOptions(CLI::App* command, innerq::LowBitArgs* args) {
-  CLI::Option* const scheme =
-      command
-          ->add_option(
-              "--scheme", args->scheme,
-              "Levels of weights: powers of two (pow2), sums of two of them (apot), or "
-              "evenly spaced (uniform). Default: apot for 4 bits, uniform for 8, else pow2")
-          ->check(CLI::IsMember({"pow2", "apot", "uniform"}));
-  const auto add = [&](const char* name, auto& value, const char* what,
-                       const std::set<int>& known) {
-    command->add_option(name, value, what)->check(CLI::IsMember(known))->capture_default_str();
+  CLI::Option* const scheme = command->add_option(
+      "--scheme", args->scheme,
+      "Levels of weights: powers of two (pow2), sums of two of them (apot), or evenly spaced "
+      "(uniform). Default: apot for 4 bits, uniform for 8, else pow2");
+  const auto add = [&](const char* name, auto& value, const std::string& what) {
+    command->add_option(name, value, what)->capture_default_str();
   };
-  add("--bits", args->bits, "Of a weight: 2, 3, 4; apot 4 alone, uniform also 8", {2, 3, 4, 8});
+  add("--bits", args->bits, "Of a weight: " + innerq::KnownLowBitBits());
   add("--group-size", args->group_size,
-      "Weights of an output that share a scale: 32, 64, 128; 0: all", {0, 32, 64, 128});
+      "Weights of an output that share a scale: 32, 64, 128; 0: all");
   add("--activation-bits", args->activation_bits,
       "Of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned from "
-      "calibration",
-      {3, 4, 8, 16});
-  command
-      ->add_option("--head-bits", args->head_bits,
-                   "Of a weight of the matrix of logits (lm_head): 2, 3, 4, 8, by the default "
-                   "scheme. Default: it stays as it is")
-      ->check(CLI::IsMember(std::set<int>{2, 3, 4, 8}));
+      "calibration");
+  add("--head-bits", args->head_bits,
+      "Of a weight of lm_head, the matrix of logits: 2, 3, 4 or 8, by the default scheme; 0: it "
+      "stays as it is");
   return scheme;
 }
 
@@ -236,10 +228,10 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
       ->add_option("--scale", args->scale,
                    "Scales of weights: any number (free), or powers of two (pow2), so that all "
                    "products are shifts but for what a row of inputs is scaled by")
-      ->check(CLI::IsMember({"free", "pow2"}))
       ->capture_default_str();
-  quantize->add_option("--prune", args->prune, "Share of weights to make zero, the smallest")
-      ->check(CLI::Range(0.0, 0.95))
+  quantize
+      ->add_option("--prune", args->prune,
+                   "Share of weights to make zero, the smallest; up to 0.95")
       ->capture_default_str();
   quantize
       ->add_option("--prune-matrix", args->prune_matrices,

@@ -108,6 +108,17 @@ TEST(LowBitWeight, TheNearestCodeIsNearest) {
   }
 }
 
+TEST(LowBitWeight, BitsOfASchemeAreTold) {
+  for (const LowBitScheme scheme :
+       {LowBitScheme::kPow2, LowBitScheme::kApot, LowBitScheme::kUniform}) {
+    const std::string words = LowBitSchemeBits(scheme);
+    for (int bits = 0; bits <= 9; ++bits) {
+      EXPECT_EQ(words.find(std::to_string(bits)) != words.npos, HasLowBitCodes(scheme, bits))
+          << LowBitSchemeName(scheme) << " " << bits;
+    }
+  }
+}
+
 TEST(LowBitWeight, StringsHoldTheirCodes) {
   for (const int bits : {2, 3, 4, 8}) {
     std::vector<uint8_t> codes(static_cast<size_t>(64 * bits / 8), 0);

@@ -6,6 +6,7 @@
 
 #include "models/checkpoint.h"
 #include "models/llama.h"
+#include "tests/kernels/low_bit_case.h"
 #include "tests/models/low_bit_files.h"
 #include "tests/models/step_harness.h"
 #include "tests/models/test_files.h"
@@ -106,16 +107,6 @@ class LowBitLoadTest : public testing::Test {
   LowBitTensors stored_;
 };
 
-std::vector<LowBitSpec> EverySpec() {
-  std::vector<LowBitSpec> all;
-  for (const int64_t group : {32, 0}) {
-    for (const int bits : {2, 3, 4}) all.push_back({LowBitScheme::kPow2, bits, group});
-    all.push_back({LowBitScheme::kApot, 4, group});
-    for (const int bits : {2, 3, 4, 8}) all.push_back({LowBitScheme::kUniform, bits, group});
-  }
-  return all;
-}
-
 int64_t LargestOf(const std::vector<float>& row) {
   return std::max_element(row.begin(), row.end()) - row.begin();
 }
@@ -127,7 +118,7 @@ int64_t LargestOf(const std::vector<float>& row) {
 // and values move by 1.4e-4, as F16 rounds them. So 1e-3 are expected, 2e-3 seen, and the bound
 // allows 1e-2.
 TEST_F(LowBitLoadTest, CodesGiveTheLogitsOfTheirDecodedWeights) {
-  for (const LowBitSpec& spec : EverySpec()) {
+  for (const LowBitSpec& spec : LowBitSpecs({32, 0}, {16})) {
     const std::string what = std::string(LowBitSchemeName(spec.scheme)) + " " +
                              std::to_string(spec.bits) + " bits, groups of " +
                              std::to_string(spec.group_size);

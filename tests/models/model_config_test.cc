@@ -351,7 +351,7 @@ TEST_F(ModelConfigTest, SumsOfTwoPowersHaveFourBits) {
   json file = Llama2Config();
   file["quantization_config"] = SigmaConfig();
   file["quantization_config"]["scheme"] = "apot";
-  ExpectRefused(Read(file), "quantization_config.bits: expected 2, 3 or 4 (4 alone where");
+  ExpectRefused(Read(file), "quantization_config.bits: expected 4 for scheme apot, found 3");
   file["quantization_config"]["bits"] = 4;
   ASSERT_TRUE(Read(file).ok());
   EXPECT_EQ(Read(file)->low_bit->scheme, LowBitScheme::kApot);

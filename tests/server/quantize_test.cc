@@ -212,6 +212,8 @@ TEST_F(QuantizeTest, RefusesWhatItCannotDo) {
           "--scheme: expected pow2, apot or uniform");
   refuses([](auto& args) { args.weights = {.scheme = "pow2", .bits = 8}; },
           "--bits: expected 2, 3 or 4 for --scheme pow2, found 8");
+  refuses([](auto& args) { args.weights = {.scheme = "", .bits = 5}; },
+          "--bits: expected 2, 3 or 4 for pow2; 4 for apot; 2, 3, 4 or 8 for uniform, found 5");
   refuses([](auto& args) { args.weights.group_size = 48; }, "--group-size: expected 32, 64 or 128");
   refuses([](auto& args) { args.weights.activation_bits = 5; },
           "--activation-bits: expected 3, 4, 8 or 16");
