@@ -433,7 +433,7 @@ Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptio
   };
   return Error{
       ErrorCode::kResourceExhausted,
-      "it takes " + item(weights, "the float model, ") +
+      "quantizing takes " + item(weights, "the float model, ") +
           item(statistics, "statistics of the inputs of all matrices (8 K^2 for K inputs), ") +
           item(encoding, "encoding " + largest) + "; " + std::to_string(available) +
           " are available"};
