@@ -10,8 +10,8 @@
 //   apot     sums of two powers of two (after APoT, arXiv 1909.13144), of 4 bits alone: 0 and +-1,
 //            2, 3, 4, 5, 6 and 8, so L = 8. Codes as those of pow2.
 //   uniform  all of -L to L, L = 2^(B-1) - 1. A code is l + L; the one beyond 2 L stands for L.
-// T is stored as F16 and is not negative. Where every T is a power of two or zero, all products are
-// shifts but for what a row of inputs is scaled by.
+// T is stored as F16 and is not negative. Where every T is a power of two or zero, products with
+// levels of pow2 are shifts but for what a row of inputs is scaled by.
 //
 // Inputs x are rounded to integers as well, q = round(x * (Q / R)) with ties to even, |q| <= Q, in
 // F32. Q is 2^(A-1) - 1 for A activation bits, 127 * 128 for 16. R, the range, is the largest |x|

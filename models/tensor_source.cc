@@ -33,7 +33,7 @@ class CheckpointSource : public TensorSource {
     for (int64_t i = 0; i < matrix.rows * groups; ++i) {
       const float scale = F16ToF32(matrix.scales[i]);
       const bool possible = scale >= 0 && std::isfinite(scale);
-      if (possible && (!pow2 || scale == 0 || IsPowerOfTwoScale(matrix.scales[i]))) continue;
+      if (possible && (!pow2 || IsPowerOfTwoScale(matrix.scales[i]))) continue;
       std::string text(32, '\0');  // the shortest that reads back; scales may be small
       text.resize(static_cast<size_t>(
           std::to_chars(text.data(), text.data() + text.size(), scale).ptr - text.data()));

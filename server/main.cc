@@ -226,8 +226,8 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
   AddLowBitOptions(quantize, &args->weights);
   quantize
       ->add_option("--scale", args->scale,
-                   "Scales of weights: any number (free), or powers of two (pow2), so that all "
-                   "products are shifts but for what a row of inputs is scaled by")
+                   "Scales of weights: any number (free), or powers of two (pow2), so that with "
+                   "--scheme pow2 products are shifts but for what a row of inputs is scaled by")
       ->capture_default_str();
   quantize
       ->add_option("--prune", args->prune,

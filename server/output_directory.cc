@@ -32,7 +32,9 @@ Result<OutputDirectory> OutputDirectory::Create(const std::filesystem::path& pat
                                                 const std::string& option) {
   if (path.empty()) return InvalidArgument(option + ": expected a directory, found nothing");
   std::error_code failed;
-  std::filesystem::path final = std::filesystem::weakly_canonical(path, failed);
+  // Of a relative path of which nothing is there g++ 12 makes no absolute one.
+  std::filesystem::path final = std::filesystem::absolute(path, failed);
+  if (!failed) final = std::filesystem::weakly_canonical(final, failed);
   if (failed) return CannotCreate(path, failed.message());
   if (!final.has_filename()) final = final.parent_path();  // "out/"
   if (std::filesystem::exists(final, failed) &&

@@ -284,9 +284,9 @@ void PrintMatrices(const QuantizedCheckpoint& result, const Windows& calibration
                calibration.texts.size());
   }
   fmt::print(
-      "means over layers; alpha: the clip in standard deviations, of weights and of static "
-      "inputs; error: squared, relative, of {}\n\n",
-      calibrated ? "the outputs" : "the weights");
+      "means over layers; alpha: the clip in standard deviations, of weights before scales are "
+      "refined and of static inputs; error: squared, relative, of {}\n\n",
+      calibrated ? "the outputs (lm_head: of the weights)" : "the weights");
   fmt::print("| matrix    | matrices |  alpha | inputs |   zeros |    error | largest |\n");
   fmt::print("|-----------|---------:|-------:|-------:|--------:|---------:|---------|\n");
   std::vector<std::string> kinds;

@@ -340,7 +340,8 @@ Result<EncodedLowBit> LowBitEncoder::Encode() {
     sigmas_[static_cast<size_t>(g)] = Sigma(Group(args_.weights + g * group_size_));
   }
   out_.alpha = LearnAlpha();
-  if (args_.prune > 0 && ShareOfZeros() < args_.prune) {
+  // With scales that are powers of two, alpha does not tell what rounds to zero.
+  if (args_.prune > 0 && (args_.scale == LowBitScale::kPow2 || ShareOfZeros() < args_.prune)) {
     out_.threshold = PruningThreshold();
     threshold_ = static_cast<float>(out_.threshold);
     out_.alpha = LearnAlpha();

@@ -92,10 +92,8 @@ class CudaBackend final : public Backend {
     }
     queue_->Flush();
     RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(queue_->stream()), "waiting for the device");
-    const int64_t rounded_bytes =
-        std::max(limits.max_rows * RoundUp(limits.max_features, kMatMulUnit) *
-                     static_cast<int64_t>(sizeof(uint16_t)),
-                 LowBitInputBytes(limits.max_rows, limits.max_features));
+    // As integers, which take more than BF16.
+    const int64_t rounded_bytes = LowBitInputBytes(limits.max_rows, limits.max_features);
     if (rounded_bytes > rounded_.bytes()) {
       ForgetRounded();
       ASSIGN_OR_RETURN(rounded_, AllocateDevice(rounded_bytes));
@@ -164,7 +162,7 @@ class CudaBackend final : public Backend {
   Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
                                   std::span<const ConstTensorView> bias_parts,
                                   Weight* weight) override {
-    ForgetRounded();
+    has_codes_ = true;
     ASSIGN_OR_RETURN(weight->data, PackCodes(parts, *weight, queue_->stream()));
     return PackBias(bias_parts, weight);
   }
@@ -183,11 +181,12 @@ class CudaBackend final : public Backend {
   // Only the operation right after RmsNorm or SwiGlu may rely on `rounded_`: later its F32 memory
   // may be written or be other memory.
   void ForgetRounded() { rounded_from_ = nullptr; }
-  // Where RmsNorm and SwiGlu leave their out in BF16, for a product that follows; or null.
+  // Where RmsNorm and SwiGlu leave their out in BF16, for a product that follows; or null, as for a
+  // model of codes, of which few products take BF16.
   uint16_t* RoundAlong(const TensorView& out) {
     ForgetRounded();
     const int64_t rows = out.shape[0], width = out.shape[1];
-    if (width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
+    if (has_codes_ || width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
       return nullptr;
     }
     rounded_from_ = out.data;
@@ -457,6 +456,7 @@ class CudaBackend final : public Backend {
   Buffer rounded_;                           // activations of one product in BF16, or as integers
   const std::byte* rounded_from_ = nullptr;  // where they are in F32, or null: not known
   Shape rounded_shape_;
+  bool has_codes_ = false;               // low-bit weights were packed
   Buffer states_;                        // of split attention, or parts of a split product
   Buffer select_keys_;                   // of SelectTop
   Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity

@@ -13,7 +13,7 @@ constexpr int kPiece = 8;  // inputs that a thread rounds at once
 constexpr int kHeld = 4;   // pieces of a thread: rows of up to 16384 inputs are read once
 constexpr int kLowBits = 7;
 
-// The device code of weight [n][k], of level 0 beyond the matrix.
+// The device code of weight [n][k]; any beyond the matrix, where scales or inputs are zero.
 __device__ uint32_t CodeOf(const PackLowBitLaunch& args, int64_t n, int64_t k) {
   const LowBitSpec& spec = args.spec;
   if (n >= args.layout.rows || k >= args.layout.cols) return 0;

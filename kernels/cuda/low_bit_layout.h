@@ -2,7 +2,8 @@
 //
 // M rows, N outputs, K inputs, B bits of a code. A record holds 16 outputs by 256 inputs, the A
 // operands of eight products mma.m16n8k32, or blocks of 32 inputs; the records of a tile of 16
-// outputs follow each other along K. What N and K lack has scales of zero. A record has
+// outputs follow each other along K. What N lacks has scales of zero; what K lacks meets inputs of
+// zero. A record has
 //   codes   B vectors of 16 bytes a lane, [B][32 lanes]: its words, four a vector. Lane 4g + t has
 //           rows g and g + 8, and inputs 8t to 8t + 7 of every block, 16 codes, which fill two
 //           words of eight "nibbles": word w has inputs 4w to 4w + 3 of row g from the lowest
@@ -84,7 +85,8 @@ struct LowBitLayout {
 };
 
 // Rows of inputs as integers, q = low + 128 * high; those of up to 8 bits are low bytes alone:
-//   planes  [low, high][M][K rounded up to records] bytes. Inputs 64p to 64p + 63 of a row, two
+//   planes  [low, high][M][K rounded up to records] bytes, zeros beyond K. Inputs 64p to 64p + 63
+//   of a row, two
 //           blocks, are 16 bytes of every t, [4 t][2 blocks][8]: the B operands of a lane.
 //   starts  [chunks][M rounded up to 8] int32: where the sum of a chunk begins, -L times the sum of
 //           its integers, since levels are multiplied as level + L

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/cuda_memory.h"
@@ -69,28 +70,45 @@ Result<Buffer> PackRows(std::span<const ConstTensorView> parts, const Weight& we
 
 Result<Buffer> PackCodes(std::span<const LowBitMatrix> parts, const Weight& weight,
                          cudaStream_t stream) {
+  constexpr int64_t kSliceBytes = int64_t{1} << 20;  // of codes
   const LowBitSpec& spec = *weight.low_bit;
-  const LowBitLayout layout(spec, weight.rows, weight.cols);
   const int64_t code_bytes = spec.RowBytes(weight.cols);  // of a row
   const int64_t scale_bytes = spec.Groups(weight.cols) * static_cast<int64_t>(sizeof(uint16_t));
-  ASSIGN_OR_RETURN(Buffer codes, AllocateDevice(weight.rows * code_bytes));
-  ASSIGN_OR_RETURN(Buffer scales, AllocateDevice(weight.rows * scale_bytes));
-  int64_t row = 0;
+  const int64_t most_rows =
+      std::min(weight.rows, RoundUp(CeilDiv(kSliceBytes, code_bytes), kRecordOutputs));
+  ASSIGN_OR_RETURN(Buffer codes, AllocateDevice(most_rows * code_bytes));
+  ASSIGN_OR_RETURN(Buffer scales, AllocateDevice(most_rows * scale_bytes));
+  ASSIGN_OR_RETURN(Buffer packed,
+                   AllocateDevice(LowBitLayout(spec, weight.rows, weight.cols).Bytes()));
+  std::byte* out = packed.data();
+  int64_t filled = 0;  // rows of the slice
+  const auto pack = [&]() -> Result<void> {
+    const LowBitLayout layout(spec, std::exchange(filled, 0), weight.cols);
+    const PackLowBitLaunch launch{.spec = spec,
+                                  .layout = layout,
+                                  .codes = reinterpret_cast<const uint8_t*>(codes.data()),
+                                  .scales = reinterpret_cast<const uint16_t*>(scales.data()),
+                                  .out = out};
+    out += layout.Bytes();
+    RETURN_IF_CUDA_ERROR(LaunchPackLowBit(launch, stream), "packing low-bit weights");
+    RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream), "packing low-bit weights");
+    return {};
+  };
   for (const LowBitMatrix& part : parts) {
-    RETURN_IF_ERROR(CopyToDevice(reinterpret_cast<const std::byte*>(part.codes), part.rows,
-                                 code_bytes, code_bytes, codes.data() + row * code_bytes));
-    RETURN_IF_ERROR(CopyToDevice(reinterpret_cast<const std::byte*>(part.scales), part.rows,
-                                 scale_bytes, scale_bytes, scales.data() + row * scale_bytes));
-    row += part.rows;
+    for (int64_t row = 0; row < part.rows;) {
+      const int64_t rows = std::min(part.rows - row, most_rows - filled);
+      RETURN_IF_ERROR(
+          CopyToDevice(reinterpret_cast<const std::byte*>(part.codes) + row * code_bytes, rows,
+                       code_bytes, code_bytes, codes.data() + filled * code_bytes));
+      RETURN_IF_ERROR(
+          CopyToDevice(reinterpret_cast<const std::byte*>(part.scales) + row * scale_bytes, rows,
+                       scale_bytes, scale_bytes, scales.data() + filled * scale_bytes));
+      row += rows;
+      filled += rows;
+      if (filled == most_rows) RETURN_IF_ERROR(pack());
+    }
   }
-  ASSIGN_OR_RETURN(Buffer packed, AllocateDevice(layout.Bytes()));
-  const PackLowBitLaunch launch{.spec = spec,
-                                .layout = layout,
-                                .codes = reinterpret_cast<const uint8_t*>(codes.data()),
-                                .scales = reinterpret_cast<const uint16_t*>(scales.data()),
-                                .out = packed.data()};
-  RETURN_IF_CUDA_ERROR(LaunchPackLowBit(launch, stream), "packing low-bit weights");
-  RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream), "packing low-bit weights");
+  if (filled > 0) RETURN_IF_ERROR(pack());
   return packed;
 }
 

@@ -15,7 +15,7 @@ namespace innerq::cuda {
 Result<Buffer> PackRows(std::span<const ConstTensorView> parts, const Weight& weight);
 
 // Low-bit matrices [n_i, K], stacked, as low_bit_layout.h says. `stream` packs them on the device,
-// where the codes of the file are as well meanwhile; waits for it. Errors: as above.
+// where a MiB of the file's codes at a time is as well; waits for it. Errors: as above.
 Result<Buffer> PackCodes(std::span<const LowBitMatrix> parts, const Weight& weight,
                          cudaStream_t stream);
 

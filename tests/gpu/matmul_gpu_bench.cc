@@ -71,8 +71,8 @@ struct Choice {
   std::vector<std::string> shapes, kernels;  // empty: all
 };
 
-// BF16 bits of normal numbers, over and over. As F16, as which scales among codes are read, they
-// are finite as well.
+// BF16 bits of normal numbers, over and over. As F16, as which scales are read, they are finite as
+// well; as codes they are any.
 void FillWeights(Buffer& pool) {
   std::vector<uint16_t> values(size_t{8} << 20);
   std::mt19937 random(1);
@@ -91,6 +91,7 @@ class Bench {
   Bench(double bandwidth, Choice choice) : bandwidth_(bandwidth), choice_(std::move(choice)) {
     const int64_t most = *std::max_element(choice_.rows.begin(), choice_.rows.end());
     weights_ = *cuda::AllocateDevice(kPoolBytes);
+    packed_ = *cuda::AllocateDevice(kPoolBytes);
     out_ = *cuda::AllocateDevice(kMostOutBytes);
     x_ = *cuda::AllocateDevice(most * kMostColumns * 4);
     rounded_ = *cuda::AllocateDevice(cuda::LowBitInputBytes(most, kMostColumns));
@@ -130,6 +131,7 @@ class Bench {
     const ProductShape& shape;
     int64_t m;
     const char* kernel;
+    const Buffer& weights;  // copies, one after the other
     int64_t weight_bytes;
     std::function<void(const std::byte*weight)> round, multiply;
   };
@@ -152,7 +154,7 @@ class Bench {
         launch.weight = weight;
         CheckCuda(cuda::LaunchMatMul(launch, nullptr), "a product");
       };
-      const Case ours{shape, m, "tiled", bytes, round, multiply};
+      const Case ours{shape, m, "tiled", weights_, bytes, round, multiply};
       Report(ours);
       CheckFirstRow(ours);
     }
@@ -162,7 +164,7 @@ class Bench {
         const Result<void> result = cublas_->Run(launch, shape.k, nullptr);
         CHECK(result.ok(), result.error().message);
       };
-      Report({shape, m, "cublaslt", bytes, round, multiply});
+      Report({shape, m, "cublaslt", weights_, bytes, round, multiply});
     }
     for (const LowBitKernel& kernel : kLowBitKernels) {
       if (Chosen(choice_.kernels, kernel.name)) RunLowBitCase(shape, m, kernel);
@@ -171,6 +173,16 @@ class Bench {
 
   void RunLowBitCase(const ProductShape& shape, int64_t m, const LowBitKernel& kernel) {
     const cuda::LowBitLayout layout(kernel.spec, shape.n, shape.k);
+    for (int64_t copy = 0; copy < kPoolBytes / layout.Bytes(); ++copy) {
+      CheckCuda(
+          cuda::LaunchPackLowBit({.spec = kernel.spec,
+                                  .layout = layout,
+                                  .codes = reinterpret_cast<const uint8_t*>(weights_.data()),
+                                  .scales = reinterpret_cast<const uint16_t*>(weights_.data()),
+                                  .out = packed_.data() + copy * layout.Bytes()},
+                                 nullptr),
+          "packing");
+    }
     const auto round = [&](const std::byte*) {
       CheckCuda(cuda::LaunchRoundLowBit({.spec = kernel.spec,
                                          .layout = layout,
@@ -192,18 +204,18 @@ class Bench {
                                          nullptr),
                 "a product");
     };
-    const Case low_bit{shape, m, kernel.name, layout.Bytes(), round, multiply};
+    const Case low_bit{shape, m, kernel.name, packed_, layout.Bytes(), round, multiply};
     Report(low_bit);
     CheckFirstRow(low_bit);
   }
 
   // Microseconds of a launch.
-  double Measure(const std::function<void(const std::byte*)>& run, int64_t weight_bytes) {
-    const int64_t copies = kPoolBytes / weight_bytes;
+  double Measure(const Case& c, const std::function<void(const std::byte*)>& run) {
+    const int64_t copies = kPoolBytes / c.weight_bytes;
     int64_t next = 0;
     const auto time_of = [&](int calls) {
       CheckCuda(cudaEventRecord(begin_, nullptr), "timing");
-      for (int i = 0; i < calls; ++i) run(weights_.data() + next++ % copies * weight_bytes);
+      for (int i = 0; i < calls; ++i) run(c.weights.data() + next++ % copies * c.weight_bytes);
       CheckCuda(cudaEventRecord(end_, nullptr), "timing");
       CheckCuda(cudaEventSynchronize(end_), "timing");
       float ms = 0;
@@ -220,8 +232,8 @@ class Bench {
 
   // Rounds before it multiplies.
   void Report(const Case& c) {
-    const double rounding_us = Measure(c.round, c.weight_bytes);
-    const double us = Measure(c.multiply, c.weight_bytes);
+    const double rounding_us = Measure(c, c.round);
+    const double us = Measure(c, c.multiply);
     const int64_t bytes = c.weight_bytes + c.m * c.shape.k * 2 + c.m * c.shape.n * 4;
     const double floor_us = static_cast<double>(bytes) / bandwidth_ * 1e6;
     const double flop = 2.0 * static_cast<double>(c.m * c.shape.n * c.shape.k);
@@ -233,7 +245,7 @@ class Bench {
 
   // The first row of out by the first copy of the weights, bit for bit.
   void CheckFirstRow(const Case& c) {
-    c.multiply(weights_.data());
+    c.multiply(c.weights.data());
     std::vector<float> row(static_cast<size_t>(c.shape.n));
     CheckCuda(cudaMemcpy(row.data(), out_.data(), row.size() * 4, cudaMemcpyDefault), "a row");
     std::vector<float>& first = first_rows_[c.kernel];
@@ -245,7 +257,7 @@ class Bench {
 
   const double bandwidth_;  // bytes per second
   const Choice choice_;
-  Buffer weights_, x_, rounded_, out_, parts_;
+  Buffer weights_, packed_, x_, rounded_, out_, parts_;
   int num_multiprocessors_ = 0;
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
   std::unique_ptr<CublasMatMul> cublas_;

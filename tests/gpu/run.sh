@@ -78,7 +78,7 @@ run_tests() { # program filter least
 failed=0
 
 step "every operation against the reference"
-run_tests kernels_test 'Cuda/*' 10 || failed=1
+run_tests kernels_test 'Cuda/*' 12 || failed=1
 
 step "logits do not depend on neighbours, chunks or preemption; golden logits"
 run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 6 || failed=1
@@ -93,8 +93,9 @@ done
 for tool in memcheck racecheck; do
   step "compute-sanitizer $tool"
   if command -v compute-sanitizer >/dev/null; then
-    timeout 180 compute-sanitizer --tool $tool --error-exitcode 9 \
-      $out/kernels_test --gtest_filter='Cuda/ConformanceOfCuda.Every*/deterministic' || failed=1
+    timeout 300 compute-sanitizer --tool $tool --error-exitcode 9 \
+      $out/kernels_test \
+      --gtest_filter='Cuda/ConformanceOfCuda.Every*/deterministic:Cuda/LowBitOnCuda.*/deterministic' || failed=1
   else
     echo "no compute-sanitizer here: skipped"
   fi
@@ -121,7 +122,7 @@ else
 fi
 
 step "products of BF16 and of low-bit weights"
-timeout 180 $out/matmul_gpu_bench || failed=1
+timeout 300 $out/matmul_gpu_bench || failed=1
 
 step "a whole model: one sequence, then 64 of 8192 tokens through a quarter of its layers"
 model=(innerq bench -c configs/innerq_base.json --set backend.device=cuda --set backend.deterministic=false

@@ -332,6 +332,23 @@ TEST(LowBitEncoder, PruningForcesNothingWhereRoundingMakesMoreZeros) {
   EXPECT_EQ(encoded.threshold, 0);
 }
 
+// Where the free scale would round as many to zero, theirs need not.
+TEST(LowBitEncoder, ScalesOfPowersOfTwoArePrunedToTheirTarget) {
+  constexpr int64_t kRows = 16, kCols = 256;
+  const std::vector<float> weights = EncoderWeights(kRows, kCols);
+  for (const int bits : {2, 3, 4}) {
+    for (const double prune : {0.1, 0.4, 0.45, 0.6}) {
+      const EncodedLowBit encoded = MustEncodeLowBit({.spec = {kEncoderPow2, bits, 64},
+                                                      .rows = kRows,
+                                                      .cols = kCols,
+                                                      .weights = weights.data(),
+                                                      .prune = prune,
+                                                      .scale = LowBitScale::kPow2});
+      EXPECT_GE(encoded.zeros, prune - 1.0 / (kRows * kCols)) << bits << " bits";
+    }
+  }
+}
+
 TEST(LowBitEncoder, ErrorFeedbackLowersTheErrorOfOutputs) {
   constexpr int64_t kRows = 20, kCols = 128;
   const std::vector<float> weights = EncoderWeights(kRows, kCols);

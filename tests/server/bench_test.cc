@@ -135,9 +135,21 @@ TEST(Bench, TakesAShapeWithRandomCodes) {
   args.prompt = 2;
   args.generate = 1;
   args.runs = 1;
-  const Outputs outputs = Measure(args);
+  ConfigSource source = Source();
+  source.overrides = {"backend.threads=1"};  // on the CPU, which holds codes as bits
+  const Outputs outputs = Measure(args, source);
   EXPECT_EQ(outputs.json["settings"]["weights"], "random uniform 3-bit");
   EXPECT_EQ(outputs.json["parameters"], 1100048384 - 21 * 44044288);
+
+  args.weights.head_bits = 8;
+  const Outputs with_head = Measure(args, source);
+  EXPECT_EQ(with_head.json["settings"]["weights"], "random uniform 3-bit (8-bit head)");
+  // The head of BF16 against one of bytes and of scales for every 128 of them.
+  const auto step_bytes = [](const Outputs& of) -> double {
+    return of.json["caches"][0]["step_weight_bytes"];
+  };
+  EXPECT_EQ(step_bytes(outputs) - step_bytes(with_head),
+            32000 * (2048 * 2 - 2048 - 2048 / 128 * 2));
 }
 
 // The shadow of the gigabyte that is read would be several.

@@ -64,9 +64,7 @@ class QuantizeTest : public testing::Test {
   // Runs what succeeds.
   static Measured Run(const QuantizeArgs& args) {
     testing::internal::CaptureStdout();
-    testing::internal::CaptureStderr();  // may warn of what this machine cannot multiply
     const Result<void> done = Quantize(args, {[] { return false; }});
-    testing::internal::GetCapturedStderr();
     Measured measured;
     measured.text = testing::internal::GetCapturedStdout();
     EXPECT_TRUE(done.ok()) << (done.ok() ? "" : done.error().message);
@@ -294,6 +292,22 @@ TEST(OutputDirectory, AppearsAtTheEndAndReplacesOnlyAnEmptyOne) {
   ASSERT_FALSE(third.ok());
   EXPECT_EQ(third.error().code, ErrorCode::kInvalidArgument);
   EXPECT_FALSE(OutputDirectory::Create(path / "a", "OUT").ok()) << "a file";
+}
+
+TEST(OutputDirectory, MayBeRelative) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path before = std::filesystem::current_path();
+  std::filesystem::current_path(directory.path());
+  for (const std::string& name : {std::string("plain"), std::string("slash/"), std::string("./dot"),
+                                  "../" + directory.path().filename().string() + "/parent"}) {
+    auto output = OutputDirectory::Create(name, "OUT");
+    ASSERT_TRUE(output.ok()) << name;
+    const Result<void> committed = output->Commit();
+    EXPECT_TRUE(committed.ok()) << name << ": "
+                                << (committed.ok() ? "" : committed.error().message);
+    EXPECT_TRUE(std::filesystem::is_directory(name)) << name;
+  }
+  std::filesystem::current_path(before);
 }
 
 TEST(OutputDirectory, IsOnTheDiskBeforeItHasItsName) {
