@@ -84,29 +84,31 @@ struct RecordCodes {
 template <int kPlanes, int kTiles, int kEights>
 class ChunkSums {
  public:
-  // `first_row`: of the rows of x; the others of the launch's structs as they say.
-  __device__ ChunkSums(const LowBitMatMulLaunch& args, int64_t first_row, int lane)
-      : chunk_blocks_(args.layout.chunk_blocks), record_chunks_(args.layout.RecordChunks()) {
+  // Of rows of x from `first_row` on; the first record that is added is `first_record`, then come
+  // those after it.
+  __device__ ChunkSums(const LowBitMatMulLaunch& args, int64_t first_row, int64_t first_record,
+                       int lane)
+      : chunk_mask_(args.layout.chunk_blocks - 1) {
     const LowBitInputLayout layout(args.layout, args.m);
     start_rows_ = layout.StartRows();
-    starts_ = reinterpret_cast<const int*>(args.inputs + layout.StartsAt());
+    const auto* starts = reinterpret_cast<const uint32_t*>(args.inputs + layout.StartsAt()) +
+                         first_record * args.layout.RecordChunks() * start_rows_;
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
       // What is beyond M reads what is not stored.
       const int64_t row = first_row + j * kEight + lane % 4 * 2;
-      start_at_[j] = row < start_rows_ ? row : 0;
+      next_starts_[j] = starts + (row < start_rows_ ? row : 0);
     }
     Clear();
   }
 
-  // Adds a record of every tile. x(pair, eight, plane): 16 bytes of the lane.
+  // Adds the next record of every tile. x(pair, eight, plane): 16 bytes of the lane.
   template <int kBits, typename Inputs>
   __device__ void Add(const RecordCodes<kBits> (&codes)[kTiles],
-                      const uint4* const (&scales)[kTiles], int64_t record, const Table& table,
-                      int lane, const Inputs& x, float (&part)[kTiles][kEights][4]) {
-    const int64_t first_chunk = record * record_chunks_;
+                      const uint4* const (&scales)[kTiles], const Table& table, int lane,
+                      const Inputs& x, float (&part)[kTiles][kEights][4]) {
     int chunk = 0;
-    LoadChunk(scales, first_chunk, chunk, lane);
+    LoadChunk(scales, chunk, lane);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       uint4 inputs[kEights][kPlanes];
@@ -131,9 +133,9 @@ class ChunkSums {
             }
           }
         }
-        if ((block + 1) % chunk_blocks_ != 0) continue;
+        if (((block + 1) & chunk_mask_) != 0) continue;
         EndChunk(part);
-        if (block + 1 < kRecordBlocks) LoadChunk(scales, first_chunk, ++chunk, lane);
+        if (block + 1 < kRecordBlocks) LoadChunk(scales, ++chunk, lane);
       }
     }
   }
@@ -152,17 +154,16 @@ class ChunkSums {
       }
     }
   }
-  // What the end of a chunk takes, long before.
-  __device__ void LoadChunk(const uint4* const (&scales)[kTiles], int64_t first_chunk, int chunk,
-                            int lane) {
+  // What the end of a record's chunk takes, long before.
+  __device__ void LoadChunk(const uint4* const (&scales)[kTiles], int chunk, int lane) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       scales_[i] = reinterpret_cast<const uint32_t*>(scales[i])[chunk * kEight + lane / 4];
     }
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
-      start_[j] = *reinterpret_cast<const int2*>(starts_ + (first_chunk + chunk) * start_rows_ +
-                                                 start_at_[j]);
+      start_[j] = *reinterpret_cast<const uint2*>(next_starts_[j]);
+      next_starts_[j] += start_rows_;
     }
   }
   __device__ void EndChunk(float (&part)[kTiles][kEights][4]) {
@@ -173,21 +174,25 @@ class ChunkSums {
       for (int j = 0; j < kEights; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          int sum = sums_[0][i][j][e] + (e % 2 == 0 ? start_[j].x : start_[j].y);
-          if constexpr (kPlanes == 2) sum += sums_[1][i][j][e] * (1 << kHighShift);
-          part[i][j][e] = fmaf(e < 2 ? scale.x : scale.y, static_cast<float>(sum), part[i][j][e]);
+          // Starts beyond M are anything: sums may wrap.
+          uint32_t sum = e % 2 == 0 ? start_[j].x : start_[j].y;
+#pragma unroll
+          for (int plane = 0; plane < kPlanes; ++plane) {
+            sum += static_cast<uint32_t>(sums_[plane][i][j][e]) << plane * kHighShift;
+          }
+          part[i][j][e] = fmaf(e < 2 ? scale.x : scale.y, static_cast<float>(static_cast<int>(sum)),
+                               part[i][j][e]);
         }
       }
     }
     Clear();
   }
 
-  const int chunk_blocks_, record_chunks_;
-  const int* starts_;
+  const int chunk_mask_;  // of a block's number: chunks have 1, 2 or 4
   int64_t start_rows_;
-  int64_t start_at_[kEights];
+  const uint32_t* next_starts_[kEights];
   uint32_t scales_[kTiles];  // of the chunk: F16 of outputs g and g + 8
-  int2 start_[kEights];
+  uint2 start_[kEights];
   int sums_[kPlanes][kTiles][kEights][4];
 };
 
@@ -256,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, SplitShape<kBits, kEights>::kBlocks)
   }
   const Table table = TableOf(args);
   float part[1][kEights][4] = {};
-  ChunkSums<kPlanes, 1, kEights> sums(args, first_row, lane);
+  ChunkSums<kPlanes, 1, kEights> sums(args, first_row, begin, lane);
   for (int record = begin; record < end; ++record) {
     WaitForCopies<S::kStages - 2>();
     __syncwarp();  // the record is there, and all lanes are done with the one before
@@ -270,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, SplitShape<kBits, kEights>::kBlocks)
                                              static_cast<int64_t>(record) * kRecordInputs +
                                              pair * 64);
     };
-    sums.template Add<kBits>(codes, scales, record, table, lane, inputs, part);
+    sums.template Add<kBits>(codes, scales, table, lane, inputs, part);
   }
 
   __syncthreads();  // all are done with their rings
@@ -369,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int i = 0; i < T::kTiles; ++i) scales[i] = tile_at(warp_tile + i) + kCodeQuads;
   float total[T::kTiles][T::kEights][4] = {};
-  ChunkSums<kPlanes, T::kTiles, T::kEights> sums(args, first_row + warp_row, lane);
+  ChunkSums<kPlanes, T::kTiles, T::kEights> sums(args, first_row + warp_row, 0, lane);
   begin_copy(0);
   for (int record = 0; record < records;) {
     float part[T::kTiles][T::kEights][4] = {};
@@ -387,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto inputs = [&](int pair, int j, int plane) {
         return stage[((plane * kPairs + pair) * T::kRows + warp_row + j * kEight) * 4 + lane];
       };
-      sums.template Add<kBits>(codes, scales, record, table, lane, inputs, part);
+      sums.template Add<kBits>(codes, scales, table, lane, inputs, part);
 #pragma unroll
       for (int i = 0; i < T::kTiles; ++i) scales[i] += record_quads;
     }
