@@ -159,17 +159,23 @@ def test_a_full_disk_is_exit_code_1_and_leaves_nothing():
         assert done.stdout == "" and not list(pathlib.Path(name).iterdir())
 
 
+def calibrating(parent):
+    """Starts a long run to parent/out and returns it when its calibration has begun."""
+    process = subprocess.Popen(
+        command(parent / "out", "--calibration", RECALL, "--calibration-tokens", 1 << 20),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(parent.iterdir()):  # under another name, before the work begins
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.5)  # nothing tells that calibration runs; earlier a signal must do as well
+    return process
+
+
 def test_a_signal_ends_it_and_leaves_nothing():
     for number in (signal.SIGINT, signal.SIGTERM):
         with tempfile.TemporaryDirectory() as name:
             parent = pathlib.Path(name)
-            process = subprocess.Popen(
-                command(parent / "out", "--calibration", RECALL, "--calibration-tokens", 1 << 20),
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            while not list(parent.iterdir()):  # under another name, before the work begins
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.01)
-            time.sleep(0.5)
+            process = calibrating(parent)
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=60)
             assert process.returncode == 128 + number, (process.returncode, stderr)
@@ -182,13 +188,7 @@ def test_a_second_signal_ends_it_at_once_and_leaves_nothing():
     for _ in range(10):
         with tempfile.TemporaryDirectory() as name:
             parent = pathlib.Path(name)
-            process = subprocess.Popen(
-                command(parent / "out", "--calibration", RECALL, "--calibration-tokens", 1 << 20),
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            while not list(parent.iterdir()):
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.01)
-            time.sleep(0.5)
+            process = calibrating(parent)
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGTERM)  # two of a kind could count as one
             stdout, stderr = process.communicate(timeout=60)
