@@ -15,6 +15,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/float16.h"
+#include "tests/kernels/cuda_test.h"
 #include "tests/kernels/forwarding_backend.h"
 #include "tests/kernels/host_mirror.h"
 #include "tests/kernels/low_bit_case.h"
@@ -874,26 +875,11 @@ std::string CheckMatMulRows(Backend& candidate) {
   return "";
 }
 
-class ConformanceOfCuda : public ::testing::TestWithParam<bool> {
+class ConformanceOfCuda : public CudaTest {
  protected:
-  void SetUp() override {
-    Result<std::unique_ptr<Backend>> device =
-        CreateBackend({.device = "cuda", .deterministic = GetParam()});
-    if (!device.ok()) {
-      ASSERT_EQ(device.error().code, ErrorCode::kUnavailable) << device.error().message;
-      GTEST_SKIP() << device.error().message;
-    }
-    ASSERT_EQ((*device)->name().substr(0, 8), "cuda/sm_");
-    ASSERT_EQ((*device)->deterministic(), GetParam());
-    mirror_ = std::make_unique<HostMirror>(std::move(*device));
-    ASSERT_TRUE(
-        mirror_
-            ->Reserve(
-                {.max_rows = 256, .max_features = 2048, .max_logit_rows = 8, .max_vocab = 300000})
-            .ok());
-  }
-
-  std::unique_ptr<HostMirror> mirror_;
+  ConformanceOfCuda()
+      : CudaTest(
+            {.max_rows = 256, .max_features = 2048, .max_logit_rows = 8, .max_vocab = 300000}) {}
 };
 
 TEST_P(ConformanceOfCuda, EveryOperationMatchesTheReference) { ExpectConformance(*mirror_); }

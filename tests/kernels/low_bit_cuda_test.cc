@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
-#include "tests/kernels/host_mirror.h"
+#include "tests/kernels/cuda_test.h"
 #include "tests/kernels/low_bit_case.h"
 
 namespace innerq {
@@ -87,18 +87,9 @@ class Product {
   LowBitCase first_, second_;
 };
 
-class LowBitOnCuda : public ::testing::TestWithParam<bool> {
+class LowBitOnCuda : public CudaTest {
  protected:
-  void SetUp() override {
-    Result<std::unique_ptr<Backend>> device =
-        CreateBackend({.device = "cuda", .deterministic = GetParam()});
-    if (!device.ok()) {
-      ASSERT_EQ(device.error().code, ErrorCode::kUnavailable) << device.error().message;
-      GTEST_SKIP() << device.error().message;
-    }
-    mirror_ = std::make_unique<HostMirror>(std::move(*device));
-    ASSERT_TRUE(mirror_->Reserve({.max_rows = kMostRows, .max_features = kMostCols}).ok());
-  }
+  LowBitOnCuda() : CudaTest({.max_rows = kMostRows, .max_features = kMostCols}) {}
 
   // Products of so many rows, added to ones. Of many outputs the first and last are checked.
   void Check(const Product& product, const std::vector<int64_t>& row_counts) {
@@ -130,8 +121,6 @@ class LowBitOnCuda : public ::testing::TestWithParam<bool> {
       }
     }
   }
-
-  std::unique_ptr<HostMirror> mirror_;
 };
 
 // Up to the kernel for many rows, of which an emulated device takes one block to be many, and a GPU
