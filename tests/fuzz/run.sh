@@ -37,6 +37,9 @@ run() {
   cp tests/fuzz/seeds/"$target"/* "$out/corpus"
   local options=(-max_total_time="$seconds" -seed="$seed" -max_len="${max_len[$target]:-4096}"
     -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix="$out/")
+  # Its server's threads go on after an input, and what one is about to free is now and then taken
+  # for lost. Leaks are looked for at the end, when the threads have been joined.
+  [[ $target == http_fuzz ]] && options+=(-detect_leaks=0)
   [[ -f tests/fuzz/$target.dict ]] && options+=(-dict="tests/fuzz/$target.dict")
   local status=0
   TMPDIR=$scratch build/asan/tests/fuzz/"$target" "${options[@]}" "$out/corpus" >"$out/log" 2>&1 || status=$?
@@ -47,7 +50,9 @@ run() {
     printf '%-26s ok: %s runs, %s edges\n' "$target" "$runs" "$edges"
     return 0
   fi
-  grep -E 'ERROR: |runtime error: |CHECK failed|Test unit written|^Base64: ' "$out/log" | head -5 || tail -20 "$out/log"
+  # The first complaint with its stack, then the input.
+  grep -m 1 -A 14 -E 'ERROR: |runtime error: |CHECK failed' "$out/log" | cut -c 1-200 || tail -20 "$out/log"
+  grep -E 'Test unit written|^Base64: ' "$out/log" || true
   printf '%-26s FAILED: see %s\n' "$target" "$out/log"
   return 1
 }
