@@ -11,7 +11,7 @@ namespace innerq {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kQuietNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Value {
   float x;
@@ -87,7 +87,7 @@ TEST(Float16, NaNStaysNaN) {
     EXPECT_TRUE(std::isnan(F16ToF32(F32ToF16(nan)))) << bits;
     EXPECT_TRUE(std::isnan(BF16ToF32(F32ToBF16(nan)))) << bits;
   }
-  EXPECT_EQ(F32ToF16(kNaN), 0x7e00);
+  EXPECT_EQ(F32ToF16(kQuietNaN), 0x7e00);
 }
 
 TEST(Float16, BF16RoundTripsAndRoundsToNearestTiesToEven) {
