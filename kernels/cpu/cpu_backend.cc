@@ -1,9 +1,5 @@
 #include "kernels/cpu/cpu_backend.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,6 +9,7 @@
 
 #include "kernels/cpu/cpu_attention.h"
 #include "kernels/cpu/host_memory.h"
+#include "kernels/cpu/host_threads.h"
 #include "kernels/cpu/low_bit_matmul.h"
 #include "kernels/cpu/matmul_dnnl.h"
 #include "kernels/cpu/matmul_pack.h"
@@ -30,12 +27,10 @@ constexpr int64_t kSerialProducts = 512 * 1024;  // its multiply-adds
 // Tasks per thread that a product is cut into, so that a thread that lags behind costs little.
 constexpr int64_t kTasksPerThread = 4;
 
-// `requested` threads, or for 0 as many as there are cores this process may run on. One in a build
-// without OpenMP.
+// `requested` threads, or for 0 as many as there are cores to use. One in a build without OpenMP.
 int NumThreads([[maybe_unused]] int requested) {
 #if defined(_OPENMP)
-  // Not the calling thread's own mask: OMP_PROC_BIND narrows that to one core.
-  return requested > 0 ? requested : omp_get_num_procs();
+  return requested > 0 ? requested : UsableCores();
 #else
   return 1;
 #endif

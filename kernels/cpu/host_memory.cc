@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "kernels/cpu/control_group.h"
+#include "kernels/cpu/host_threads.h"
 #include "kernels/paged_kv.h"
 
 namespace innerq {
@@ -20,13 +22,13 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kLargeBytes = 2 * kHugePage;
 
-// The number behind `name` at the start of a line of a file; -1 if there is none.
-int64_t Field(const char* path, const std::string& name) {
-  std::ifstream file(path);
-  std::string key, rest;
+// MemAvailable of /proc/meminfo, in KiB; -1 if there is none.
+int64_t AvailableKiB() {
+  std::ifstream file("/proc/meminfo");
+  std::string key, unit;
   int64_t number = 0;
-  while (file >> key >> number && std::getline(file, rest)) {
-    if (key == name) return number;
+  while (file >> key >> number && std::getline(file, unit)) {
+    if (key == "MemAvailable:") return number;
   }
   return -1;
 }
@@ -35,16 +37,9 @@ int64_t Field(const char* path, const std::string& name) {
 
 int64_t AvailableHostBytes() {
   int64_t available = std::numeric_limits<int64_t>::max();
-  const int64_t kib = Field("/proc/meminfo", "MemAvailable:");
+  const int64_t kib = AvailableKiB();
   if (kib >= 0) available = kib * 1024;
-  int64_t limit = 0, used = 0;  // the limit may read "max"
-  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
-      std::ifstream("/sys/fs/cgroup/memory.current") >> used) {
-    // Pages of files that were read count as used but make way.
-    const int64_t cached = Field("/sys/fs/cgroup/memory.stat", "inactive_file");
-    available = std::min(available, limit - used + std::max<int64_t>(cached, 0));
-  }
-  return available;
+  return std::min(available, ReadControlGroupLimits().memory_left);
 }
 
 Result<Buffer> AllocateHost(int64_t bytes) {
@@ -65,7 +60,12 @@ Result<Buffer> AllocateHost(int64_t bytes) {
 #if defined(__linux__)
   if (large) madvise(memory, padded, MADV_HUGEPAGE);  // advice: may fail
 #endif
-  std::memset(memory, 0, padded);
+  // Each thread touches its own first, so that a machine of several memory nodes shares the load.
+  const auto chunk = static_cast<size_t>(large ? kHugePage : kCacheLine);
+  const auto clear = [memory, chunk](int64_t i, int) {
+    std::memset(static_cast<std::byte*>(memory) + static_cast<size_t>(i) * chunk, 0, chunk);
+  };
+  RunInParallel(large ? UsableCores() : 1, static_cast<int64_t>(padded / chunk), clear);
   return Buffer(static_cast<std::byte*>(memory), bytes, [](std::byte* data) { std::free(data); });
 }
 

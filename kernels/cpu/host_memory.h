@@ -9,7 +9,7 @@
 namespace innerq {
 
 // Memory that can be used without swapping, in bytes: of the machine and, in a container with a
-// limit (cgroup v2), of that. The largest number if nobody knows.
+// limit (see control_group.h), of that. The largest number if nobody knows.
 int64_t AvailableHostBytes();
 
 // Zeroed memory, 64-byte aligned; from 4 MiB on aligned to 2 MiB and backed by huge pages where the
