@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -19,7 +20,7 @@ namespace {
 
 // The cache in as much memory as its sequences need.
 KvCacheOptions Unbounded(KvCacheOptions options) {
-  options.memory_bytes = std::numeric_limits<int64_t>::max();
+  options.memory_bytes.reset();
   return options;
 }
 
@@ -68,12 +69,13 @@ class Batch {
              .max_logit_rows = runner.max_logit_rows(),
              .prefix_cache = runner.engine_options().prefix_cache},
             runner.layout()),
-        next_tokens_(static_cast<size_t>(load.batch)) {
+        next_tokens_(static_cast<size_t>(load.batch)),
+        sampler_(runner.host_threads()) {
     const int64_t first = load.depth > 0 ? load.depth : load.prompt;
     const bool exact = runner.engine_options().exact_prefill;
     for (int64_t i = 0; i < load.batch; ++i) {
       Request request;
-      request.sampling.temperature = 0;
+      request.sampling.temperature = load.temperature;
       request.prompt = RandomTokens(first);
       request.max_tokens = load.context() - first + 1;
       auto sequence = std::make_unique<Sequence>(std::move(request), nullptr,
@@ -116,21 +118,25 @@ class Batch {
   Result<void> Step() {
     const ScheduledBatch batch = scheduler_.Schedule();
     const ForwardBatch forward = BuildForwardBatch(batch, runner_.layout());
-    ASSIGN_OR_RETURN(std::span<const float> logits, runner_.Step(forward));
+    ASSIGN_OR_RETURN(const std::span<const float> logits, runner_.Step(forward));
     scheduler_.Commit(batch);
     const auto width = static_cast<size_t>(runner_.vocab_size());
-    int64_t row = 0;  // that comes next
+    std::vector<RowArgs> rows;
+    std::vector<int32_t*> tokens;
     for (const ScheduledChunk& chunk : batch.chunks) {
       if (!chunk.samples) continue;
       const Sequence& sequence = *chunk.sequence;
-      ASSIGN_OR_RETURN(const TokenEvent sampled, Sample({.logits = logits.first(width),
-                                                         .params = &sequence.request.sampling,
-                                                         .seen = &sequence.seen,
-                                                         .index = sequence.num_generated(),
-                                                         .top = runner_.top_logits(row++)},
-                                                        scratch_));
-      logits = logits.subspan(width);
-      next_tokens_[static_cast<size_t>(sequence.number - 1)] = sampled.token_id;
+      rows.push_back({.sample = {.logits = logits.subspan(rows.size() * width, width),
+                                 .params = &sequence.request.sampling,
+                                 .seen = &sequence.seen,
+                                 .index = sequence.num_generated(),
+                                 .top = runner_.top_logits(std::ssize(rows))}});
+      tokens.push_back(&next_tokens_[static_cast<size_t>(sequence.number - 1)]);
+    }
+    const std::span<const Result<TokenEvent>> sampled = sampler_.Run(rows);
+    for (size_t i = 0; i < sampled.size(); ++i) {
+      if (!sampled[i]) return sampled[i].error();
+      *tokens[i] = sampled[i]->token_id;
     }
     CHECK(scheduler_.num_preemptions() == 0 && scheduler_.num_prefix_hits() == 0,
           "every token is computed once");
@@ -144,7 +150,7 @@ class Batch {
   Scheduler scheduler_;
   std::vector<Sequence*> sequences_;  // [B], the scheduler's
   std::vector<int32_t> next_tokens_;  // [B], as sampled last
-  SamplerScratch scratch_;
+  RowSampler sampler_;
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Benchmark: how long a model and a cache take for a batch, in the steps that would serve it: the
-// scheduler's, with greedy sampling, one after another on the calling thread.
+// scheduler's, sampling included, one after another on the calling thread.
 //
 // B sequences of a batch, P tokens of each prompt, N decode steps.
 #pragma once
@@ -21,6 +21,7 @@ struct BenchLoad {
   int64_t prompt = 1;    // P
   int64_t generate = 1;  // N; prompts yield the first tokens of the answers, these steps the others
   uint64_t seed = 1;     // of the tokens
+  float temperature = 0;  // of sampling: 0 takes the largest logit, else all logits are weighed
 
   int64_t context() const { return depth + prompt + generate; }  // positions of a sequence
   int64_t num_tokens() const { return batch * context(); }       // computed in all

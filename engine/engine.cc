@@ -62,7 +62,7 @@ int64_t NewlyComplete(Sequence& sequence) {
   return sequence.prompt_length();
 }
 
-// Three kinds of state: what the engine thread owns (model, scheduler, scratch), what the mutex
+// Three kinds of state: what the engine thread owns (model, scheduler, sampler), what the mutex
 // guards (queue, state, statistics), and what never changes (options).
 class ThreadedEngine final : public Engine {
  public:
@@ -76,6 +76,7 @@ class ThreadedEngine final : public Engine {
                     .max_logit_rows = model_->max_logit_rows(),
                     .prefix_cache = options.prefix_cache},
                    model_->layout()),
+        sampler_(model_->host_threads()),
         stats_(EmptyStats(pools)),
         finish_rate_(/*seconds=*/60, Clock::now()),
         thread_([this](std::stop_token stop) noexcept { Run(std::move(stop)); }) {}
@@ -96,8 +97,9 @@ class ThreadedEngine final : public Engine {
   void EndCancelled();
   Result<void> Step();
   void EndFailed(const Error& error, ScheduledBatch* batch);
-  void TakeScores(const ScheduledChunk& chunk, std::span<const float> logits);
-  bool TakeToken(Sequence& sequence, std::span<const float> logits, std::span<const TopLogit> top);
+  std::vector<RowArgs> RowsOf(const ScheduledBatch& batch, std::span<const float> logits) const;
+  void TakeScores(const ScheduledChunk& chunk, std::span<Result<TokenEvent>> scores);
+  bool TakeToken(Sequence& sequence, Result<TokenEvent>& sampled);
   void DeliverFinished();
   void Stop(const Error& error);
   void PublishGauges(const Lock&);
@@ -108,7 +110,7 @@ class ThreadedEngine final : public Engine {
   const std::unique_ptr<StepModel> model_;
   const int64_t vocab_size_;
   Scheduler scheduler_;
-  SamplerScratch scratch_;
+  RowSampler sampler_;
   int64_t num_admitted_ = 0;
 
   mutable std::mutex mutex_;
@@ -265,16 +267,14 @@ Result<void> ThreadedEngine::Step() {
   scheduler_.Commit(batch);
   for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(*chunk.sequence);
   int64_t generated = 0;
-  int64_t row = 0;  // that comes next
-  const auto next_rows = [&](int64_t count) {
-    const auto first = static_cast<size_t>(std::exchange(row, row + count) * vocab_size_);
-    return logits->subspan(first, static_cast<size_t>(count * vocab_size_));
-  };
+  std::span<Result<TokenEvent>> events = sampler_.Run(RowsOf(batch, *logits));
   for (const ScheduledChunk& chunk : batch.chunks) {
-    TakeScores(chunk, next_rows(chunk.num_scores));
+    const auto num_scores = static_cast<size_t>(chunk.num_scores);
+    TakeScores(chunk, events.first(num_scores));
+    events = events.subspan(num_scores);
     if (!chunk.samples) continue;
-    const std::span<const TopLogit> top = model_->top_logits(row);
-    if (TakeToken(*chunk.sequence, next_rows(1), top)) ++generated;
+    if (TakeToken(*chunk.sequence, events.front())) ++generated;
+    events = events.subspan(1);
   }
   const Lock lock(mutex_);
   ++stats_.steps;
@@ -304,39 +304,50 @@ void ThreadedEngine::EndFailed(const Error& error, ScheduledBatch* batch) {
   CHECK(batch->chunks.size() < num_chunks, "a seal that no sequence asked for has failed");
 }
 
-// Passes on the log-probabilities of the prompt tokens that a chunk scored, from the logits
-// [num_scores][V] before them.
-void ThreadedEngine::TakeScores(const ScheduledChunk& chunk, std::span<const float> logits) {
+// What is wanted of each row of a step's logits [R][V].
+std::vector<RowArgs> ThreadedEngine::RowsOf(const ScheduledBatch& batch,
+                                            std::span<const float> logits) const {
+  std::vector<RowArgs> rows;
+  const auto width = static_cast<size_t>(vocab_size_);
+  const auto next_logits = [&] { return logits.subspan(rows.size() * width, width); };
+  for (const ScheduledChunk& chunk : batch.chunks) {
+    const Sequence& sequence = *chunk.sequence;
+    const Request& request = sequence.request;
+    for (int64_t i = 0; i < chunk.num_scores; ++i) {
+      rows.push_back({.sample = {.logits = next_logits()},
+                      .scored = request.prompt[static_cast<size_t>(chunk.first_score + i + 1)],
+                      .num_top = request.prompt_logprobs});
+    }
+    if (!chunk.samples) continue;
+    rows.push_back({.sample = {.logits = next_logits(),
+                               .params = &request.sampling,
+                               .seen = &sequence.seen,
+                               .masked = sequence.masked(),
+                               .index = sequence.num_generated(),
+                               .top = model_->top_logits(std::ssize(rows))}});
+  }
+  return rows;
+}
+
+// Passes on the log-probabilities of the prompt tokens that a chunk scored.
+void ThreadedEngine::TakeScores(const ScheduledChunk& chunk, std::span<Result<TokenEvent>> scores) {
   Sequence& sequence = *chunk.sequence;
   const Request& request = sequence.request;
-  const auto width = static_cast<size_t>(vocab_size_);
-  for (int64_t i = 0; i < chunk.num_scores; ++i) {
-    const int32_t token = request.prompt[static_cast<size_t>(chunk.first_score + i + 1)];
-    Result<TokenEvent> event = Score(logits.subspan(static_cast<size_t>(i) * width, width), token,
-                                     request.prompt_logprobs, scratch_);
-    if (!event.ok()) return sequence.End(FinishReason::kError, event.error());
-    event->is_prompt = true;
-    sequence.stream->Push(std::move(*event));
-    sequence.num_scored = chunk.first_score + i + 1;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    if (!scores[i].ok()) return sequence.End(FinishReason::kError, scores[i].error());
+    scores[i]->is_prompt = true;
+    sequence.stream->Push(std::move(*scores[i]));
+    sequence.num_scored = chunk.first_score + static_cast<int64_t>(i) + 1;
   }
   if (request.max_tokens == 0 && sequence.num_uncomputed() == 0) {
     sequence.End(FinishReason::kLength);
   }
 }
 
-// Samples the next token of a sequence from its logits [V], or from the largest of them where these
-// are given, and passes it on. False: it failed.
-bool ThreadedEngine::TakeToken(Sequence& sequence, std::span<const float> logits,
-                               std::span<const TopLogit> top) {
+// Passes on the next token of a sequence. False: sampling failed.
+bool ThreadedEngine::TakeToken(Sequence& sequence, Result<TokenEvent>& sampled) {
   if (sequence.finish.has_value()) return false;
   const Request& request = sequence.request;
-  Result<TokenEvent> sampled = Sample({.logits = logits,
-                                       .params = &request.sampling,
-                                       .seen = &sequence.seen,
-                                       .masked = sequence.masked(),
-                                       .index = sequence.num_generated(),
-                                       .top = top},
-                                      scratch_);
   if (!sampled.ok()) {
     sequence.End(FinishReason::kError, sampled.error());
     return false;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -51,22 +52,43 @@ struct SamplerScratch {
     int32_t id;
     float weight;
   };
-  std::vector<float> logits;  // [V]
+  std::vector<float> logits;   // [V]
+  std::vector<float> weights;  // [V]
+  std::vector<double> sums;    // of weights, block by block
   std::vector<Candidate> candidates;
 };
 
 // Chooses the next token. In this order: logit_bias; repetition, presence and frequency penalties;
 // masked tokens; temperature; top_k; top_p over what top_k left; min_p. Temperature 0 or top_p 0
 // takes the largest logit, the lowest id among equals. Reports log-softmax of the raw logits where
-// `params->num_logprobs` asks for it. `is_stop` is left to the caller. Linear in V: one
-// exponential per token that top_k leaves, selections instead of sorts.
-// Errors: internal if a logit is not finite or no token is left to choose.
+// `params->num_logprobs` asks for it. `is_stop` is left to the caller. Some passes over V: vectors
+// of exponentials, selections instead of sorts. Errors: internal if a logit is not finite or no
+// token is left to choose.
 Result<TokenEvent> Sample(const SampleArgs& args, SamplerScratch& scratch);
 
 // The log-probability of `token` where the model gave `logits` [V], and the `num_top` best ones, as
 // Sample reports them. Errors: internal if a logit is not finite.
 Result<TokenEvent> Score(std::span<const float> logits, int32_t token, int32_t num_top,
                          SamplerScratch& scratch);
+
+// What is wanted of a row of logits: Sample, or, with a token to score, Score of `sample.logits`.
+struct RowArgs {
+  SampleArgs sample{};
+  std::optional<int32_t> scored{};
+  int32_t num_top = 0;  // of Score
+};
+
+// Samples and scores the rows of a step, on several threads where there is much to do.
+class RowSampler {
+ public:
+  explicit RowSampler(int threads) : scratch_(static_cast<size_t>(threads)) {}
+  // A result per row, valid until the next call; none depends on the other rows or on threads.
+  std::span<Result<TokenEvent>> Run(std::span<const RowArgs> rows);
+
+ private:
+  std::vector<SamplerScratch> scratch_;  // of each thread
+  std::vector<Result<TokenEvent>> results_;
+};
 
 // The seed of one of several answers to the same prompt. Answer 0 has the request's own seed; none
 // depends on how many there are.

@@ -21,6 +21,8 @@ class StepModel {
   virtual int64_t num_norm_slots() const = 0;    // sequences that can hold a key norm
   // Rows of a step whose logits it can return; at least one per sequence that runs.
   virtual int64_t max_logit_rows() const = 0;
+  // Threads of the host that are free between steps.
+  virtual int host_threads() const { return 1; }
   // Groups of all pages sealed so far, per layer; empty for models that do not count them.
   virtual std::vector<LayerGroups> sealed_groups() const { return {}; }
   // Runs the step and waits for it. Returns logits [R][V] F32, valid until the next call; a row

@@ -78,7 +78,8 @@ Result<std::vector<BenchLoad>> MakeLoads(const BenchArgs& args, const EngineOpti
                                                            .depth = depth,
                                                            .prompt = args.prompt,
                                                            .generate = args.generate,
-                                                           .seed = kSeed});
+                                                           .seed = kSeed,
+                                                           .temperature = args.temperature});
       if (batch > engine.max_sequences) {
         return InvalidArgument(
             fmt::format("--batch: {} sequences are more than run at once, "
@@ -230,10 +231,11 @@ std::string Scope(const BenchPlan& plan, const BenchArgs& args, const Measured& 
   }
   std::string scope = fmt::format(
       "bench of {}, {}, {} weights ({:.1f} MiB), on {} with {} thread{}: prompts of {} tokens in "
-      "steps of up to {}, then {} steps; {}",
+      "steps of up to {}, then {} steps, {}; {}",
       model, layers, WeightsOf(plan), static_cast<double>(measured.model.weight_bytes) / (1 << 20),
       measured.model.backend, measured.model.threads, measured.model.threads == 1 ? "" : "s",
       args.prompt, plan.options.runner.engine.max_batch_tokens, args.generate,
+      args.temperature == 0 ? "greedy" : fmt::format("temperature {}", args.temperature),
       args.runs == 1 ? "one run" : fmt::format("medians of {} runs", args.runs));
   if (!measured.read_bandwidth) {
     return scope + "; no floor: this device cannot tell how fast its memory is read";
@@ -288,6 +290,7 @@ EvalReport MakeReport(const BenchPlan& plan, const BenchArgs& args, const Measur
   report.settings = OrderedJson{{"weights", WeightsOf(plan)},
                                 {"prompt", args.prompt},
                                 {"generate", args.generate},
+                                {"temperature", args.temperature},
                                 {"runs", args.runs},
                                 {"max_batch_tokens", runner.engine.max_batch_tokens},
                                 {"deterministic", runner.backend.deterministic}}

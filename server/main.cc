@@ -208,6 +208,12 @@ CLI::App* AddBench(CLI::App* app, innerq::ConfigSource* source, innerq::BenchArg
                    "Steps after the prompts: a token of each sequence")
       ->check(TokenRange())
       ->capture_default_str();
+  bench
+      ->add_option("--temperature", args->temperature,
+                   "Temperature of sampling; 0 takes the most likely token, which a device finds "
+                   "by itself")
+      ->check(CLI::Range(0.0, 2.0))
+      ->capture_default_str();
   bench->add_option("--runs", args->runs, "Runs of each measurement; the median counts")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
