@@ -126,17 +126,17 @@ Result<KvCacheSpec> ResolveKvCacheSpec(const KvCacheOptions& options, const Mode
 Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& options,
                                int64_t max_sequences, int64_t max_batch_tokens,
                                int64_t min_context) {
+  const int64_t memory = options.memory_bytes.value();
   const PageCounts need = WorstPeakPages(layout, min_context, options.exact_prefill);
-  if (PoolBytes(layout, need) > options.memory_bytes) {
+  if (PoolBytes(layout, need) > memory) {
     return Error{ErrorCode::kResourceExhausted,
                  "one sequence of " + std::to_string(min_context) + " tokens needs " +
                      std::to_string(PoolBytes(layout, need)) + " bytes of cache (" +
-                     ToString(need) + "); there are " + std::to_string(options.memory_bytes),
+                     ToString(need) + "); there are " + std::to_string(memory),
                  "kv_cache.memory"};
   }
-  const PageCounts pools =
-      Split(layout, options, options.memory_bytes, need, max_sequences, max_batch_tokens);
-  CHECK(need.FitsIn(pools) && PoolBytes(layout, pools) <= options.memory_bytes,
+  const PageCounts pools = Split(layout, options, memory, need, max_sequences, max_batch_tokens);
+  CHECK(need.FitsIn(pools) && PoolBytes(layout, pools) <= memory,
         "the split must honour the need and the memory");
   return KvPoolPlan{.open_pages = pools.open,
                     .sealed_pages = pools.sealed,

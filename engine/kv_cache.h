@@ -33,7 +33,9 @@ struct KvLayerOverride {
 
 // Configuration "kv_cache".
 struct KvCacheOptions {
-  int64_t memory_bytes = int64_t{1} << 30;  // both pools and the key norms together
+  // Both pools and the key norms together. nullopt, "auto": what its sequences can make use of, and
+  // the same again for cached prefixes, as far as the device has it (see PlanModel).
+  std::optional<int64_t> memory_bytes;
   int64_t page_tokens = 32;
   int64_t sink_tokens = 32;
   int64_t recent_tokens = 96;
@@ -58,12 +60,13 @@ struct KvPoolPlan {
   int64_t tokens_that_fit = 0;  // cached by one sequence that grows alone, windows included
 };
 
-// Splits the memory: every one of `max_sequences` should find its F16 window and one step's rows
-// their open pages, the rest is for sealed pages; when memory is short both pools shrink together.
-// With a prefix cache a quarter of that rest is open pages as well, and there are key norms for as
-// many states as could fill the memory with windows: prefixes that nobody uses keep theirs. So a
-// sequence that grows alone reaches less; who needs more says so by `min_context`. Errors: resource
-// exhausted, with bytes needed and given, if not even one sequence of `min_context` tokens fits.
+// Splits the memory, `options.memory_bytes`, which must be there: every one of `max_sequences`
+// should find its F16 window and one step's rows their open pages, the rest is for sealed pages;
+// when memory is short both pools shrink together. With a prefix cache a quarter of that rest is
+// open pages as well, and there are key norms for as many states as could fill the memory with
+// windows: prefixes that nobody uses keep theirs. So a sequence that grows alone reaches less; who
+// needs more says so by `min_context`. Errors: resource exhausted, with bytes needed and given, if
+// not even one sequence of `min_context` tokens fits.
 Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& options,
                                int64_t max_sequences, int64_t max_batch_tokens,
                                int64_t min_context);

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "engine/page_budget.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/host_threads.h"
 #include "models/llama.h"
 
 namespace innerq {
@@ -33,9 +35,19 @@ struct Weights {
   std::atomic<bool> in_use = false;  // a runner steps
 };
 
-// The device's part of a plan is given: its order of codes.
-Result<void> PlanCache(const ModelConfig& config, const KvCacheOptions& kv_cache, CodeOrder order,
-                       ModelPlan* plan) {
+// All pages that the sequences, each as long as it may be, and the rows of a step can make use of.
+PageCounts UsefulPages(const KvLayout& layout, const EngineOptions& engine) {
+  const PageCounts longest = WorstPeakPages(layout, engine.max_context, engine.exact_prefill);
+  return {.open = engine.max_sequences * longest.open +
+                  CeilDiv(engine.max_batch_tokens, layout.page_tokens()),
+          .sealed = engine.max_sequences * longest.sealed,
+          .norms = engine.max_sequences * longest.norms};
+}
+
+// The device's part of a plan is given: its order of codes, and `free_bytes`, which a cache of
+// memory "auto" may take.
+Result<void> PlanCache(const ModelConfig& config, KvCacheOptions kv_cache, CodeOrder order,
+                       int64_t free_bytes, ModelPlan* plan) {
   EngineOptions& engine = plan->engine;
   engine.exact_prefill = kv_cache.exact_prefill;
   engine.prefix_cache = kv_cache.prefix_cache && !kv_cache.exact_prefill;
@@ -51,21 +63,20 @@ Result<void> PlanCache(const ModelConfig& config, const KvCacheOptions& kv_cache
   const int64_t windows = OpenWindowPages(plan->layout) * plan->layout.page_tokens();
   const int64_t min_context =
       engine.max_context > 0 ? engine.max_context : std::min(config.max_positions, windows);
+  const bool chosen = kv_cache.memory_bytes.has_value();
+  if (!chosen) kv_cache.memory_bytes = free_bytes;
   ASSIGN_OR_RETURN(plan->pools, PlanKvPools(plan->layout, kv_cache, engine.max_sequences,
                                             engine.max_batch_tokens, min_context));
   if (engine.max_context == 0) {
     engine.max_context = std::min(config.max_positions, plan->pools.tokens_that_fit);
   }
+  if (!chosen) {
+    PageCounts most = UsefulPages(plan->layout, engine);
+    // Beside those of sequences that run there is use for those of as many that have ended.
+    if (engine.prefix_cache) most = {2 * most.open, 2 * most.sealed, 2 * most.norms};
+    plan->pools = TrimKvPools(plan->layout, plan->pools, most, engine.exact_prefill);
+  }
   return {};
-}
-
-// All pages that the sequences, each as long as it may be, and the rows of a step can make use of.
-PageCounts UsefulPages(const KvLayout& layout, const EngineOptions& engine) {
-  const PageCounts longest = WorstPeakPages(layout, engine.max_context, engine.exact_prefill);
-  return {.open = engine.max_sequences * longest.open +
-                  CeilDiv(engine.max_batch_tokens, layout.page_tokens()),
-          .sealed = engine.max_sequences * longest.sealed,
-          .norms = engine.max_sequences * longest.norms};
 }
 
 // The same for a further cache: of no more pages than it can make use of. The plan's options are
@@ -80,7 +91,8 @@ Result<void> PlanNarrowCache(const ModelConfig& config, const KvCacheOptions& kv
   engine.max_context = limits.max_context;
   narrow(limits.max_sequences, &engine.max_sequences);
   narrow(limits.max_batch_tokens, &engine.max_batch_tokens);
-  RETURN_IF_ERROR(PlanCache(config, kv_cache, order, plan));
+  constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+  RETURN_IF_ERROR(PlanCache(config, kv_cache, order, kAll, plan));
   plan->pools = TrimKvPools(plan->layout, plan->pools, UsefulPages(plan->layout, engine),
                             engine.exact_prefill);
   return {};
@@ -139,6 +151,10 @@ class LlamaRunner final : public ModelRunner {
   int64_t num_norm_slots() const override { return cache_->plan().norm_slots; }
   int64_t max_logit_rows() const override {
     return std::min(weights_->max_logit_rows, options_.max_batch_tokens);
+  }
+  int host_threads() const override {
+    const Backend& backend = *weights_->backend;
+    return backend.host_visible() ? backend.threads() : UsableCores();
   }
   std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
   std::span<const TopLogit> top_logits(int64_t row) const override {
@@ -218,6 +234,41 @@ class LlamaRunner final : public ModelRunner {
   std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
 };
 
+// Bytes of a model's weights in a format, but for those that are held as codes; the table of
+// embeddings is held as BF16 and, where it is the last matrix as well, packed once more.
+int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format) {
+  const bool has_codes = config.low_bit && !format;
+  const bool has_head_codes = config.low_bit_head && !format;
+  const int64_t table = config.vocab_size * config.hidden_size;
+  const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table) -
+                         (has_codes ? config.num_layer_weights() : 0) -
+                         (has_head_codes ? table : 0);
+  return table * DTypeBytes(DType::kBF16) + packed * (format == WeightFormat::kF32 ? 4 : 2) +
+         (has_codes ? config.low_bit_bytes() : 0) +
+         (has_head_codes ? config.low_bit_head_bytes() : 0);
+}
+
+// What a cache of memory "auto" may take of the device's memory: half of what the weights leave on
+// a host, which others use, too; on a device of its own all but what steps take. Errors: resource
+// exhausted, with the numbers, if the weights leave nothing.
+Result<int64_t> FreeForCache(const ModelConfig& config, const ModelRunnerOptions& options,
+                             const Backend& backend) {
+  constexpr int64_t kLeastForSteps = int64_t{512} << 20;
+  const int64_t available = backend.available_bytes();
+  const int64_t weights = LeastWeightBytes(config, options.dtype);
+  const int64_t left = available - weights;
+  if (left > 0) {
+    if (backend.host_visible()) return left / 2;
+    const int64_t free = left - std::max(kLeastForSteps, available / 16);
+    if (free > 0) return free;
+  }
+  return Error{ErrorCode::kResourceExhausted,
+               "weights of " + std::to_string(weights) +
+                   " bytes leave no memory for a cache: " + std::string(backend.name()) + " has " +
+                   std::to_string(available) + " bytes left",
+               "kv_cache.memory"};
+}
+
 // All but the checkpoint.
 Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions& options) {
   ModelPlan plan{.engine = options.engine};
@@ -228,7 +279,12 @@ Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions
                                          .max_head_dim = config.head_dim,
                                          .max_group = config.num_heads / config.num_kv_heads,
                                          .max_pages = 1}));
-  RETURN_IF_ERROR(PlanCache(config, options.kv_cache, plan.backend->code_order(), &plan));
+  int64_t free_bytes = 0;
+  if (!options.kv_cache.memory_bytes) {
+    ASSIGN_OR_RETURN(free_bytes, FreeForCache(config, options, *plan.backend));
+  }
+  RETURN_IF_ERROR(
+      PlanCache(config, options.kv_cache, plan.backend->code_order(), free_bytes, &plan));
   if (plan.engine.max_context < kLeastContext) {
     return InvalidArgument("a context of " + std::to_string(plan.engine.max_context) +
                                " token has no room for a prompt and an answer",
@@ -260,20 +316,6 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
                                                  .observe = options.observe}));
   return std::unique_ptr<ModelRunner>(
       std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
-}
-
-// Bytes of a model's weights in a format, but for those that are held as codes; the table of
-// embeddings is held as BF16 and, where it is the last matrix as well, packed once more.
-int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format) {
-  const bool has_codes = config.low_bit && !format;
-  const bool has_head_codes = config.low_bit_head && !format;
-  const int64_t table = config.vocab_size * config.hidden_size;
-  const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table) -
-                         (has_codes ? config.num_layer_weights() : 0) -
-                         (has_head_codes ? table : 0);
-  return table * DTypeBytes(DType::kBF16) + packed * (format == WeightFormat::kF32 ? 4 : 2) +
-         (has_codes ? config.low_bit_bytes() : 0) +
-         (has_head_codes ? config.low_bit_head_bytes() : 0);
 }
 
 }  // namespace

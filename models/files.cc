@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -58,14 +59,23 @@ MappedFile::~MappedFile() {
 }
 
 Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_bytes) {
-  ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
-  const std::span<const std::byte> bytes = file.bytes();
-  if (static_cast<int64_t>(bytes.size()) > max_bytes) {
-    return Error{ErrorCode::kDataLoss, path.string() + ": " + std::to_string(bytes.size()) +
-                                           " bytes, more than the " + std::to_string(max_bytes) +
-                                           " such a file may have"};
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (file.fd < 0) return OpenError(path, errno);
+  std::string text;
+  for (;;) {
+    constexpr size_t kChunk = 1 << 16;
+    const size_t had = text.size();
+    text.resize(had + kChunk);
+    const ssize_t got = ::read(file.fd, text.data() + had, kChunk);
+    if (got < 0 && errno != EINTR) return OpenError(path, errno);
+    text.resize(had + static_cast<size_t>(std::max<ssize_t>(got, 0)));
+    if (got == 0) return text;
+    if (static_cast<int64_t>(text.size()) > max_bytes) {
+      return Error{ErrorCode::kDataLoss, path.string() + ": more than the " +
+                                             std::to_string(max_bytes) +
+                                             " bytes that such a file may have"};
+    }
   }
-  return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
 Error CannotWrite(const std::filesystem::path& path, const std::string& reason) {

@@ -1,5 +1,4 @@
-// MappedFile and ReadTextFile: how this layer reads the files of a model directory; and what it
-// says where it cannot write one.
+// MappedFile and ReadTextFile: how files are read; and what is said where one cannot be written.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +32,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// The whole content of a file of at most `max_bytes`. Errors: not found, data loss.
+// The whole content of a file, or of a pipe, of at most `max_bytes`. Errors: not found, data loss;
+// they begin with the path and end with the system's reason.
 Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_bytes);
 
 // Unavailable, with path and reason.

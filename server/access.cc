@@ -1,8 +1,9 @@
 #include "server/access.h"
 
 #include <algorithm>
-#include <fstream>
+#include <sstream>
 
+#include "models/files.h"
 #include "server/http_head.h"
 
 namespace innerq {
@@ -39,7 +40,12 @@ Result<std::vector<std::string>> LoadApiKeys(const ServerOptions& options) {
   std::vector<std::string> keys = options.api_keys;
   if (options.api_key_file.empty()) return keys;
   const std::string name = std::string(kKeyFile) + ": " + options.api_key_file.string();
-  std::ifstream file(options.api_key_file);
+  const Result<std::string> text = ReadTextFile(options.api_key_file, kMaxTextFileBytes);
+  if (!text) {
+    return Error{ErrorCode::kNotFound,
+                 std::string(kKeyFile) + ": cannot read " + text.error().message, kKeyFile};
+  }
+  std::istringstream file(*text);
   std::string line;
   for (int64_t number = 1; std::getline(file, line); ++number) {
     const size_t end = line.find_last_not_of(" \t\r");
@@ -51,9 +57,6 @@ Result<std::vector<std::string>> LoadApiKeys(const ServerOptions& options) {
                              kKeyFile);
     }
     keys.push_back(line);
-  }
-  if (!file.is_open() || file.bad()) {
-    return Error{ErrorCode::kNotFound, name + " cannot be read", kKeyFile};
   }
   if (keys.size() == options.api_keys.size()) {
     return InvalidArgument(name + " has no keys", kKeyFile);

@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <utility>
 
+#include "models/files.h"
 #include "server/utf8.h"
 
 namespace innerq {
@@ -44,13 +43,12 @@ Result<CacheChoice> ParseCacheChoice(std::string_view text) {
     choice.replaced.push_back(parts[i]);
     overrides.push_back(std::string(kSection) + parts[i]);
   }
-  std::error_code ignored;
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream.is_open() || std::filesystem::is_directory(file, ignored)) {
-    return Error{ErrorCode::kNotFound, "--cache: cannot read configuration file " + file.string()};
+  const Result<std::string> content = ReadTextFile(file, kMaxTextFileBytes);
+  if (!content) {
+    return Error{ErrorCode::kNotFound,
+                 "--cache: cannot read configuration file " + content.error().message};
   }
-  const std::string content{std::istreambuf_iterator<char>(stream), {}};
-  const auto options = ParseOptions(content, overrides);
+  const auto options = ParseOptions(*content, overrides);
   if (!options) {
     Error error = options.error();
     error.message = file.string() + ": " + error.message;

@@ -97,8 +97,11 @@ Result<void> CheckString(const OrderedJson& schema, const std::string& text,
     return At(path,
               Shown(schema, text) + " does not match " + schema["pattern"].get<std::string>());
   }
-  if (schema.value("format", "") == "size") {
-    if (const auto size = ParseSize(text); !size) return At(path, size.error().message);
+  const std::string format = schema.value("format", "");
+  if (format == "size" || (format == "size or auto" && text != "auto")) {
+    if (const auto size = ParseSize(text); !size) {
+      return At(path, size.error().message + (format == "size" ? "" : "; or auto"));
+    }
   }
   return {};
 }

@@ -18,9 +18,9 @@ extern const char* const kConfigSchema;
 // appends). Returns the configuration as JSON text with all defaults filled in.
 //
 // Understood: type, enum, minimum, maximum, minLength, pattern, maxItems, properties, required,
-// additionalProperties: false, items, default, format: size, and writeOnly for values that messages
-// must not show. Errors: invalid argument, with the
-// key's path ("kv_cache.key.bits") in the message and in `param`.
+// additionalProperties: false, items, default, format: size or "size or auto", and writeOnly for
+// values that messages must not show. Errors: invalid argument, with the key's path
+// ("kv_cache.key.bits") in the message and in `param`.
 Result<std::string> ApplySchema(std::string_view schema, std::string_view config,
                                 const std::vector<std::string>& overrides);
 

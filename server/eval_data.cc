@@ -1,13 +1,13 @@
 #include "server/eval_data.h"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string_view>
 #include <utility>
 
+#include "models/files.h"
 #include "server/json_check.h"
 
 namespace innerq {
@@ -17,14 +17,10 @@ using OrderedJson = nlohmann::ordered_json;
 
 constexpr std::string_view kMark = "####";
 
-Result<std::string> ReadFile(const std::filesystem::path& path) {
-  std::error_code ignored;
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream.is_open() || std::filesystem::is_directory(path, ignored)) {
-    return Error{ErrorCode::kNotFound, "cannot read " + path.string()};
-  }
-  std::string text{std::istreambuf_iterator<char>(stream), {}};
-  if (stream.bad()) return Error{ErrorCode::kDataLoss, "cannot read " + path.string()};
+// Texts are bounded by memory alone.
+Result<std::string> ReadText(const std::filesystem::path& path) {
+  Result<std::string> text = ReadTextFile(path, std::numeric_limits<int64_t>::max());
+  if (!text) return Error{text.error().code, "cannot read " + text.error().message};
   return text;
 }
 
@@ -39,7 +35,7 @@ struct Line {
 };
 
 Result<std::vector<Line>> ReadLines(const std::filesystem::path& path, int64_t limit) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  ASSIGN_OR_RETURN(const std::string text, ReadText(path));
   std::vector<Line> lines;
   int64_t number = 0;
   for (size_t begin = 0; begin < text.size();) {
@@ -139,7 +135,7 @@ Result<std::vector<std::string>> ReadTexts(const std::vector<std::filesystem::pa
   std::vector<std::string> texts;
   for (const std::filesystem::path& file : files) {
     if (file.extension() != ".jsonl") {
-      ASSIGN_OR_RETURN(std::string text, ReadFile(file));
+      ASSIGN_OR_RETURN(std::string text, ReadText(file));
       if (Blank(text)) return InvalidArgument(file.string() + ": the text is empty");
       texts.push_back(std::move(text));
       continue;

@@ -27,8 +27,9 @@ Result<void> AddReference(const Options& options, const ModelConfig& config,
   ASSIGN_OR_RETURN(const KvLayout layout, LayoutOf(reference, config));
   const PageCounts longest =
       WorstPeakPages(layout, LongestContext(options, config), /*exact_prefill=*/false);
-  reference.options.memory_bytes =
-      std::max(options.runner.kv_cache.memory_bytes, layout.open_pool_bytes(longest.open));
+  if (const auto memory = options.runner.kv_cache.memory_bytes) {
+    reference.options.memory_bytes = std::max(*memory, layout.open_pool_bytes(longest.open));
+  }
   caches->insert(caches->begin(), std::move(reference));
   return {};
 }

@@ -1,12 +1,9 @@
 #include "server/options.h"
 
-#include <cerrno>
 #include <charconv>
-#include <cstring>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 
+#include "models/files.h"
 #include "server/config_schema.h"
 
 namespace innerq {
@@ -68,7 +65,9 @@ Result<KvLayerOverride> ReadLayer(const OrderedJson& json, const std::string& pa
 
 Result<KvCacheOptions> ReadKvCache(const OrderedJson& json) {
   KvCacheOptions options;
-  ASSIGN_OR_RETURN(options.memory_bytes, ParseSize(json.at("memory").get<std::string>()));
+  if (const std::string memory = json.at("memory").get<std::string>(); memory != "auto") {
+    ASSIGN_OR_RETURN(options.memory_bytes, ParseSize(memory));
+  }
   options.page_tokens = json.at("page_tokens").get<int64_t>();
   options.sink_tokens = json.at("sink_tokens").get<int64_t>();
   options.recent_tokens = json.at("recent_tokens").get<int64_t>();
@@ -87,10 +86,13 @@ Result<KvCacheOptions> ReadKvCache(const OrderedJson& json) {
 }
 
 Result<BackendOptions> ReadBackend(const OrderedJson& json) {
-  const BackendOptions options{.device = json.at("device").get<std::string>(),
-                               .variant = json.at("variant").get<std::string>(),
-                               .threads = json.at("threads").get<int>(),
-                               .deterministic = json.at("deterministic").get<bool>()};
+  const std::string device = json.at("device").get<std::string>();
+  const OrderedJson& deterministic = json.at("deterministic");
+  const BackendOptions options{
+      .device = device,
+      .variant = json.at("variant").get<std::string>(),
+      .threads = json.at("threads").get<int>(),
+      .deterministic = deterministic == "auto" ? device != "cuda" : deterministic.get<bool>()};
   if (options.device != "cpu" && options.variant != "auto") {
     return InvalidArgument("backend.variant: the " + options.device +
                                " device has no variants, so \"" + options.variant +
@@ -245,17 +247,15 @@ Result<Options> ParseOptions(std::string_view text, const std::vector<std::strin
 
 Result<Options> LoadOptions(const std::filesystem::path& file,
                             const std::vector<std::string>& overrides) {
-  std::ifstream stream(file, std::ios::binary);
-  const std::string reason = stream.is_open() ? "" : std::string(": ") + std::strerror(errno);
-  const std::string text{std::istreambuf_iterator<char>(stream), {}};
-  if (!stream.is_open() || stream.bad()) {
-    return Error{ErrorCode::kNotFound, "cannot read configuration file " + file.string() + reason};
+  const Result<std::string> text = ReadTextFile(file, kMaxTextFileBytes);
+  if (!text) {
+    return Error{ErrorCode::kNotFound, "cannot read configuration file " + text.error().message};
   }
   const auto in_file = [&file](Error error) {
     error.message = file.string() + ": " + error.message;
     return error;
   };
-  auto parsed = ParseOptions(text, overrides);
+  auto parsed = ParseOptions(*text, overrides);
   if (!parsed) return in_file(parsed.error());
   Options options = std::move(parsed).value();
   const std::filesystem::path directory = std::filesystem::absolute(file).parent_path();

@@ -7,7 +7,7 @@ set(may_include_models kernels models)
 set(may_include_engine kernels models engine)
 set(may_include_server engine server)
 # Headers that the server may use from below.
-set(server_models tokenizer.h chat_template.h checkpoint.h weight_quantizer.h)
+set(server_models files.h tokenizer.h chat_template.h checkpoint.h weight_quantizer.h)
 set(server_kernels result.h)
 # Headers, or folders of them, and the only files (regular expressions) that may include them.
 foreach(sockets arpa netdb.h netinet sys/socket.h)

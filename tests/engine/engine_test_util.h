@@ -26,7 +26,7 @@ inline std::shared_ptr<const Checkpoint> TinyCheckpoint() {
   return Checkpoint::Open(TinyLlamaDirectory()).value();
 }
 
-inline KvCacheOptions HalfPrecision(int64_t memory_bytes = KvCacheOptions().memory_bytes) {
+inline KvCacheOptions HalfPrecision(int64_t memory_bytes = int64_t{1} << 30) {
   KvCacheOptions options;
   options.key.bits = options.value.bits = 16;
   options.memory_bytes = memory_bytes;

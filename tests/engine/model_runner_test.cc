@@ -33,7 +33,7 @@ TEST(ModelRunner, ReportsWhatCameUp) {
   EXPECT_EQ(report.sealed_bytes_per_token, 2 * 2 * 2 * 64 * 3.5 / 8);
   EXPECT_GT(report.parameters, 64 * 128);
   EXPECT_GT(report.weight_bytes, report.parameters * 4) << "all in F32";
-  EXPECT_LE(report.pools.bytes, options.kv_cache.memory_bytes);
+  EXPECT_LE(report.pools.bytes, options.kv_cache.memory_bytes.value());
   EXPECT_EQ(runner->num_open_pages(), report.pools.open_pages);
   EXPECT_EQ(runner->num_sealed_pages(), report.pools.sealed_pages);
   EXPECT_EQ(runner->num_norm_slots(), report.pools.norm_slots);
@@ -60,6 +60,38 @@ TEST(ModelRunner, HoldsCodesUnlessAFormatIsNamed) {
   EXPECT_GT(saved, layers);
   EXPECT_NEAR(static_cast<double>(weight_bytes(WeightFormat::kF16) - weight_bytes({})),
               static_cast<double>(saved), 0.1 * static_cast<double>(saved));
+}
+
+TEST(ModelRunner, TakesTheMemoryThatThereIsUseFor) {
+  ModelRunnerOptions options = TinyOptions();
+  options.kv_cache.memory_bytes.reset();
+  for (const bool prefix_cache : {false, true}) {
+    options.kv_cache.prefix_cache = prefix_cache;
+    const auto runner = ModelRunner::Create(TinyCheckpoint(), options).value();
+    const ModelReport& report = runner->report();
+    EXPECT_EQ(report.max_context, 256);
+    const PageCounts longest = WorstPeakPages(runner->layout(), 256, /*exact_prefill=*/false);
+    const int64_t sequences = options.engine.max_sequences * (prefix_cache ? 2 : 1);
+    EXPECT_GE(report.pools.open_pages, sequences * longest.open);
+    EXPECT_LE(report.pools.open_pages, sequences * longest.open + 2 * 64 / 32);
+    EXPECT_EQ(report.pools.sealed_pages, sequences * longest.sealed);
+  }
+}
+
+// Of a context that no machine's memory holds: half of what there is, and nothing is allocated.
+TEST(ModelRunner, TakesNoMoreThanHalfOfWhatTheWeightsLeave) {
+  const TemporaryDirectory directory;
+  nlohmann::json config = nlohmann::json::parse(ReadAll(TinyLlamaDirectory() / "config.json"));
+  config["max_position_embeddings"] = int64_t{1} << 30;
+  WriteAll(directory.path() / "config.json", config.dump());
+  std::filesystem::copy(TinyLlamaDirectory() / "model.safetensors", directory.path());
+  ModelRunnerOptions options = TinyOptions();
+  options.kv_cache.memory_bytes.reset();
+  options.engine.max_sequences = 4096;
+  const ModelPlan plan = PlanModel(*Checkpoint::Open(directory.path()).value(), options).value();
+  const auto available = static_cast<double>(plan.backend->available_bytes());
+  EXPECT_GT(static_cast<double>(plan.pools.bytes), 0.25 * available);
+  EXPECT_LT(static_cast<double>(plan.pools.bytes), 0.75 * available);
 }
 
 TEST(ModelRunner, LimitsTheContextToWhatTheCacheHolds) {

@@ -69,7 +69,7 @@ void ParseConfiguration(std::string_view text) {
     return;
   }
   CHECK(options.value().server.port >= 0 && options.value().server.port <= 65535, "port");
-  CHECK(options.value().runner.kv_cache.memory_bytes >= 0, "memory");
+  CHECK(options.value().runner.kv_cache.memory_bytes.value_or(0) >= 0, "memory");
   CHECK(options.value().server.max_body_bytes >= 0, "max_body");
 }
 

@@ -51,8 +51,9 @@ TEST_F(EvalData, DocumentsAreFilesOrLines) {
 
 TEST_F(EvalData, SaysWhichLineIsWrong) {
   const std::string at = directory_.path().string();
-  EXPECT_EQ(TextError(at + "/none.txt"), "cannot read " + at + "/none.txt");
-  EXPECT_EQ(TextError(at), "cannot read " + at) << "a directory";
+  EXPECT_EQ(TextError(at + "/none.txt"),
+            "cannot read " + at + "/none.txt: No such file or directory");
+  EXPECT_EQ(TextError(at), "cannot read " + at + ": Is a directory");
   EXPECT_EQ(TextError(Write("e.txt", " \n")), at + "/e.txt: the text is empty");
   EXPECT_EQ(TextError(Write("e.jsonl", "\n\n")), at + "/e.jsonl: there is no line in it");
   const std::string good = "{\"text\": \"x\"}\n\n";
@@ -136,7 +137,7 @@ TEST(CacheChoice, IsAFileWithReplacedKeys) {
   ASSERT_TRUE(json.ok()) << json.error().message;
   EXPECT_EQ(json->options.layers.size(), 1u) << "commas in values stay";
   EXPECT_EQ(ParseCacheChoice("none.json,key.bits=2").error().message,
-            "--cache: cannot read configuration file none.json");
+            "--cache: cannot read configuration file none.json: No such file or directory");
   EXPECT_EQ(ParseCacheChoice(file + ",bits=2").error().param, "kv_cache.bits");
 }
 

@@ -241,7 +241,7 @@ TEST(Eval, LonggenFollowsTheReferencesAnswer) {
 TEST(Eval, RefusesWhatItCannotMeasureBeforeItLoadsTheModel) {
   EvalArgs args = Scoring(Task::kKl);
   args.scoring.texts = {"/nonexistent.txt"};
-  EXPECT_EQ(Refusal(args).message, "cannot read /nonexistent.txt");
+  EXPECT_EQ(Refusal(args).message, "cannot read /nonexistent.txt: No such file or directory");
   args = Scoring(Task::kKl);
   args.output.caches = {Config("innerq_base") + ",key.bitz=2"};
   EXPECT_EQ(Refusal(args).param, "kv_cache.key.bitz");

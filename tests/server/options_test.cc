@@ -51,6 +51,9 @@ TEST(Options, AnEmptyConfigurationHasTheDefaultsOfTheEnginesStructs) {
   EXPECT_EQ(options.runner.backend.device, backend.device);
   EXPECT_EQ(options.runner.backend.variant, backend.variant);
   EXPECT_EQ(options.runner.backend.deterministic, backend.deterministic);
+  EXPECT_FALSE(Accepted(R"({"backend": {"device": "cuda"}})").runner.backend.deterministic);
+  EXPECT_TRUE(Accepted(R"({"backend": {"device": "cuda", "deterministic": true}})")
+                  .runner.backend.deterministic);
   EXPECT_EQ(options.runner.dtype, std::nullopt);
   const SelfCheckOptions self_check;
   EXPECT_EQ(options.self_check.enabled, self_check.enabled);
@@ -110,7 +113,12 @@ TEST(Options, WrongTypesRangesAndChoicesAreRefusedWithTheirPath) {
   EXPECT_EQ(Refusal(R"({"kv_cache": {"key": {"bits": 5}}})").param, "kv_cache.key.bits");
   EXPECT_EQ(Refusal(R"({"kv_cache": {"key": 3}})").param, "kv_cache.key");
   EXPECT_EQ(Refusal(R"({"kv_cache": {"memory": 1073741824}})").param, "kv_cache.memory");
-  EXPECT_EQ(Refusal(R"({"kv_cache": {"memory": "1 GiB"}})").param, "kv_cache.memory");
+  EXPECT_EQ(Refusal(R"({"kv_cache": {"memory": "1 GiB"}})").message,
+            "kv_cache.memory: expected a size like 512MiB or 2GB, not \"1 GiB\"; or auto");
+  EXPECT_EQ(Refusal(R"({"server": {"max_body": "auto"}})").param, "server.max_body");
+  EXPECT_EQ(Accepted(R"({"kv_cache": {"memory": "auto"}})").runner.kv_cache.memory_bytes,
+            std::nullopt);
+  EXPECT_EQ(Accepted(R"({"kv_cache": {"memory": "2MiB"}})").runner.kv_cache.memory_bytes, 2 << 20);
   EXPECT_EQ(Refusal(R"({"backend": {"deterministic": "yes"}})").param, "backend.deterministic");
   EXPECT_EQ(Refusal(R"({"log": {"level": "loud"}})").param, "log.level");
   EXPECT_NE(Refusal("[]").message.find("JSON object"), std::string::npos);
