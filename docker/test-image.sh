@@ -51,15 +51,18 @@ for key in sys.argv[2:]:
 print("\n".join(value) if isinstance(value, list) else value)
 END
 }
-mapfile -t command < <(describe Entrypoint; describe Cmd)
+mapfile -t command < <(describe Entrypoint)
+mapfile -t environment < <(describe Env)
 mapfile -t health < <(describe Healthcheck Test)
 user=$(describe User)
 printf '%s: %s\n' user "$user" command "${command[*]}" health "${health[*]}" \
-  stop "$(describe StopSignal)" ports "$(describe ExposedPorts)" volumes "$(describe Volumes)" \
-  labels "$(describe Labels)"
+  environment "${environment[*]}" stop "$(describe StopSignal)" \
+  ports "$(describe ExposedPorts)" volumes "$(describe Volumes)" labels "$(describe Labels)"
 [[ $user =~ ^([1-9][0-9]*):([1-9][0-9]*)$ ]] || { echo "not a number other than 0" >&2; exit 1; }
 uid=${BASH_REMATCH[1]} gid=${BASH_REMATCH[2]}
 [[ ${health[0]} == CMD && $(describe StopSignal) == SIGTERM ]]
+label() { describe Labels "org.opencontainers.image.$1"; }
+[[ $(label title) == "$tag" && $(label base.name) == localhost/base ]]
 
 step "run"
 if (exec 3<>/dev/tcp/127.0.0.1/8080) 2>/dev/null; then
@@ -77,9 +80,11 @@ finish() {
 trap finish EXIT
 mkdir -p "$root/model"
 mount --bind models/demo "$root/model"
-clean=(env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)
+clean=(env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "${environment[@]}")
 as_user=(setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs
   --inh-caps=-all --bounding-set=-all)
+in_image() { "${clean[@]}" chroot "$root" "${as_user[@]}" "$@"; }
+[[ $(in_image innerq --version) == "innerq $(label version)" ]]
 # Process 1 of its own namespace; the port is the machine's, as a container's with --network host.
 serve() {
   exec "${clean[@]}" unshare --pid --fork --kill-child --root "$root" --mount-proc -- \
@@ -91,9 +96,11 @@ if [[ $what == cuda ]]; then
   grep 'device cuda' "$work/server.log"
   device=(--set=backend.device=cpu)
 fi
-serve "${device[@]}" &
+# The image's default configuration; then one in its place, with an option more.
+in_image innerq check-config --set=model.path=/model | grep 'keys 3-bit'
+serve "${device[@]}" -c /etc/innerq/int8.json --set kv_cache.memory=64MiB &
 server=$!
-check_health() { "${clean[@]}" chroot "$root" "${as_user[@]}" "${health[@]:1}"; }
+check_health() { in_image "${health[@]:1}"; }
 for _ in $(seq 100); do
   check_health 2>/dev/null && break
   kill -0 "$server" || { cat "$work/server.log"; exit 1; }
@@ -106,9 +113,10 @@ process=${process// /}
 grep -E '^(Name|Uid|Gid|NSpid|CapEff|CapBnd):' "/proc/$process/status"
 [[ $(awk '/^NSpid:/ {print $NF}' "/proc/$process/status") == 1 ]]
 [[ $(awk '/^Uid:/ {print $2}' "/proc/$process/status") == "$uid" ]]
+grep 'keys 8-bit' "$work/server.log"
 curl -fsS http://127.0.0.1:8080/health
 curl -fsS http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' \
-  -d '{"model": "model", "prompt": "Hello", "max_tokens": 8}'
+  -d '{"model": "innerq", "prompt": "Hello", "max_tokens": 8}'
 echo
 kill -TERM "$process"
 wait "$server"

@@ -27,6 +27,7 @@ namespace innerq {
 namespace {
 
 constexpr char kConfigFile[] = "config.json";
+constexpr char kCardFile[] = "README.md";
 constexpr char kWeightsFile[] = "model.safetensors";
 constexpr std::string_view kWeightSuffix = ".weight";
 
@@ -92,9 +93,10 @@ Result<void> WriteText(const std::filesystem::path& path, const std::string& tex
   return {};
 }
 
-// Whether a file of a model's directory is written anew, or holds its weights in some format.
+// Whether a file of a model's directory is written anew, holds its weights in some format, or is
+// the model's card, which says of what bits they are and how good.
 bool IsReplaced(const std::string& name) {
-  if (name == kConfigFile) return true;
+  if (name == kConfigFile || name == kCardFile) return true;
   for (const char* end : {".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5",
                           ".msgpack", ".ot", ".onnx"}) {
     if (name.ends_with(end)) return true;

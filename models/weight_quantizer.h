@@ -94,7 +94,8 @@ Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptio
 //                      one, its scheme and bits; "source" FNV-1a of 64 bits over the source's
 //                      tensors by name: name, dtype, shape (each of these with a newline after it)
 //                      and data
-//   and copies of the source's other regular files but weights and their indices.
+//   and copies of the source's other regular files but weights, their indices and its card,
+//   README.md, which describes the source.
 // One matrix is in memory at a time, and a Hessian is factored once for all that share it. What was
 // written stays where it fails. CHECK: the spec is valid, and there are statistics for static
 // activations. Errors: as of CheckQuantizable; invalid argument for weights that are not finite or

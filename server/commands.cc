@@ -2,9 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <system_error>
 
 #include "server/access.h"
 #include "server/model_setup.h"
@@ -75,6 +77,18 @@ Result<void> PrintConfig(const Options& options) {
   return {};
 }
 
+// A value of a file's metadata for people: shares as percents, all else in quotes, for it may hold
+// anything.
+std::string MetadataText(const std::string& value) {
+  double share = 0;
+  const char* const end = value.data() + value.size();
+  const auto [read, error] = std::from_chars(value.data(), end, share);
+  if (error == std::errc() && read == end && share >= 0 && share <= 1) {
+    return fmt::format("{:.4g} %", 100 * share);
+  }
+  return nlohmann::json(value).dump();
+}
+
 Result<void> PrintInspection(const Options& options) {
   ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
   ASSIGN_OR_RETURN(const KvLayout layout, PlanLayout(options, checkpoint->config()));
@@ -87,7 +101,7 @@ Result<void> PrintInspection(const Options& options) {
     for (const char* key : {"prune", "prune_matrices", "zeros", "source"}) {
       const auto found = checkpoint->metadata().find(key);
       if (found == checkpoint->metadata().end()) continue;
-      fmt::print("weights: {} {}\n", key, nlohmann::json(found->second).dump());
+      fmt::print("weights: {} {}\n", key, MetadataText(found->second));
     }
   }
   PrintCache(layout);

@@ -5,7 +5,7 @@
 namespace innerq {
 namespace {
 
-// What costs a model the least, see README.
+// What costs a model the least, see tests/eval/README.md.
 LowBitScheme BestScheme(int bits) {
   if (bits == 4) return LowBitScheme::kApot;
   return bits == 8 ? LowBitScheme::kUniform : LowBitScheme::kPow2;

@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <string>
@@ -19,7 +20,10 @@
 namespace {
 
 void AddConfigOptions(CLI::App* command, innerq::ConfigSource* source) {
-  command->add_option("-c,--config", source->file, "Configuration file")->required();
+  command
+      ->add_option("-c,--config", source->file,
+                   "Configuration file; default: that of $INNERQ_CONFIG")
+      ->required(source->file.empty());
   command->add_option("--set", source->overrides, "Replace one key: a.b.c=value (repeatable)")
       ->allow_extra_args(false);
 }
@@ -298,6 +302,9 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", std::string("innerq ") + INNERQ_VERSION);
   app.require_subcommand(1);
   innerq::ConfigSource source;
+  // The images set it, so that options can be added to their command without a -c. Not CLI11's
+  // envname: of an option in each command, all of which write here.
+  if (const char* const file = std::getenv("INNERQ_CONFIG")) source.file = file;
 
   CLI::App* const serve = app.add_subcommand("serve", "Serve the OpenAI API over HTTP");
   AddConfigOptions(serve, &source);

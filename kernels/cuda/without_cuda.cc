@@ -5,8 +5,7 @@ namespace innerq {
 
 Result<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions&) {
   return Error{ErrorCode::kUnavailable,
-               "device cuda: this build has no CUDA; build the preset cuda, with INNERQ_CUDA=ON",
-               "backend.device"};
+               "device cuda: this build has no CUDA; see GPU build in README.md", "backend.device"};
 }
 
 }  // namespace innerq

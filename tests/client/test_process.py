@@ -97,6 +97,13 @@ def test_wrong_usage_and_configuration_exit_2():
     expect_error(2, "model.path", "serve", "-c", CONFIG, "--set", "model.path=/none")
 
 
+def test_the_environment_may_name_the_configuration():
+    demo = {**os.environ, "INNERQ_CONFIG": CONFIG}
+    assert "keys 3-bit" in run("check-config", env=demo).stdout
+    assert "keys 8-bit" in run("check-config", "-c", CONFIGS / "int8.json", env=demo).stdout
+    assert run("check-config", env={**os.environ, "INNERQ_CONFIG": ""}).returncode == 2
+
+
 def test_check_config_refuses_what_serve_refuses():
     for path, value in (
             ("kv_cache.key.bitz", "3"),

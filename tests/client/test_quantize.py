@@ -9,6 +9,7 @@ tests/server/quantize_test.cc. Standard library only.
 import json
 import math
 import pathlib
+import re
 import resource
 import signal
 import struct
@@ -114,7 +115,10 @@ def test_scales_may_be_powers_of_two_and_matrices_pruned_by_name():
         inspected = subprocess.run([BINARY, "inspect", out], capture_output=True, text=True,
                                    timeout=60, check=False)
         assert "pow2 3-bit, groups of 64, scales powers of two, " in inspected.stdout, inspected
-        assert 'weights: prune "0.5"\n' in inspected.stdout, inspected
+        assert "weights: prune 50 %\n" in inspected.stdout, inspected
+        zeros = re.search(r"weights: zeros ([0-9.]+) %\n", inspected.stdout)
+        assert zeros and 50 < float(zeros[1]) < 60, inspected
+        assert re.search(r'weights: source "fnv1a64:[0-9a-f]{16}"\n', inspected.stdout), inspected
         asked = '"*.q_proj=0.7,model.layers.0.*=0.6"'
         assert f"weights: prune_matrices {asked}\n" in inspected.stdout, inspected
 

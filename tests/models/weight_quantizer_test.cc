@@ -196,6 +196,7 @@ class WeightQuantizerTest : public testing::Test {
 TEST_F(WeightQuantizerTest, ReplacesTheLayersMatricesAndCopiesAllElse) {
   WriteAll(source_ / "tokenizer.json", "{}");
   WriteAll(source_ / "LICENSE", "free");
+  WriteAll(source_ / "README.md", "BF16");
   WriteAll(source_ / "model.safetensors.index.json", "{}");
   WriteAll(source_ / "pytorch_model.bin", "old");
   std::filesystem::create_directory(source_ / "eval");
@@ -207,7 +208,8 @@ TEST_F(WeightQuantizerTest, ReplacesTheLayersMatricesAndCopiesAllElse) {
     EXPECT_FALSE(entry.is_symlink()) << "a copy, not a link to the source";
   }
   EXPECT_EQ(names, (std::set<std::string>{"COPYING", "LICENSE", "config.json", "model.safetensors",
-                                          "tokenizer.json"}));
+                                          "tokenizer.json"}))
+      << "not the card, which would speak of other weights";
   EXPECT_EQ(ReadAll(output_ / "COPYING"), "free");
 
   const auto source = Open(source_), output = Open(output_);

@@ -71,7 +71,7 @@ TEST(Bench, MeasuresEveryCacheAtEveryDepthWithEveryBatch) {
   const Outputs outputs = Measure(args, TinySource());
   const Json& json = outputs.json;
   EXPECT_EQ(json["task"], "bench");
-  EXPECT_EQ(json["model"], "innerq-demo");
+  EXPECT_EQ(json["model"], "innerq");
   EXPECT_EQ(json["device"], "reference");
   EXPECT_EQ(json["version"], "1.2.3");
   EXPECT_EQ(json["threads"], 1);

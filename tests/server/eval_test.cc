@@ -79,7 +79,7 @@ TEST(Eval, KlTellsCachesApartAndFindsAnF16CacheEqual) {
                         Config("innerq_base") + ",key.bits=2,value.bits=2"};
   const Outputs outputs = Measure(args);
   EXPECT_EQ(outputs.json["task"], "kl");
-  EXPECT_EQ(outputs.json["model"], "innerq-demo");
+  EXPECT_EQ(outputs.json["model"], "innerq");
   EXPECT_EQ(outputs.json["settings"]["reference"], "fp16");
   EXPECT_EQ(outputs.json["settings"]["context"], kContext);
   const Json& caches = outputs.json["caches"];

@@ -4,6 +4,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "server/config_schema.h"
 #include "server/http_server.h"
@@ -255,6 +256,28 @@ TEST(Options, OverridesReplaceKeysAndElements) {
   EXPECT_EQ(Refusal("{}", {"server.port.x=0"}).param, "server.port.x");
   EXPECT_EQ(Refusal("{}", {"server.port=abc"}).param, "server.port");
   EXPECT_NE(Refusal("{}", {"server.port"}).message.find("key=value"), std::string::npos);
+}
+
+// Paths of all keys below an object of the schema.
+std::vector<std::string> KeysOf(const nlohmann::json& schema, const std::string& path) {
+  if (!schema.contains("properties")) return {path};
+  std::vector<std::string> keys;
+  for (const auto& [name, property] : schema["properties"].items()) {
+    if (name == "$schema") continue;
+    const std::vector<std::string> below =
+        KeysOf(property, path.empty() ? name : path + "." + name);
+    keys.insert(keys.end(), below.begin(), below.end());
+  }
+  return keys;
+}
+
+TEST(Options, TheReadmeNamesEveryKey) {
+  const std::string readme = ReadAll(std::filesystem::path(INNERQ_SOURCE_DIR) / "README.md");
+  const std::vector<std::string> keys = KeysOf(nlohmann::json::parse(kConfigSchema), "");
+  EXPECT_GT(keys.size(), 40u);
+  for (const std::string& key : keys) {
+    EXPECT_NE(readme.find("`" + key + "`"), std::string::npos) << key;
+  }
 }
 
 TEST(Options, OverridesThatAreNotUtf8AreRefused) {
