@@ -55,25 +55,24 @@ void PrintCache(const KvLayout& layout) {
 // Everything that LoadModel does, but for taking memory and reading weights.
 Result<void> PrintConfig(const Options& options) {
   RETURN_IF_ERROR(LoadApiKeys(options.server));
-  ASSIGN_OR_RETURN(const auto tokenizer, Tokenizer::Load(options.model.path));
-  ASSIGN_OR_RETURN(const auto chat_template,
-                   ChatTemplate::Load(options.model.path, options.model.chat_template, tokenizer));
-  ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.model.path));
-  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(*checkpoint, options.runner));
+  ASSIGN_OR_RETURN(const ModelFiles model, OpenModel(options));
+  const ModelConfig& config = model.config;
+  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(*model.checkpoint, options.runner));
   fmt::print("the configuration is valid; it would serve {} as {} on {}:{}\n",
              options.model.path.string(), options.model.alias, options.server.host,
              options.server.port);
-  PrintModel(checkpoint->config());
-  fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", tokenizer->vocab_size(),
-             chat_template ? chat_template->name() : "none");
+  PrintModel(config);
+  fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", model.tokenizer->vocab_size(),
+             model.chat_template ? model.chat_template->name() : "none");
   fmt::print("backend: {}\n", plan.backend->name());
-  if (checkpoint->config().low_bit) {
-    fmt::print("weights: {}\n", DescribeLowBit(options, checkpoint->config()));
-  }
+  if (config.low_bit) fmt::print("weights: {}\n", DescribeLowBit(options, config));
   for (const std::string& line : DescribeCache(plan.layout)) fmt::print("cache {}\n", line);
   fmt::print(
       "cache memory: {} bytes, {} F16 and {} quantized pages; one sequence could hold {} tokens\n",
       plan.pools.bytes, plan.pools.open_pages, plan.pools.sealed_pages, plan.pools.tokens_that_fit);
+  // Not an error: a server that runs already may hold what this one is to have.
+  const Result<void> fits = CheckMemory(config, options.runner, plan.pools.bytes);
+  if (!fits) fmt::print(stderr, "innerq: warning: at the moment {}\n", fits.error().message);
   return {};
 }
 

@@ -63,11 +63,11 @@ void AddProblemOptions(CLI::App* command, innerq::ProblemArgs* args) {
       "--shots", args->shots,
       "Worked examples to begin with: JSONL as --data, of other problems. Default: none, for "
       "models that end answers in \"#### N\" by themselves");
-  command->add_option("--num-shots", args->num_shots, "Worked examples of that file")
+  command->add_option("--num-shots", args->num_shots, "Worked examples to take of that file")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str()
       ->needs(shots);
-  command->add_option("--limit", args->limit, "Problems; 0: all")
+  command->add_option("--limit", args->limit, "Problems to ask; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_option("--max-tokens", args->max_tokens, "Longest answer, tokens")
@@ -91,7 +91,7 @@ void AddRecallOptions(CLI::App* command, innerq::RecallArgs* args) {
   command->add_option("--max-tokens", args->max_tokens, "Longest answer, tokens")
       ->check(TokenRange())
       ->capture_default_str();
-  command->add_option("--seed", args->seed, "Of the texts")->capture_default_str();
+  command->add_option("--seed", args->seed, "Seed of the texts")->capture_default_str();
   command->add_flag("--chat", args->chat, "Ask in the model's chat template");
 }
 
@@ -101,19 +101,22 @@ void AddLongAnswerOptions(CLI::App* command, innerq::LongAnswerArgs* args) {
       ->add_option("--text", args->texts,
                    "Further prompts: the beginning of each document (repeatable)")
       ->allow_extra_args(false);
-  command->add_option("--limit", args->limit, "Documents of each file; 0: all")
+  command->add_option("--limit", args->limit, "Documents to take of each file; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command->add_option("--prompt-tokens", args->prompt_tokens, "Of a document")
+  command
+      ->add_option("--prompt-tokens", args->prompt_tokens,
+                   "Tokens of a document that make a prompt")
       ->check(TokenRange())
       ->capture_default_str();
-  command->add_option("--tokens", args->tokens, "Of the answer, which does not end before")
+  command->add_option("--tokens", args->tokens, "Tokens of an answer; it does not end before")
       ->check(TokenRange())
       ->capture_default_str();
-  command->add_option("--temperature", args->temperature, "0 is greedy")
+  command
+      ->add_option("--temperature", args->temperature, "Temperature of the sampling; 0 is greedy")
       ->check(CLI::Range(0.0, 2.0))
       ->capture_default_str();
-  command->add_option("--seed", args->seed, "Of the sampling")->capture_default_str();
+  command->add_option("--seed", args->seed, "Seed of the sampling")->capture_default_str();
 }
 
 // The command eval with its tasks.
@@ -159,14 +162,15 @@ CLI::Option* AddLowBitOptions(CLI::App* command, innerq::LowBitArgs* args) {
   const auto add = [&](const char* name, auto& value, const std::string& what) {
     command->add_option(name, value, what)->capture_default_str();
   };
-  add("--bits", args->bits, "Of a weight: " + innerq::KnownLowBitBits());
+  add("--bits", args->bits, "Bits of a weight: " + innerq::KnownLowBitBits());
   add("--group-size", args->group_size,
       "Weights of an output that share a scale: 32, 64, 128; 0: all");
   add("--activation-bits", args->activation_bits,
-      "Of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned from "
+      "Bits of the inputs: 8 and 16 by each row's range; 3 and 4 by a range that is learned from "
       "calibration");
   add("--head-bits", args->head_bits,
-      "Of a weight of lm_head, the matrix of logits: 2, 3, 4 or 8, by the default scheme; 0: it "
+      "Bits of a weight of lm_head, the matrix of logits: 2, 3, 4 or 8, by the default scheme; 0: "
+      "it "
       "stays as it is");
   return scheme;
 }
@@ -255,7 +259,7 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
       ->allow_extra_args(false);
   quantize
       ->add_option("--calibration-tokens", args->calibration_tokens,
-                   "Tokens of these texts to run, at most, from all over them")
+                   "Tokens to run at most, taken from all over these texts")
       ->check(CLI::Range(2, 1 << 24))
       ->capture_default_str();
   quantize
@@ -265,10 +269,10 @@ CLI::App* AddQuantize(CLI::App* app, innerq::QuantizeArgs* args) {
       ->allow_extra_args(false);
   quantize
       ->add_option("--evaluate-tokens", args->evaluation_tokens,
-                   "Tokens of these texts to measure on, at most, from all over them")
+                   "Tokens to measure on at most, taken from all over these texts")
       ->check(CLI::Range(2, 1 << 24))
       ->capture_default_str();
-  quantize->add_option("--threads", args->threads, "0: one per core")
+  quantize->add_option("--threads", args->threads, "Threads; 0: one per core")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   return quantize;
@@ -317,9 +321,11 @@ int main(int argc, char** argv) {
   generate->add_option("-n,--max-tokens", generate_args.max_tokens, "Longest answer, tokens")
       ->check(TokenRange())
       ->capture_default_str();
-  generate->add_option("--temperature", generate_args.temperature, "0 is greedy")
+  generate
+      ->add_option("--temperature", generate_args.temperature,
+                   "Temperature of the sampling; 0 is greedy")
       ->capture_default_str();
-  generate->add_option("--seed", generate_args.seed, "Of the sampling")->capture_default_str();
+  generate->add_option("--seed", generate_args.seed, "Seed of the sampling")->capture_default_str();
 
   CLI::App* const check =
       app.add_subcommand("check-config", "Validate a configuration against its model");
@@ -347,7 +353,12 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help and the like
+    const bool unknown = argc > 1 && argv[1][0] != '-' && app.get_subcommands().empty();
+    std::fprintf(stderr, "innerq: %s\n",
+                 unknown ? ("there is no command " + std::string(argv[1])).c_str() : error.what());
+    std::fprintf(stderr, "Run with --help for more information.\n");
+    return 2;
   }
   if (serve->parsed()) return innerq::ServeCommand(source, INNERQ_VERSION);
   if (generate->parsed()) return ExitCode(innerq::GenerateCommand(source, generate_args));

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "server/progress_bar.h"
 
@@ -41,7 +42,7 @@ std::string Describe(const KvLayerLayout& layer) {
 // The ids that end an answer: those of generation_config.json or config.json, the tokenizer's end
 // of sequence, and what the chat template writes after an answer. Errors: one that the model does
 // not have; every request would be refused for it.
-Result<std::vector<int32_t>> StopTokens(const ModelParts& model) {
+Result<std::vector<int32_t>> StopTokens(const ModelFiles& model) {
   std::vector<int32_t> ids = model.config.eos_token_ids;
   const auto add = [&](const std::string& role, std::optional<int32_t> id) -> Result<void> {
     if (!id || std::find(ids.begin(), ids.end(), *id) != ids.end()) return {};
@@ -90,7 +91,9 @@ std::vector<std::string> DescribeCache(const KvLayout& layout) {
     const std::string text = Describe(layout.layer(begin));
     int64_t end = begin + 1;
     while (end < layout.num_layers() && Describe(layout.layer(end)) == text) ++end;
-    lines.push_back(fmt::format("layers {}-{}: {}", begin, end - 1, text));
+    const std::string range = end - begin == 1 ? fmt::format("layer {}", begin)
+                                               : fmt::format("layers {}-{}", begin, end - 1);
+    lines.push_back(range + ": " + text);
     begin = end;
   }
   return lines;
@@ -125,16 +128,28 @@ Result<KvLayout> PlanLayout(const Options& options, const ModelConfig& config) {
   return KvLayout::Create(spec, CodeOrder::kRowMajor);
 }
 
+Result<ModelFiles> OpenModel(const Options& options) {
+  const auto open = [&]() -> Result<ModelFiles> {
+    ModelFiles files;
+    ASSIGN_OR_RETURN(files.tokenizer, Tokenizer::Load(options.model.path));
+    ASSIGN_OR_RETURN(
+        files.chat_template,
+        ChatTemplate::Load(options.model.path, options.model.chat_template, files.tokenizer));
+    ASSIGN_OR_RETURN(files.checkpoint, Checkpoint::Open(options.model.path));
+    files.config = files.checkpoint->config();
+    ASSIGN_OR_RETURN(files.stop_token_ids, StopTokens(files));
+    return files;
+  };
+  Result<ModelFiles> files = open();
+  if (files || !files.error().param.empty()) return files;
+  return Error{files.error().code, files.error().message, "model.path"};
+}
+
 Result<ModelParts> LoadParts(const Options& options, const std::function<bool()>& interrupted) {
   ModelParts parts;
-  ASSIGN_OR_RETURN(parts.tokenizer, Tokenizer::Load(options.model.path));
-  ASSIGN_OR_RETURN(
-      parts.chat_template,
-      ChatTemplate::Load(options.model.path, options.model.chat_template, parts.tokenizer));
-  ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(options.model.path));
-  parts.config = checkpoint->config();
-  ASSIGN_OR_RETURN(parts.stop_token_ids, StopTokens(parts));
-  ASSIGN_OR_RETURN(parts.runner, LoadWeights(options, std::move(checkpoint), interrupted));
+  ASSIGN_OR_RETURN(static_cast<ModelFiles&>(parts), OpenModel(options));
+  ASSIGN_OR_RETURN(parts.runner,
+                   LoadWeights(options, std::exchange(parts.checkpoint, nullptr), interrupted));
   return parts;
 }
 

@@ -15,12 +15,20 @@
 
 namespace innerq {
 
-// What is loaded from disk, before an engine runs it.
-struct ModelParts {
+// A model's directory, read and checked, but for its weights.
+struct ModelFiles {
   ModelConfig config;
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
   std::vector<int32_t> stop_token_ids;
+  std::shared_ptr<const Checkpoint> checkpoint;
+};
+
+// Errors: as of the parts; the message says which.
+Result<ModelFiles> OpenModel(const Options& options);
+
+// What is loaded from disk, before an engine runs it; the checkpoint has been let go.
+struct ModelParts : ModelFiles {
   std::unique_ptr<ModelRunner> runner;
 };
 

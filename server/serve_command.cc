@@ -104,6 +104,8 @@ int ServeCommand(const ConfigSource& source, const std::string& version) {
   auto http = HttpServer::Start(ToHttpOptions(server), service.Routes());
   if (!http) return ReportError(http.error());
 
+  spdlog::info("innerq {} listens on {} port {} and loads {}", version, server.host,
+               (*http)->port(), options->model.path.string());
   auto parts = LoadParts(*options);
   if (!parts) return ReportError(parts.error());
   CheckLoadedModel(*options, *parts);
