@@ -221,7 +221,6 @@ Result<void> ReadShape(KeyReader& keys, ModelConfig& config) {
 // Keys that change what the model computes in ways this server does not implement.
 Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   keys.Require(keys.String("hidden_act", "silu") == "silu", "hidden_act", "silu");
-  keys.Require(keys.Integer("pretraining_tp", 0, kMaxHeads, 1) <= 1, "pretraining_tp", "1");
   const bool mistral = config.architecture == "MistralForCausalLM";
   const int64_t window =
       keys.Integer("sliding_window", 1, INT64_MAX,

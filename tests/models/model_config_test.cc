@@ -148,6 +148,13 @@ TEST_F(ModelConfigTest, AnAbsentWindowIsTheOneThatTransformersTakes) {
   EXPECT_TRUE(Read(file).ok()) << "Llama knows no window";
 }
 
+TEST_F(ModelConfigTest, HowManyDevicesAModelWasTrainedOnChangesNothing) {
+  json file = Llama2Config();
+  file["pretraining_tp"] = 2;  // as Llama-2-13B is published
+  const auto config = Read(file);
+  EXPECT_TRUE(config.ok()) << config.error().message;
+}
+
 TEST_F(ModelConfigTest, GenerationConfigReplacesTheEndTokens) {
   WriteAll(directory_.path() / "generation_config.json",
            R"({"bos_token_id": 1, "eos_token_id": [2, 7]})");
@@ -166,7 +173,6 @@ TEST_F(ModelConfigTest, RefusesWhatItCannotComputeByName) {
       {"architectures", json::array()},
       {"hidden_act", "gelu"},
       {"quantization_config", {{"quant_method", "gptq"}}},
-      {"pretraining_tp", 2},
       {"partial_rotary_factor", 0.5},
       {"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}},
       {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 2.0}}},
@@ -394,10 +400,9 @@ TEST_F(ModelConfigTest, RefusesFilesThatAreNotJsonObjects) {
 
 TEST_F(ModelConfigTest, SurvivesDeeplyNestedValuesOfEveryKey) {
   json every_key = Llama2Config();
-  for (const char* key :
-       {"head_dim", "rope_theta", "rope_parameters", "quantization_config", "pretraining_tp",
-        "sliding_window", "rope_interleaved", "partial_rotary_factor", "tie_word_embeddings",
-        "attention_bias", "mlp_bias", "unknown"}) {
+  for (const char* key : {"head_dim", "rope_theta", "rope_parameters", "quantization_config",
+                          "sliding_window", "rope_interleaved", "partial_rotary_factor",
+                          "tie_word_embeddings", "attention_bias", "mlp_bias", "unknown"}) {
     every_key[key] = nullptr;
   }
   for (const auto& [key, value] : every_key.items()) {
