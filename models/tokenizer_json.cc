@@ -484,7 +484,8 @@ Result<TokenizerJson> ReadFile(const Node& file) {
     return version.Unsupported("\"1.0\"");
   }
   for (const char* key : {"truncation", "padding"}) {
-    if (const Node node = file.Member(key); !node.is_null()) return node.Unsupported("null");
+    const Node node = file.Member(key);
+    if (!node.is_null() && !node.value().is_object()) return node.Damaged("null or an object");
   }
   RETURN_IF_ERROR(ReadAddedTokens(file.Member("added_tokens"), out));
   if (const Node node = file.Member("normalizer"); !node.is_null()) {

@@ -33,7 +33,8 @@ struct DecodeByteAlphabet {};
 
 using DecodeStep = std::variant<DecodeReplace, DecodeByteFallback, DecodeStrip, DecodeByteAlphabet>;
 
-// The parts of a tokenizer.json with a BPE model. Ids are in [0, 2^20).
+// The parts of a tokenizer.json with a BPE model. Ids are in [0, 2^20). "truncation" and "padding"
+// are left out: transformers resets both in each call that does not ask for them.
 struct TokenizerJson {
   std::vector<AddedToken> added_tokens;
   std::vector<TextStep> text_steps;      // normalizer, then pre-tokenizer
