@@ -206,8 +206,10 @@ Result<Value> Renderer::EvalMap(const Expr& expr, const Value* input) {
     }
   }
   line_ = expr.line;
-  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   std::vector<Value> out;
+  // As in Jinja2, what is false has no elements, be it a number.
+  if (!Truthy(source)) return Value::Of(Sequence::Flavor::kIterator, std::move(out));
+  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   for (const Value& item : *items) {
     RETURN_IF_ERROR(budget_.Spend(1));
     ASSIGN_OR_RETURN(Value mapped, expr.inner != nullptr ? EvalOn(*expr.inner, item)
@@ -227,8 +229,9 @@ Result<Value> Renderer::EvalSelect(const Expr& expr, const Value* input) {
     ASSIGN_OR_RETURN(path, Eval(*expr.args[1]));
   }
   line_ = expr.line;
-  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   std::vector<Value> out;
+  if (!Truthy(source)) return Value::Of(Sequence::Flavor::kIterator, std::move(out));
+  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   for (const Value& item : *items) {
     RETURN_IF_ERROR(budget_.Spend(1));
     Value judged = item;

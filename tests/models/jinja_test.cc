@@ -153,6 +153,12 @@ TEST(JinjaTest, AppliesFilters) {
        {"{{ [{'a': 1}, {}] | map(attribute='a', default=0) | list }}{{ ['a'] | map('upper') | "
         "join }}",
         "[1, 0]A"},
+       {"{{ none | map('upper') | list }}{{ 0 | map(attribute='a') | list }}"
+        "{{ false | select | list }}{{ '' | reject('odd') | list }}"
+        "{{ none | selectattr('a') | list }}{{ 0.0 | rejectattr('a', 'eq', 1) | list }}",
+        "[][][][][][]"},
+       {"{{ 1 | map('upper') | list }}",
+        "error: line 1: expected something to iterate over, found int"},
        {"{{ [1, 2, 3] | select('odd') | list }}{{ [0, 1] | reject | list }}", "[1, 3][0]"},
        {"{{ [{'r': 'a'}, {'r': 'b'}] | selectattr('r', 'equalto', 'b') | list }}", "[{'r': 'b'}]"},
        {"{{ [{'r': 1}, {}] | rejectattr('r', 'defined') | list }}", "[{}]"},
@@ -705,6 +711,11 @@ TEST_F(JinjaReferenceTest, RendersTheLanguageAsJinja2) {
         "{{ l | map('upper') | list }}{{ l | select('gt', 1) | list }}{{ l | select | list }}x",
         "{{ 'yes' if l | select('gt', 9) else 'no' }}",
         "{{ l | select | length }}",
+        "{{ none | map('upper') | list }}{{ 0 | map(attribute='a') | join }}{{ false | select | "
+        "list }}{{ none | reject('odd') | list }}{{ x | selectattr('a') | list }}{{ 0.0 | "
+        "rejectattr('a', 'eq', 1) | list }}{{ none | map('upper') is iterable }}",
+        "{{ 1 | map('upper') | list }}",
+        "{{ true | select | list }}",
         "{{ [[1, 2], [3]] | map('join', '-') | list }}{{ [d] | map(attribute='b.0') | list }}",
         "{{ [d, {}] | map(attribute='q', default='z') | list }}{{ [{}] | map(attribute='q') | "
         "list }}",
