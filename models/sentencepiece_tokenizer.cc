@@ -197,7 +197,10 @@ class SentencePieceTokenizer : public Tokenizer {
       }
       const auto index = static_cast<size_t>(added.id);
       if (index >= tokens_.size()) tokens_.resize(index + 1);
-      tokens_[index] = {added.content, added.special ? Kind::kSpecial : Kind::kAdded};
+      // Lists of added tokens may name the model's own controls without a word about them.
+      const bool is_control =
+          tokens_[index].kind == Kind::kSpecial && tokens_[index].text == added.content;
+      tokens_[index] = {added.content, added.special || is_control ? Kind::kSpecial : Kind::kAdded};
       ids_[added.content] = added.id;
       controls_.push_back(added.id);
     }

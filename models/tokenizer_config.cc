@@ -1,7 +1,9 @@
 #include "models/tokenizer_config.h"
 
+#include <algorithm>
 #include <charconv>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "models/added_tokens.h"
 #include "models/files.h"
@@ -59,11 +61,16 @@ void ReadSpecialTokens(const json& file, TokenizerConfig& out) {
   }
 }
 
+bool HasAddedTokens(const json& file) {
+  const auto decoder = file.find("added_tokens_decoder");
+  return decoder != file.end() && !decoder->is_null();
+}
+
 // "added_tokens_decoder": id -> {"content", "special", ...}.
 Result<std::vector<TokenizerConfig::AddedToken>> ReadAddedTokens(const json& file) {
   std::vector<TokenizerConfig::AddedToken> tokens;
+  if (!HasAddedTokens(file)) return tokens;
   const auto decoder = file.find("added_tokens_decoder");
-  if (decoder == file.end() || decoder->is_null()) return tokens;
   const Error error{ErrorCode::kDataLoss,
                     "added_tokens_decoder: expected ids in [0, 2^20) with \"content\" texts"};
   if (!decoder->is_object()) return error;
@@ -81,6 +88,32 @@ Result<std::vector<TokenizerConfig::AddedToken>> ReadAddedTokens(const json& fil
     tokens.push_back(std::move(token));
   }
   return tokens;
+}
+
+// The special tokens that `more` has and `out` does not.
+void AddSpecialTokens(const TokenizerConfig& more, TokenizerConfig& out) {
+  if (!out.bos_token) out.bos_token = more.bos_token;
+  if (!out.eos_token) out.eos_token = more.eos_token;
+  for (const TokenizerConfig::Named& token : more.special_tokens) {
+    const bool known = std::any_of(out.special_tokens.begin(), out.special_tokens.end(),
+                                   [&](const auto& one) { return one.name == token.name; });
+    if (!known) out.special_tokens.push_back(token);
+  }
+  if (out.additional_special_tokens.empty()) {
+    out.additional_special_tokens = more.additional_special_tokens;
+  }
+}
+
+// added_tokens.json: text -> id. Special are those of `special`.
+Result<void> ReadAddedTokensFile(const json& file, const std::set<std::string>& special,
+                                 TokenizerConfig& out) {
+  for (const auto& [text, id] : file.items()) {
+    const bool fits = !text.empty() && id.is_number_unsigned() &&
+                      id.get<uint64_t>() <= static_cast<uint64_t>(kMaxTokenId);
+    if (!fits) return Error{ErrorCode::kDataLoss, "expected texts with ids in [0, 2^20)"};
+    out.added_tokens.push_back({id.get<int32_t>(), text, special.contains(text)});
+  }
+  return {};
 }
 
 // "chat_template": a string, or a list of {"name", "template"}, one of them named "default".
@@ -130,26 +163,53 @@ Result<TokenizerConfig> ParseConfig(const json& file) {
   return config;
 }
 
+Error InFile(const std::filesystem::path& path, const Error& error) {
+  return {error.code, path.string() + ": " + error.message};
+}
+
+// An object without members if there is no such file.
+Result<json> ReadObject(const std::filesystem::path& path) {
+  const Result<std::string> text = ReadTextFile(path, kMaxTextFileBytes);
+  if (!text.ok()) {
+    if (text.error().code == ErrorCode::kNotFound) return json::object();
+    return text.error();
+  }
+  json file = json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  if (!file.is_object()) return InFile(path, {ErrorCode::kDataLoss, "not a JSON object"});
+  return file;
+}
+
+// The files in whose place "added_tokens_decoder" came.
+Result<void> ReadOlderFiles(const std::filesystem::path& directory, TokenizerConfig& out) {
+  ASSIGN_OR_RETURN(const json map, ReadObject(directory / "special_tokens_map.json"));
+  TokenizerConfig names;
+  ReadSpecialTokens(map, names);
+  std::set<std::string> special;
+  for (const TokenizerConfig* config : {&out, &names}) {
+    for (const TokenizerConfig::Named& token : config->special_tokens) special.insert(token.text);
+    special.insert(config->additional_special_tokens.begin(),
+                   config->additional_special_tokens.end());
+  }
+  AddSpecialTokens(names, out);
+  const std::filesystem::path path = directory / "added_tokens.json";
+  ASSIGN_OR_RETURN(const json added, ReadObject(path));
+  const auto read = ReadAddedTokensFile(added, special, out);
+  return read.ok() ? read : InFile(path, read.error());
+}
+
 }  // namespace
 
 Result<TokenizerConfig> ReadTokenizerConfig(const std::filesystem::path& directory) {
   const std::filesystem::path path = directory / "tokenizer_config.json";
-  const auto in_file = [&path](const Error& error) {
-    return Error{error.code, path.string() + ": " + error.message};
-  };
-  const Result<std::string> text = ReadTextFile(path, kMaxTextFileBytes);
-  if (!text.ok()) {
-    if (text.error().code == ErrorCode::kNotFound) return TokenizerConfig();
-    return text.error();
-  }
-  const json file = json::parse(*text, nullptr, /*allow_exceptions=*/false);
-  if (!file.is_object()) return in_file({ErrorCode::kDataLoss, "not a JSON object"});
+  ASSIGN_OR_RETURN(const json file, ReadObject(path));
   Result<TokenizerConfig> config = ParseConfig(file);
-  if (!config.ok()) return in_file(config.error());
+  if (!config.ok()) return InFile(path, config.error());
   config->chat_templates = ReadChatTemplates(file);
   if (!config->chat_templates.ok()) {
-    config->chat_templates = in_file(config->chat_templates.error());
+    config->chat_templates = InFile(path, config->chat_templates.error());
   }
+  if (HasAddedTokens(file)) return config;
+  RETURN_IF_ERROR(ReadOlderFiles(directory, *config));
   return config;
 }
 

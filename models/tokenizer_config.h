@@ -1,4 +1,5 @@
-// TokenizerConfig: what tokenizer_config.json says about a model's tokens and its chat template.
+// TokenizerConfig: what tokenizer_config.json, and the files that older ones have beside them, say
+// about a model's tokens and its chat template.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,9 @@ struct TokenizerConfig {
   Result<std::vector<Named>> chat_templates = std::vector<Named>();
 };
 
-// Reads tokenizer_config.json of a model directory; gives the defaults if it is absent. Errors:
+// Reads tokenizer_config.json of a model directory. Without "added_tokens_decoder", which
+// transformers writes since autumn 2023, what is missing comes from special_tokens_map.json (names
+// of tokens, which are special) and added_tokens.json (texts and ids). Files may be absent. Errors:
 // data loss, naming file and key; invalid argument for an add_eos_token of true: a prompt that ends
 // with EOS leaves nothing to complete.
 Result<TokenizerConfig> ReadTokenizerConfig(const std::filesystem::path& directory);

@@ -486,6 +486,19 @@ TEST(BpeTokenizerTest, TokenizerConfigAddsTokensAndNamesTheEnds) {
   EXPECT_EQ(Make(ByteLevelFile())->eos_id(), std::nullopt);
 }
 
+TEST(BpeTokenizerTest, OlderFilesNameAddedAndSpecialTokens) {
+  TemporaryDirectory directory;
+  WriteAll(directory.path() / "tokenizer.json", ByteLevelFile().dump());
+  WriteAll(directory.path() / "added_tokens.json", R"({"<t>": 301, "<|im_end|>": 400})");
+  WriteAll(directory.path() / "special_tokens_map.json", R"({"eos_token": "<|im_end|>"})");
+  const auto tokenizer = Tokenizer::Load(directory.path());
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.error().message;
+  EXPECT_EQ((*tokenizer)->Encode("<|im_end|><t>", kSpecial), (Ids{400, 301}));
+  EXPECT_TRUE((*tokenizer)->IsSpecial(400));
+  EXPECT_FALSE((*tokenizer)->IsSpecial(301));
+  EXPECT_EQ((*tokenizer)->eos_id(), 400);
+}
+
 TEST(BpeTokenizerTest, TokenizerConfigSaysWhetherTextsBeginWithBos) {
   json with = ByteLevelFile();  // a post-processor that puts <s> first
   json without = ByteLevelFile();

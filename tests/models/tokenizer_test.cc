@@ -242,6 +242,52 @@ TEST(TokenizerTest, AddedTokensExtendTheVocabulary) {
   EXPECT_EQ(tokenizer->TokenBytes(40000, false, true), "");
 }
 
+// Before autumn 2023, transformers wrote these instead of added_tokens_decoder.
+TEST(TokenizerTest, OlderFilesNameAddedAndSpecialTokens) {
+  TemporaryDirectory directory;
+  std::filesystem::copy(Demo() / "tokenizer.model", directory.path());
+  const auto id = static_cast<int32_t>(Load(Demo())->vocab_size()) + 10;
+  const json added = {{"<|turn|>", id}, {"<|more|>", id + 1}, {"plain added", id + 2}, {"<s>", 1}};
+  WriteAll(directory.path() / "added_tokens.json", added.dump());
+  WriteAll(directory.path() / "special_tokens_map.json",
+           R"({"eos_token": {"content": "<|turn|>", "lstrip": false}, "bos_token": "<s>",
+               "additional_special_tokens": ["<|more|>"]})");
+  auto tokenizer = Load(directory.path());
+  ASSERT_NE(tokenizer, nullptr);
+  const std::string text = "<|turn|><|more|>plain added";
+  EXPECT_EQ(tokenizer->Encode(text, kSpecial), (Ids{id, id + 1, id + 2}));
+  for (const int32_t one : tokenizer->Encode(text, kPlain)) EXPECT_LT(one, id);
+  EXPECT_TRUE(tokenizer->IsSpecial(id) && tokenizer->IsSpecial(id + 1));
+  EXPECT_FALSE(tokenizer->IsSpecial(id + 2));
+  EXPECT_EQ(tokenizer->eos_id(), id);
+  // Names that tokenizer_config.json has are kept, but the tokens are special all the same.
+  const auto config_path = directory.path() / "tokenizer_config.json";
+  WriteAll(config_path, R"({"eos_token": "</s>", "bos_token": null})");
+  tokenizer = Load(directory.path());
+  EXPECT_EQ(tokenizer->eos_id(), 2);
+  EXPECT_EQ(tokenizer->bos_id(), 1);
+  EXPECT_TRUE(tokenizer->IsSpecial(id));
+  // Controls of the model stay what they are.
+  std::filesystem::remove(directory.path() / "special_tokens_map.json");
+  tokenizer = Load(directory.path());
+  EXPECT_TRUE(tokenizer->IsSpecial(1));
+  EXPECT_FALSE(tokenizer->IsSpecial(id));
+  // With the newer key, nothing else is looked at.
+  WriteAll(config_path, R"({"added_tokens_decoder": {}})");
+  EXPECT_LT(Load(directory.path())->vocab_size(), id);
+  WriteAll(config_path, "{}");
+  for (const std::string& damaged :
+       {std::string("[]"), std::string(R"({"a": -1})"), std::string(R"({"a": "1"})"),
+        std::string(R"({"": 1})"), std::string(R"({"a": 1048576})"),
+        "{\"a\": " + DeepJson() + "}"}) {
+    WriteAll(directory.path() / "added_tokens.json", damaged);
+    const auto refused = Tokenizer::Load(directory.path());
+    ASSERT_FALSE(refused.ok()) << damaged.substr(0, 20);
+    EXPECT_EQ(refused.error().code, ErrorCode::kDataLoss);
+    EXPECT_NE(refused.error().message.find("added_tokens.json"), std::string::npos);
+  }
+}
+
 TEST(TokenizerTest, BytePiecesGiveRawBytes) {
   SKIP_WITHOUT(Llama2());
   const auto tokenizer = Load(Llama2());
