@@ -19,6 +19,7 @@ constexpr int64_t kMaxLayers = 1000;
 constexpr int64_t kMaxVocab = int64_t{1} << 24;
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
 
+constexpr char kMistral[] = "MistralForCausalLM";
 // What transformers' MistralConfig takes for an absent "sliding_window"; LlamaConfig has no such
 // key.
 constexpr int64_t kMistralWindow = 4096;
@@ -150,7 +151,7 @@ Result<std::string> ReadArchitecture(const json& file, const std::string& where)
   const bool one_name =
       names != file.end() && names->is_array() && names->size() == 1 && names->front().is_string();
   const std::string name = one_name ? names->front().get<std::string>() : "";
-  if (name != "LlamaForCausalLM" && name != "MistralForCausalLM") {
+  if (name != "LlamaForCausalLM" && name != kMistral) {
     return InvalidArgument(where + "architectures: expected LlamaForCausalLM or " +
                            "MistralForCausalLM, found " +
                            (one_name ? name : std::string("no single name")));
@@ -218,17 +219,25 @@ Result<void> ReadShape(KeyReader& keys, ModelConfig& config) {
   return keys.status();
 }
 
+// The window of Mistral's attention; Llama's looks at no such key. transformers knows none that is
+// 0 (such a window holds nothing) and turns it off by null.
+Result<void> RefuseWindow(KeyReader& keys, const ModelConfig& config) {
+  if (config.architecture != kMistral || !keys.Bool("use_sliding_window", true)) {
+    return keys.status();
+  }
+  const int64_t window =
+      keys.Integer("sliding_window", 0, INT64_MAX,
+                   keys.Has("sliding_window") ? config.max_positions : kMistralWindow);
+  keys.Require(window >= config.max_positions, "sliding_window",
+               "null, or at least max_position_embeddings " + std::to_string(config.max_positions) +
+                   " (Mistral's default is " + std::to_string(kMistralWindow) + ")");
+  return keys.status();
+}
+
 // Keys that change what the model computes in ways this server does not implement.
 Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   keys.Require(keys.String("hidden_act", "silu") == "silu", "hidden_act", "silu");
-  const bool mistral = config.architecture == "MistralForCausalLM";
-  const int64_t window =
-      keys.Integer("sliding_window", 1, INT64_MAX,
-                   mistral && !keys.Has("sliding_window") ? kMistralWindow : config.max_positions);
-  keys.Require(window >= config.max_positions, "sliding_window",
-               "null, or at least max_position_embeddings " + std::to_string(config.max_positions) +
-                   (mistral ? " (Mistral's default is " + std::to_string(kMistralWindow) + ")"
-                            : std::string()));
+  RETURN_IF_ERROR(RefuseWindow(keys, config));
   keys.Require(!keys.Bool("rope_interleaved", false), "rope_interleaved", "false");
   keys.Require(keys.Number("partial_rotary_factor", 0.0, 1.0, 1.0) == 1.0, "partial_rotary_factor",
                "1");

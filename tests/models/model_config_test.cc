@@ -131,8 +131,25 @@ TEST_F(ModelConfigTest, ReadsMistralWhoseWindowIsOff) {
   EXPECT_TRUE(Read(file).ok());
   file["sliding_window"] = 4096;  // as long as the context
   EXPECT_TRUE(Read(file).ok());
-  file["sliding_window"] = 4095;
-  ExpectRefused(Read(file), "sliding_window");
+  for (const int window : {4095, 1, 0, -1}) {
+    file["sliding_window"] = window;
+    ExpectRefused(Read(file), "sliding_window: expected");
+  }
+  file["use_sliding_window"] = true;
+  ExpectRefused(Read(file), "sliding_window: expected");
+  file["use_sliding_window"] = false;
+  EXPECT_TRUE(Read(file).ok());
+  file["use_sliding_window"] = 0;
+  ExpectRefused(Read(file), "use_sliding_window: expected true or false");
+}
+
+TEST_F(ModelConfigTest, LlamaHasNoWindowWhateverItsFileSays) {
+  json file = Llama2Config();
+  for (const json& window : {json(1024), json(0), json(nullptr)}) {
+    file["sliding_window"] = window;
+    const auto config = Read(file);
+    EXPECT_TRUE(config.ok()) << config.error().message;
+  }
 }
 
 TEST_F(ModelConfigTest, AnAbsentWindowIsTheOneThatTransformersTakes) {
@@ -400,9 +417,9 @@ TEST_F(ModelConfigTest, RefusesFilesThatAreNotJsonObjects) {
 
 TEST_F(ModelConfigTest, SurvivesDeeplyNestedValuesOfEveryKey) {
   json every_key = Llama2Config();
-  for (const char* key : {"head_dim", "rope_theta", "rope_parameters", "quantization_config",
-                          "sliding_window", "rope_interleaved", "partial_rotary_factor",
-                          "tie_word_embeddings", "attention_bias", "mlp_bias", "unknown"}) {
+  for (const char* key :
+       {"head_dim", "rope_theta", "rope_parameters", "quantization_config", "rope_interleaved",
+        "partial_rotary_factor", "tie_word_embeddings", "attention_bias", "mlp_bias", "unknown"}) {
     every_key[key] = nullptr;
   }
   for (const auto& [key, value] : every_key.items()) {
@@ -415,6 +432,14 @@ TEST_F(ModelConfigTest, SurvivesDeeplyNestedValuesOfEveryKey) {
     } else {
       ExpectRefused(Read(text), key);
     }
+  }
+  for (const char* key : {"sliding_window", "use_sliding_window"}) {
+    json file = Llama2Config();
+    file["architectures"] = {"MistralForCausalLM"};
+    file[key] = "here";
+    std::string text = file.dump();
+    text.replace(text.find("\"here\""), 6, DeepJson());
+    ExpectRefused(Read(text), key);
   }
   for (const char* key : {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor",
                           "low_freq_factor", "high_freq_factor"}) {
