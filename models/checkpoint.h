@@ -46,7 +46,6 @@ struct ModelConfig {
   bool tie_word_embeddings = false;
   bool attention_bias = false;         // q, k, v and o projections have biases
   bool mlp_bias = false;               // gate, up and down projections have biases
-  std::vector<int32_t> bos_token_ids;  // usually one; empty if none
   std::vector<int32_t> eos_token_ids;  // from generation_config.json where present
   // How matrices that are stored as codes are coded ("quantization_config"); nullopt: none are.
   std::optional<LowBitSpec> low_bit;

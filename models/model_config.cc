@@ -318,10 +318,9 @@ Result<void> ReadLowBit(KeyReader& keys, const std::string& file, ModelConfig& c
   return ReadLowBitHead(quantization, where, keys, config);
 }
 
-// Token ids of config.json, replaced by those that generation_config.json gives.
-Result<void> ReadTokenIds(KeyReader& keys, const std::filesystem::path& directory,
-                          ModelConfig& config) {
-  config.bos_token_ids = keys.TokenIds("bos_token_id", config.vocab_size);
+// Ids of config.json that end a text, replaced by those that generation_config.json gives.
+Result<void> ReadEndTokens(KeyReader& keys, const std::filesystem::path& directory,
+                           ModelConfig& config) {
   config.eos_token_ids = keys.TokenIds("eos_token_id", config.vocab_size);
   RETURN_IF_ERROR(keys.status());
 
@@ -331,9 +330,7 @@ Result<void> ReadTokenIds(KeyReader& keys, const std::filesystem::path& director
     return file.error().code == ErrorCode::kNotFound ? Result<void>() : file.error();
   }
   KeyReader generation(*file, path.string() + ": ");
-  const std::vector<int32_t> bos = generation.TokenIds("bos_token_id", config.vocab_size);
   const std::vector<int32_t> eos = generation.TokenIds("eos_token_id", config.vocab_size);
-  if (!bos.empty()) config.bos_token_ids = bos;
   if (!eos.empty()) config.eos_token_ids = eos;
   return generation.status();
 }
@@ -355,7 +352,7 @@ Result<ModelConfig> ReadModelConfig(const std::filesystem::path& directory) {
   config.tie_word_embeddings = keys.Bool("tie_word_embeddings", false);
   config.attention_bias = keys.Bool("attention_bias", false);
   config.mlp_bias = keys.Bool("mlp_bias", false);
-  RETURN_IF_ERROR(ReadTokenIds(keys, directory, config));
+  RETURN_IF_ERROR(ReadEndTokens(keys, directory, config));
   return config;
 }
 
