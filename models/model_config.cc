@@ -23,6 +23,8 @@ constexpr char kMistral[] = "MistralForCausalLM";
 // What transformers' MistralConfig takes for an absent "sliding_window"; LlamaConfig has no such
 // key.
 constexpr int64_t kMistralWindow = 4096;
+// And for absent "num_key_value_heads"; null, and LlamaConfig, mean as many as attention heads.
+constexpr int64_t kMistralKvHeads = 8;
 
 // Reads the keys of one JSON object and checks their types and ranges. The first error sticks; what
 // is read after it is meaningless.
@@ -198,7 +200,9 @@ Result<void> ReadShape(KeyReader& keys, ModelConfig& config) {
   config.intermediate_size = keys.Integer("intermediate_size", 1, kMaxHidden);
   config.num_layers = keys.Integer("num_hidden_layers", 1, kMaxLayers);
   config.num_heads = keys.Integer("num_attention_heads", 1, kMaxHeads);
-  config.num_kv_heads = keys.Integer("num_key_value_heads", 1, kMaxHeads, config.num_heads);
+  const bool default_kv_heads = config.architecture == kMistral && !keys.Has("num_key_value_heads");
+  config.num_kv_heads = keys.Integer("num_key_value_heads", 1, kMaxHeads,
+                                     default_kv_heads ? kMistralKvHeads : config.num_heads);
   config.vocab_size = keys.Integer("vocab_size", 1, kMaxVocab);
   config.max_positions = keys.Integer("max_position_embeddings", 1, kMaxPositions);
   RETURN_IF_ERROR(keys.status());

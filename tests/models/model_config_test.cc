@@ -143,6 +143,20 @@ TEST_F(ModelConfigTest, ReadsMistralWhoseWindowIsOff) {
   ExpectRefused(Read(file), "use_sliding_window: expected true or false");
 }
 
+TEST_F(ModelConfigTest, AbsentKeyValueHeadsAreThoseThatTransformersTakes) {
+  json file = Llama2Config();
+  for (const auto& [architecture, absent] :
+       {std::pair("LlamaForCausalLM", 32), std::pair("MistralForCausalLM", 8)}) {
+    file["architectures"] = {architecture};
+    file["num_key_value_heads"] = nullptr;
+    ASSERT_TRUE(Read(file).ok());
+    EXPECT_EQ(Read(file)->num_kv_heads, 32);
+    file.erase("num_key_value_heads");
+    ASSERT_TRUE(Read(file).ok());
+    EXPECT_EQ(Read(file)->num_kv_heads, absent) << architecture;
+  }
+}
+
 TEST_F(ModelConfigTest, LlamaHasNoWindowWhateverItsFileSays) {
   json file = Llama2Config();
   for (const json& window : {json(1024), json(0), json(nullptr)}) {
