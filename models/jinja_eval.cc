@@ -4,7 +4,6 @@
 #include "models/jinja_render.h"
 
 namespace innerq::jinja {
-namespace {}  // namespace
 
 Result<Value> Renderer::Eval(const Expr& expr) {
   const Limits& limits = budget_.limits();
