@@ -65,7 +65,15 @@ Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_
                                            " bytes, more than the " + std::to_string(max_bytes) +
                                            " such a file may have"};
   }
-  return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  std::string text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  RETURN_IF_ERROR(RefuseLfsPointer(path.string(), text));
+  return text;
+}
+
+Result<void> RefuseLfsPointer(const std::string& name, std::string_view content) {
+  if (!content.starts_with("version https://git-lfs")) return {};
+  return Error{ErrorCode::kDataLoss,
+               name + ": is a Git LFS pointer; `git lfs pull` fetches the file"};
 }
 
 Error CannotWrite(const std::filesystem::path& path, const std::string& reason) {

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "kernels/result.h"
 
@@ -33,8 +34,13 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// The whole content of a file of at most `max_bytes`. Errors: not found, data loss.
+// The whole content of a file of at most `max_bytes`. Errors: not found, data loss, also for a Git
+// LFS pointer.
 Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_bytes);
+
+// Data loss for a file that only says where Git LFS has the real one
+// (github.com/git-lfs/git-lfs, docs/spec.md, "The Pointer"): what a clone without it leaves.
+Result<void> RefuseLfsPointer(const std::string& name, std::string_view content);
 
 // Unavailable, with path and reason.
 Error CannotWrite(const std::filesystem::path& path, const std::string& reason);

@@ -8,6 +8,8 @@
 #include <unordered_set>
 #include <utility>
 
+#include "models/files.h"
+
 namespace innerq {
 namespace {
 
@@ -164,6 +166,8 @@ Result<SafetensorsFile> ParseSafetensors(std::span<const std::byte> file, const 
   const auto damaged = [&name](const std::string& what) {
     return Error{ErrorCode::kDataLoss, name + ": " + what};
   };
+  RETURN_IF_ERROR(
+      RefuseLfsPointer(name, {reinterpret_cast<const char*>(file.data()), file.size()}));
   uint64_t header_bytes = 0;  // little-endian, as is every host we build for
   if (file.size() < sizeof(header_bytes)) return damaged("too short for a safetensors header");
   std::memcpy(&header_bytes, file.data(), sizeof(header_bytes));

@@ -99,6 +99,15 @@ TEST_F(CheckpointTest, RefusesDamagedHeaders) {
   ExpectRefused(Safetensors(std::string(1'000'000, '['), ""), "not a JSON object");
 }
 
+TEST_F(CheckpointTest, NamesFilesThatGitLfsHasNotFetched) {
+  const std::string pointer =
+      "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976570304\n";
+  ExpectRefused(pointer,
+                "model.safetensors: is a Git LFS pointer; `git lfs pull` fetches the file");
+  Write("config.json", pointer);
+  ExpectRefused(pointer, "config.json: is a Git LFS pointer", "config.json");
+}
+
 TEST_F(CheckpointTest, RefusesDeeplyNestedHeadersAndIndices) {
   const std::string deep = DeepJson();
   const auto entry = [](const std::string& dtype, const std::string& shape,

@@ -349,6 +349,11 @@ TEST(TokenizerTest, NamesWhatIsMissingUnsupportedOrDamaged) {
   expect_error(directory.path(), ErrorCode::kNotFound, "no tokenizer.json or tokenizer.model");
   WriteAll(directory.path() / "tokenizer.model", "IQ== 0\nIg== 1\n");
   expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.model: not a SentencePiece");
+  const std::string pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 2\n";
+  WriteAll(directory.path() / "tokenizer.model", pointer);
+  expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.model: is a Git LFS pointer");
+  WriteAll(directory.path() / "tokenizer.json", pointer);
+  expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.json: is a Git LFS pointer");
   WriteAll(directory.path() / "tokenizer.json", "{}");  // of both, this one is read
   expect_error(directory.path(), ErrorCode::kInvalidArgument, "tokenizer.json: this kind");
   std::filesystem::remove(directory.path() / "tokenizer.json");
