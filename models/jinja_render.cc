@@ -79,6 +79,9 @@ Result<Renderer::Flow> Renderer::RunStatement(const Stmt& stmt) {
     case Stmt::Kind::kSetBlock:
       RETURN_IF_ERROR(RunSetBlock(stmt));
       return Flow::kNext;
+    case Stmt::Kind::kFilter:
+      RETURN_IF_ERROR(RunFilterBlock(stmt));
+      return Flow::kNext;
     case Stmt::Kind::kMacro:
       Set(program_.macros[stmt.macro]->name,
           Value::Reference(Value::Kind::kMacro, static_cast<int64_t>(stmt.macro)));
@@ -246,6 +249,20 @@ Result<void> Renderer::RunSetBlock(const Stmt& stmt) {
   }
   line_ = stmt.line;
   return AssignOne(stmt.targets[0], std::move(value));
+}
+
+// The filters see the names that the body gives values.
+Result<void> Renderer::RunFilterBlock(const Stmt& stmt) {
+  const size_t outer = Push(frame_);
+  ASSIGN_OR_RETURN(Text text, Capture(stmt.bodies[0]));
+  Set(std::string(kBlockText), Value::String(std::move(text)));
+  ASSIGN_OR_RETURN(const Value value, Eval(*stmt.exprs[0]));
+  Pop(outer);
+  line_ = stmt.line;
+  if (!value.is_string()) {
+    return InvalidArgument("expected text of the filters of a block, found " + TypeName(value));
+  }
+  return Write(value.text());
 }
 
 Result<void> Renderer::Assign(const Stmt& stmt, const Value& value) {

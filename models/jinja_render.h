@@ -55,6 +55,7 @@ class Renderer {
   Result<Flow> RunLoop(const Stmt& stmt, const std::shared_ptr<Loop>& loop);
   Result<void> RunSet(const Stmt& stmt);
   Result<void> RunSetBlock(const Stmt& stmt);
+  Result<void> RunFilterBlock(const Stmt& stmt);
   Result<void> Assign(const Stmt& stmt, const Value& value);
   Result<void> AssignOne(const Stmt::Target& target, Value value);
   Result<void> Write(const Text& text);

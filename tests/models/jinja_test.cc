@@ -224,6 +224,24 @@ TEST(JinjaTest, ScopesNamesByWith) {
           {"{% with x %}{% endwith %}", "error: line 1: expected =, found %}"}});
 }
 
+TEST(JinjaTest, FilterBlocksPrintTheirTextThroughFilters) {
+  Expect(
+      {{"{% filter upper %}a{{ 1 }}b{% endfilter %}c", "A1Bc"},
+       {"{% filter trim | replace('a', 'b') %} a {% endfilter %}|", "b|"},
+       {"{% set x = 1 %}{% filter upper %}{% set x = 2 %}{% endfilter %}{{ x }}", "1"},
+       {"{% for i in 'ab' %}{% filter upper %}{{ i }}{% endfilter %}{% endfor %}", "AB"},
+       {"\n{% filter length %}a{% endfilter %}",
+        "error: line 2: expected text of the filters of a block, found int"},
+       {"{% filter %}a{% endfilter %}", "error: line 1: expected the name of a filter, found %}"},
+       {"{% filter wordwrap %}{% endfilter %}",
+        "error: line 1: the filter \"wordwrap\" is not supported"},
+       {"{% filter upper %}a",
+        "error: line 1: expected endfilter for the block that begins in line 1, found the end of "
+        "the template"},
+       {"{% for i in 'ab' %}{% filter upper %}{% break %}{% endfilter %}{% endfor %}",
+        "error: line 1: break expects a for around it"}});
+}
+
 TEST(JinjaTest, WritesJsonAsTransformers) {
   const json context = {
       {"x", {{"a", {1, 1.0, nullptr, true}}, {"b", "é\"\\\n\t\x01/<'"}, {"c", json::array()}}}};
@@ -279,7 +297,7 @@ TEST(JinjaTest, RefusesAtParseWithLineAndName) {
   Expect(
       {{"a\n{% include 'x' %}",
         "error: line 2: the statement include is not supported; expected if, for, set, macro, "
-        "call, with, generation, break, continue or raw"},
+        "call, with, filter, generation, break, continue or raw"},
        {"{{ x | wordwrap }}", "error: line 1: the filter \"wordwrap\" is not supported"},
        {"\n\n{{ x is sameas y }}", "error: line 3: the test \"sameas\" is not supported"},
        {"{{ x.append(1) }}", "error: line 1: the method \"append\" is not supported"},
@@ -813,6 +831,16 @@ TEST_F(JinjaReferenceTest, RendersCollectionsAndBlocksAsJinja2) {
         "{% macro i() %}({{ caller() }}){% endmacro %}{% macro o() %}{% call i() %}{{ caller() "
         "}}!{% "
         "endcall %}{% endmacro %}{% call o() %}x{% endcall %}",
+        "{% filter upper %}a{{ s }}{% endfilter %}|{% filter indent(2) | trim %} x\ny{% endfilter "
+        "%}",
+        "{% filter replace('a', x) %}{% set x = 'b' %}ca{% endfilter %}{{ x is defined }}",
+        "{% filter length %}a{% endfilter %}",
+        "{% filter list %}a{% endfilter %}",
+        "{% filter upper is string %}a{% endfilter %}",
+        "{% filter upper %}a{% filter lower %}B{% endfilter %}{% endfilter %}c",
+        "{% macro m(a) %}{% filter upper %}{{ a }}{% endfilter %}{% endmacro %}{{ m('x') }}",
+        "{% for i in l %}{% filter string | replace('1', 'one') %}{{ i }}{% endfilter %}{% endfor "
+        "%}",
         "{% with a = l, b = 2 %}{{ a }}{{ b }}{% with a = b %}{{ a }}{% endwith %}{{ a }}{% "
         "endwith "
         "%}{{ a }}",
