@@ -110,7 +110,8 @@ struct Expr {
     kMap,          // args[0] | map(inner), or map(attribute=args[1], default=args[2])
     kSelect,       // args[0] | select(inner), of its attribute args[1] if not null
     kReject,
-    kCall,  // name(args, names=the last of args)
+    kCall,    // name(args, names=the last of args)
+    kMethod,  // args[0].name(the other args, names=the last): of a loop, or of no value we know
   };
   Kind kind;
   int line = 1;
