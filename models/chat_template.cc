@@ -128,7 +128,7 @@ Result<Sources> FindSources(const std::filesystem::path& directory, std::string_
     if (one.name == name) return Sources{Source{std::string(name), std::string(one.source)}, {}};
   }
   return InvalidArgument(
-      "chat template: expected auto, chatml, llama2, llama3 or zephyr, found \"" +
+      "chat template: expected auto, none, chatml, llama2, llama3 or zephyr, found \"" +
       std::string(name) + "\"");
 }
 
@@ -375,6 +375,7 @@ std::vector<std::string> ChatTemplate::Names() {
 Result<std::shared_ptr<const ChatTemplate>> ChatTemplate::Load(
     const std::filesystem::path& directory, std::string_view name,
     std::shared_ptr<const Tokenizer> tokenizer) {
+  if (name == "none") return std::shared_ptr<const ChatTemplate>();
   ASSIGN_OR_RETURN(const TokenizerConfig config, ReadTokenizerConfig(directory));
   ASSIGN_OR_RETURN(const Sources sources, FindSources(directory, name, config));
   if (!sources.main) return std::shared_ptr<const ChatTemplate>();

@@ -35,16 +35,17 @@ struct ChatOptions {
 // one of ours. Immutable; any thread may call it.
 class ChatTemplate {
  public:
-  // Names accepted by Load besides "auto": templates of ours for models that ship none.
+  // Names accepted by Load besides "auto" and "none": templates of ours for models that ship none.
   static std::vector<std::string> Names();
 
-  // `name` is "auto" or one of Names(): chatml, llama2, llama3, zephyr. "auto" takes the model's
-  // own: chat_template.jinja of the directory, else chat_template of tokenizer_config.json, of
-  // several the one named "default"; beside it, for conversations with tools, one named "tool_use"
-  // (there, or additional_chat_templates/tool_use.jinja). `tokenizer` tells which texts are tokens
-  // (null: none). Null if "auto" finds no template at all: the model cannot chat. Errors: invalid
-  // argument for a template that the interpreter cannot run, with file, line and reason, or that
-  // cannot even render a user's message; data loss for a damaged file.
+  // `name` is "auto", "none" or one of Names(): chatml, llama2, llama3, zephyr. "auto" takes the
+  // model's own: chat_template.jinja of the directory, else chat_template of tokenizer_config.json,
+  // of several the one named "default"; beside it, for conversations with tools, one named
+  // "tool_use" (there, or additional_chat_templates/tool_use.jinja). `tokenizer` tells which texts
+  // are tokens (null: none). Null if "auto" finds no template at all, and for "none", which looks
+  // for none: the model cannot chat. Errors: invalid argument for a template that the interpreter
+  // cannot run, with file, line and reason, or that cannot even render a user's message; data loss
+  // for a damaged file.
   static Result<std::shared_ptr<const ChatTemplate>> Load(
       const std::filesystem::path& directory, std::string_view name,
       std::shared_ptr<const Tokenizer> tokenizer);

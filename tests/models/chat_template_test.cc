@@ -422,6 +422,14 @@ TEST(ChatTemplateTest, ToolsGoToTheTemplateForThem) {
             std::string::npos);
 }
 
+TEST(ChatTemplateTest, NoneServesAModelWhoseTemplateCannotRun) {
+  const ModelDirectory model(Files{{"chat_template.jinja", "{% include 'x' %}"}});
+  EXPECT_FALSE(model.LoadTemplate().ok());
+  const auto none = model.LoadTemplate("none");
+  ASSERT_TRUE(none.ok()) << none.error().message;
+  EXPECT_EQ(*none, nullptr);
+}
+
 TEST(ChatTemplateTest, TemplatesKnowTheModelsTokensByName) {
   const std::string config = R"({
       "bos_token": "<b>", "eos_token": {"content": "<e>"}, "pad_token": null, "unk_token": "<u>",
