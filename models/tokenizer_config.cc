@@ -4,6 +4,7 @@
 #include <charconv>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <string_view>
 
 #include "models/added_tokens.h"
 #include "models/files.h"
@@ -140,17 +141,24 @@ Result<std::vector<TokenizerConfig::Named>> ReadChatTemplates(const json& file) 
   return error;
 }
 
+// Of all classes, transformers' Llama tokenizers put BOS and EOS around texts themselves, and by
+// these keys; others do what tokenizer.json says. A file that names no class is read as Llama's, as
+// transformers does for a Llama or Mistral model.
 Result<std::optional<bool>> ReadAddBos(const json& file) {
+  ASSIGN_OR_RETURN(const std::optional<bool> add_bos, ReadFlag(file, "add_bos_token"));
   ASSIGN_OR_RETURN(const bool add_eos, ReadFlag(file, "add_eos_token", false));
+  const auto name = ReadText(file, "tokenizer_class");
+  constexpr std::string_view kLlama[] = {"LlamaTokenizer", "LlamaTokenizerFast",
+                                         "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"};
+  const bool is_llama =
+      name && std::find(std::begin(kLlama), std::end(kLlama), *name) != std::end(kLlama);
+  if (name && !is_llama) return std::optional<bool>();
   if (add_eos) {
     return InvalidArgument(
         "add_eos_token: expected false, for a prompt that ends with EOS leaves nothing to complete;"
         " found true");
   }
-  ASSIGN_OR_RETURN(const std::optional<bool> add_bos, ReadFlag(file, "add_bos_token"));
-  const auto name = ReadText(file, "tokenizer_class");
-  const bool adds_by_itself = name == "LlamaTokenizer" || name == "LlamaTokenizerFast";
-  return !add_bos && adds_by_itself ? std::optional<bool>(true) : add_bos;
+  return !add_bos && is_llama ? std::optional<bool>(true) : add_bos;
 }
 
 Result<TokenizerConfig> ParseConfig(const json& file) {

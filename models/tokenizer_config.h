@@ -25,8 +25,8 @@ struct TokenizerConfig {
     std::string name;
     std::string text;
   };
-  // Whether texts begin with BOS, if anything says so: add_bos_token, else the class, for
-  // transformers' LlamaTokenizer and LlamaTokenizerFast do so whatever tokenizer.json says.
+  // Whether texts begin with BOS, if this file decides: by add_bos_token unless it names a class
+  // that is none of transformers' for Llama, and by such a class, which adds it by default.
   std::optional<bool> add_bos;
   bool legacy = true;
   bool add_prefix_space = true;

@@ -509,13 +509,25 @@ TEST(BpeTokenizerTest, TokenizerConfigSaysWhetherTextsBeginWithBos) {
     return out;
   };
   const std::string llama = "LlamaTokenizerFast", other = "PreTrainedTokenizerFast";
-  // add_bos_token, if it is there, decides.
+  // add_bos_token, if it is there, decides where no class or Llama's is named.
   EXPECT_EQ(Make(with, config({{"add_bos_token", true}}))->Encode("a", {}), (Ids{300, 'a'}));
   EXPECT_EQ(Make(without, config({{"add_bos_token", true}}))->Encode("a", {}), (Ids{301, 'a'}));
   EXPECT_EQ(Make(with, config({{"add_bos_token", false}}))->Encode("a", {}), Ids{'a'});
   EXPECT_EQ(
       Make(with, config({{"add_bos_token", false}, {"tokenizer_class", llama}}))->Encode("a", {}),
       Ids{'a'});
+  for (const std::string name :
+       {"LlamaTokenizer", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"}) {
+    const json named = config({{"add_bos_token", true}, {"tokenizer_class", name}});
+    EXPECT_EQ(Make(without, named)->Encode("a", {}), (Ids{301, 'a'})) << name;
+  }
+  // Others do not look at it.
+  for (const bool add : {false, true}) {
+    const json named =
+        config({{"add_bos_token", add}, {"add_eos_token", add}, {"tokenizer_class", other}});
+    EXPECT_EQ(Make(with, named)->Encode("a", {}), (Ids{300, 'a'}));
+    EXPECT_EQ(Make(without, named)->Encode("a", {}), Ids{'a'});
+  }
   // Then the class, which may add it by itself, then tokenizer.json.
   EXPECT_EQ(Make(without, config({{"tokenizer_class", llama}}))->Encode("a", {}), (Ids{301, 'a'}));
   EXPECT_EQ(Make(without, config({{"tokenizer_class", other}}))->Encode("a", {}), Ids{'a'});
