@@ -21,6 +21,10 @@ constexpr int64_t kMaxValues = 4'000'000;
 constexpr std::string_view kByteLevelPattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
+// Pre-tokenizer "Punctuation" (tokenizers, pre_tokenizers/punctuation.rs, is_punc): ASCII's,
+// symbols among it, and the general category.
+constexpr std::string_view kPunctuationPattern = R"([!-/:-@\[-`{-~\p{P}])";
+
 // The value as an error message shows it.
 std::string Show(const json& value) {
   switch (value.type()) {
@@ -271,6 +275,15 @@ Result<void> ReadPretokenizer(const Node& node, TokenizerJson& out) {
                   .behavior = individual ? SplitBehavior::kIsolated : SplitBehavior::kContiguous});
     return {};
   }
+  if (type == "Punctuation") {
+    RETURN_IF_ERROR(node.ExpectKeys({"type", "behavior"}));
+    SplitStep step{.pattern = {std::string(kPunctuationPattern), true, node.path()}};
+    if (const Node behavior = node.Member("behavior"); !behavior.is_null()) {
+      ASSIGN_OR_RETURN(step.behavior, ReadBehavior(behavior));
+    }
+    out.text_steps.push_back(std::move(step));
+    return {};
+  }
   if (type == "Metaspace") {
     ASSIGN_OR_RETURN(Metaspace meta, ReadMetaspace(node));
     out.text_steps.push_back(ReplaceStep{{" "}, meta.mark});
@@ -280,7 +293,8 @@ Result<void> ReadPretokenizer(const Node& node, TokenizerJson& out) {
     }
     return {};
   }
-  return node.Member("type").Unsupported("ByteLevel, Digits, Metaspace, Sequence or Split");
+  return node.Member("type").Unsupported(
+      "ByteLevel, Digits, Metaspace, Punctuation, Sequence or Split");
 }
 
 // Reads decoders into steps of single tokens. After a Fuse, `fused`, the text is one: all that can

@@ -466,6 +466,53 @@ TEST(BpeTokenizerTest, PreTokenizersRunInOrder) {
   EXPECT_EQ(Make(file)->Encode("a123", kPlain), (Ids{'a', 'x'}));
 }
 
+TEST(BpeTokenizerTest, PunctuationIsSplitOff) {
+  json file = ByteLevelFile();
+  // Merges that hold across what is not split.
+  file["model"]["vocab"].update({{"a+", 290}, {"!!", 292}, {"ab-", 293}});
+  file["model"]["merges"] = {"a b", "a +", "! !", "ab -"};
+  file["model"]["ignore_merges"] = true;
+  json punctuation = {{"type", "Punctuation"}};
+  const auto with = [&] {
+    file["pre_tokenizer"] = {
+        {"type", "Sequence"},
+        {"pretokenizers",
+         {punctuation,
+          {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}}}}};
+    return Make(file);
+  };
+  // ASCII's has symbols in it, the Unicode category has none.
+  for (int byte = '!'; byte <= '~'; ++byte) {
+    const char c = static_cast<char>(byte);
+    const bool is_word = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z');
+    const std::string text = std::string("x") + c + "x";
+    file["model"]["vocab"][text] = 299;
+    EXPECT_EQ(with()->Encode(text, kPlain),
+              is_word ? Ids{299} : (Ids{'x', static_cast<uint8_t>(c), 'x'}))
+        << c;
+    file["model"]["vocab"].erase(text);
+  }
+  EXPECT_EQ(with()->Encode("a+ab-!!", kPlain), (Ids{'a', '+', 256, '-', '!', '!'}));
+  punctuation["behavior"] = "Contiguous";
+  EXPECT_EQ(with()->Encode("ab!!", kPlain), (Ids{256, 292}));
+  punctuation["behavior"] = "Removed";
+  EXPECT_EQ(with()->Encode("a!!+b", kPlain), (Ids{'a', 'b'}));
+  punctuation["behavior"] = "Isolated";
+  const std::array<std::string, 256> alphabet = ByteAlphabet();
+  const auto spell = [&](const std::string& text) {
+    std::string out;
+    for (const char byte : text) out += alphabet[static_cast<uint8_t>(byte)];
+    return out;
+  };
+  const std::string stop = "\xe3\x80\x82", euro = "\xe2\x82\xac";  // U+3002 Po, U+20AC Sc
+  file["model"]["vocab"].update({{spell("a" + stop), 294}, {spell("a" + euro), 295}});
+  EXPECT_EQ(with()->Encode("a" + stop, kPlain), (Ids{'a', 0xe3, 0x80, 0x82}));
+  EXPECT_EQ(with()->Encode("a" + euro, kPlain), Ids{295});
+  punctuation["behavior"] = "Some";
+  file["pre_tokenizer"] = punctuation;
+  EXPECT_FALSE(LoadText(file.dump(), nullptr).ok());
+}
+
 TEST(BpeTokenizerTest, TokenizerConfigAddsTokensAndNamesTheEnds) {
   const json config = {{"add_bos_token", false},
                        {"bos_token", "<s>"},
