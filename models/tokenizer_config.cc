@@ -6,7 +6,6 @@
 #include <set>
 #include <string_view>
 
-#include "models/added_tokens.h"
 #include "models/files.h"
 
 namespace innerq {
@@ -68,15 +67,15 @@ bool HasAddedTokens(const json& file) {
 }
 
 // "added_tokens_decoder": id -> {"content", "special", ...}.
-Result<std::vector<TokenizerConfig::AddedToken>> ReadAddedTokens(const json& file) {
-  std::vector<TokenizerConfig::AddedToken> tokens;
+Result<std::vector<AddedToken>> ReadAddedTokens(const json& file) {
+  std::vector<AddedToken> tokens;
   if (!HasAddedTokens(file)) return tokens;
   const auto decoder = file.find("added_tokens_decoder");
   const Error error{ErrorCode::kDataLoss,
                     "added_tokens_decoder: expected ids in [0, 2^20) with \"content\" texts"};
   if (!decoder->is_object()) return error;
   for (const auto& [key, value] : decoder->items()) {
-    TokenizerConfig::AddedToken token;
+    AddedToken token;
     const char* end = key.data() + key.size();
     const auto parsed = std::from_chars(key.data(), end, token.id);
     if (parsed.ec != std::errc() || parsed.ptr != end || token.id < 0 || token.id > kMaxTokenId ||
@@ -86,6 +85,8 @@ Result<std::vector<TokenizerConfig::AddedToken>> ReadAddedTokens(const json& fil
     token.content = ReadText(value, "content").value_or("");
     if (token.content.empty()) return error;
     ASSIGN_OR_RETURN(token.special, ReadFlag(value, "special", false));
+    ASSIGN_OR_RETURN(token.lstrip, ReadFlag(value, "lstrip", false));
+    ASSIGN_OR_RETURN(token.rstrip, ReadFlag(value, "rstrip", false));
     tokens.push_back(std::move(token));
   }
   return tokens;
@@ -112,7 +113,8 @@ Result<void> ReadAddedTokensFile(const json& file, const std::set<std::string>& 
     const bool fits = !text.empty() && id.is_number_unsigned() &&
                       id.get<uint64_t>() <= static_cast<uint64_t>(kMaxTokenId);
     if (!fits) return Error{ErrorCode::kDataLoss, "expected texts with ids in [0, 2^20)"};
-    out.added_tokens.push_back({id.get<int32_t>(), text, special.contains(text)});
+    out.added_tokens.push_back(
+        {.id = id.get<int32_t>(), .content = text, .special = special.contains(text)});
   }
   return {};
 }

@@ -2,24 +2,18 @@
 // about a model's tokens and its chat template.
 #pragma once
 
-#include <cstdint>
 #include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels/result.h"
+#include "models/added_tokens.h"
 
 namespace innerq {
 
 // The defaults hold where the file is silent.
 struct TokenizerConfig {
-  // A token beside those of the vocabulary, or in the place of one.
-  struct AddedToken {
-    int32_t id = 0;       // in [0, 2^20)
-    std::string content;  // not empty
-    bool special = false;
-  };
   // A text and what it is called.
   struct Named {
     std::string name;
@@ -32,7 +26,7 @@ struct TokenizerConfig {
   bool add_prefix_space = true;
   std::optional<std::string> bos_token;
   std::optional<std::string> eos_token;
-  std::vector<AddedToken> added_tokens;
+  std::vector<AddedToken> added_tokens;  // beside those of the vocabulary, or in the place of one
   // What chat templates know by name: the keys *_token, bos_token and eos_token among them, and
   // those of extra_special_tokens.
   std::vector<Named> special_tokens;

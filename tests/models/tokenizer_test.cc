@@ -242,6 +242,41 @@ TEST(TokenizerTest, AddedTokensExtendTheVocabulary) {
   EXPECT_EQ(tokenizer->TokenBytes(40000, false, true), "");
 }
 
+TEST(TokenizerTest, AddedTokensTakeSpacesAsTheirFlagsSay) {
+  TemporaryDirectory directory;
+  std::filesystem::copy(Demo() / "tokenizer.model", directory.path());
+  const auto id = static_cast<int32_t>(Load(Demo())->vocab_size()) + 10;
+  const json config = {
+      {"added_tokens_decoder",
+       {{std::to_string(id), {{"content", "<left>"}, {"lstrip", true}}},
+        {std::to_string(id + 1), {{"content", "<right>"}, {"rstrip", true}, {"special", true}}},
+        {std::to_string(id + 2), {{"content", "<none>"}}}}}};
+  WriteAll(directory.path() / "tokenizer_config.json", config.dump());
+  const auto tokenizer = Load(directory.path());
+  ASSERT_NE(tokenizer, nullptr);
+  const auto ids = [&](std::initializer_list<std::string> parts) {
+    Ids out;
+    for (const std::string& part : parts) {
+      const Ids plain = tokenizer->Encode(part, kPlain);
+      if (part.starts_with('<')) {
+        out.push_back(tokenizer->TokenId(part).value());
+      } else {
+        out.insert(out.end(), plain.begin(), plain.end());
+      }
+    }
+    return out;
+  };
+  EXPECT_EQ(tokenizer->Encode("a \n <left> b", kSpecial), ids({"a", "<left>", " b"}));
+  EXPECT_EQ(tokenizer->Encode("a <right>\xe3\x80\x80 b", kSpecial), ids({"a ", "<right>", "b"}));
+  EXPECT_EQ(tokenizer->Encode("a <none> b", kSpecial), ids({"a ", "<none>", " b"}));
+  // Across segments, of whatever trust.
+  const std::vector<TextSegment> segments = {
+      {"a ", false}, {" <left><right>", true}, {" b", false}};
+  EXPECT_EQ(tokenizer->EncodeSegments(segments, false), ids({"a", "<left>", "<right>", "b"}));
+  const TextSegment spaces{.text = std::string(1000, ' ') + "<left>", .trusted = true};
+  EXPECT_LE(tokenizer->MinTokens({&spaces, 1}), 1);
+}
+
 // Before autumn 2023, transformers wrote these instead of added_tokens_decoder.
 TEST(TokenizerTest, OlderFilesNameAddedAndSpecialTokens) {
   TemporaryDirectory directory;
