@@ -354,7 +354,7 @@ Result<void> ReadDecoder(const Node& node, bool& fused, TokenizerJson& out) {
       "ByteFallback, ByteLevel, Fuse, Metaspace, Replace, Sequence or Strip");
 }
 
-// "single" of a TemplateProcessing: special tokens, then sequence A.
+// "single" of a TemplateProcessing: special tokens, sequence A, perhaps special tokens again.
 Result<void> ReadTemplate(const Node& node, TokenizerJson& out) {
   RETURN_IF_ERROR(node.ExpectKeys({"type", "single", "pair", "special_tokens"}));
   const Node single = node.Member("single");
@@ -364,7 +364,9 @@ Result<void> ReadTemplate(const Node& node, TokenizerJson& out) {
     const Node part = single.Element(i);
     RETURN_IF_ERROR(part.ExpectKeys({"SpecialToken", "Sequence"}));
     const Node text = part.Member("Sequence");
-    if (found_text) return part.Unsupported("nothing after the Sequence");
+    if (found_text && !out.appends) out.appends = part.Unsupported("nothing after the Sequence");
+    if (found_text && text.is_null()) continue;
+    if (found_text) return *out.appends;
     if (!text.is_null()) {
       if (text.Member("id").value() != "A") return text.Member("id").Unsupported("\"A\"");
       found_text = true;

@@ -41,6 +41,8 @@ struct TokenizerJson {
   std::vector<DecodeStep> decode_steps;  // of each token, in order
   std::string text_start;       // removed once in decoding from the start of a text, or empty
   std::vector<int32_t> prefix;  // ids that the post-processor puts before a text
+  // Set if it puts any after a text, which leaves nothing to complete: says which.
+  std::optional<Error> appends;
   // Model.
   std::vector<std::pair<std::string, int32_t>> vocabulary;  // no text or id twice
   std::vector<std::pair<std::string, std::string>> merges;  // in order of rank

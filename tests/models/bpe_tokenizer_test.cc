@@ -575,6 +575,14 @@ TEST(BpeTokenizerTest, TokenizerConfigSaysWhetherTextsBeginWithBos) {
     EXPECT_EQ(Make(with, named)->Encode("a", {}), (Ids{300, 'a'}));
     EXPECT_EQ(Make(without, named)->Encode("a", {}), Ids{'a'});
   }
+  // Llama's do not ask the post-processor, so that may put something after a text.
+  json around = with;
+  around["post_processor"]["single"].push_back({{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}});
+  EXPECT_EQ(Make(around, config({{"tokenizer_class", llama}}))->Encode("a", {}), (Ids{300, 'a'}));
+  EXPECT_FALSE(LoadText(around.dump(), config({{"tokenizer_class", other}})).ok());
+  json twice = with;
+  twice["post_processor"]["single"].push_back({{"Sequence", {{"id", "A"}}}});
+  EXPECT_FALSE(LoadText(twice.dump(), config({{"tokenizer_class", llama}})).ok());
   // Then the class, which may add it by itself, then tokenizer.json.
   EXPECT_EQ(Make(without, config({{"tokenizer_class", llama}}))->Encode("a", {}), (Ids{301, 'a'}));
   EXPECT_EQ(Make(without, config({{"tokenizer_class", other}}))->Encode("a", {}), Ids{'a'});
