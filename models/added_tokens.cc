@@ -59,11 +59,21 @@ size_t SpaceAtStart(std::string_view text) {
   return length;
 }
 
+size_t BytesBesideSpace(std::string_view text) {
+  size_t bytes = 0;
+  while (true) {
+    text.remove_prefix(SpaceAtStart(text));
+    if (text.empty()) return bytes;
+    text.remove_prefix(1);
+    ++bytes;
+  }
+}
+
 void AddedTokens::Add(AddedToken token) { tokens_.push_back(std::move(token)); }
 
 void AddedTokens::Sort() {
-  std::sort(tokens_.begin(), tokens_.end(),
-            [](const AddedToken& a, const AddedToken& b) { return a.content < b.content; });
+  std::stable_sort(tokens_.begin(), tokens_.end(),
+                   [](const AddedToken& a, const AddedToken& b) { return a.content < b.content; });
   for (const AddedToken& token : tokens_) {
     begins_[static_cast<uint8_t>(token.content.front())] = true;
   }

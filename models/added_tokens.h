@@ -1,4 +1,4 @@
-// AddedTokens: the tokens of a tokenizer.json that are found in a text by their spelling.
+// AddedTokens: the tokens of a model that are found in a text by their spelling.
 #pragma once
 
 #include <array>
@@ -26,10 +26,14 @@ struct AddedToken {
 size_t SpaceAtStart(std::string_view text);
 size_t SpaceAtEnd(std::string_view text);
 
+// Those that are left of a text without it, wherever it stands: no fewer are met by tokens of which
+// some take white space.
+size_t BytesBesideSpace(std::string_view text);
+
 // A set of added tokens, by their texts. Filled, then sorted, then searched by any thread.
 class AddedTokens {
  public:
-  void Add(AddedToken token);
+  void Add(AddedToken token);  // of several of the same text, the first is found
   void Sort();
   // The longest token that `text` begins with, or null. O(length of the token * log(tokens)).
   const AddedToken* Find(std::string_view text) const;

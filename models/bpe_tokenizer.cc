@@ -87,6 +87,8 @@ bool Has(const Steps& steps) {
 class BpeTokenizer : public Tokenizer {
  public:
   Result<void> Load(TokenizerJson json, const TokenizerConfig& config) {
+    if (json.appends && !config.add_bos)
+      return *json.appends;  // else the post-processor is not asked
     ReadVocabulary(json);
     RETURN_IF_ERROR(ReadAddedTokens(json, config));
     RETURN_IF_ERROR(ReadBytes(json));
@@ -181,13 +183,7 @@ class BpeTokenizer : public Tokenizer {
     if (longest_ == 0) return 0;
     size_t bytes = 0;
     for (const TextSegment& segment : segments) {
-      std::string_view rest = segment.text;
-      while (!rest.empty()) {
-        if (takes_space_) rest.remove_prefix(SpaceAtStart(rest));
-        const size_t run = takes_space_ ? std::min<size_t>(rest.size(), 1) : rest.size();
-        bytes += run;
-        rest.remove_prefix(run);
-      }
+      bytes += takes_space_ ? BytesBesideSpace(segment.text) : segment.text.size();
     }
     return static_cast<int64_t>((bytes + longest_ - 1) / longest_);
   }
@@ -245,12 +241,12 @@ class BpeTokenizer : public Tokenizer {
   // Those of tokenizer.json, then what tokenizer_config.json has besides.
   Result<void> ReadAddedTokens(const TokenizerJson& json, const TokenizerConfig& config) {
     std::vector<AddedToken> tokens = json.added_tokens;
-    for (const TokenizerConfig::AddedToken& token : config.added_tokens) {
+    for (const AddedToken& token : config.added_tokens) {
       const auto same = std::find_if(tokens.begin(), tokens.end(), [&](const AddedToken& other) {
         return other.id == token.id && other.content == token.content;
       });
       if (same == tokens.end()) {
-        tokens.push_back({.id = token.id, .content = token.content, .special = token.special});
+        tokens.push_back(token);
       } else {
         same->special |= token.special;
       }

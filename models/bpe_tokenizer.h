@@ -10,8 +10,8 @@
 namespace innerq {
 
 // Reads tokenizer.json (byte-level or byte-fallback BPE) and, where present,
-// tokenizer_config.json: bos_token, eos_token, added_tokens_decoder, add_bos_token,
-// tokenizer_class.
+// tokenizer_config.json: bos_token, eos_token, added_tokens_decoder (or the files that it
+// replaced), add_bos_token, tokenizer_class.
 //
 // Ids are those of the Hugging Face library (tokenizers), except on purpose:
 // - Added tokens are found in trusted text only. Those of white space alone are found in any text:

@@ -19,9 +19,6 @@ constexpr std::array<std::string_view, 6> kRoles = {"system",    "developer", "u
 // message looked at and that of the others.
 constexpr std::string_view kProbe = "qzjvxk";
 constexpr std::string_view kFiller = "wqxjvz";
-constexpr const char* kProbeTools =
-    R"([{"type": "function", "function": {"name": "f", "description": "f",
-         "parameters": {"type": "object", "properties": {}}}}])";
 
 struct BuiltIn {
   std::string_view name;
@@ -99,36 +96,28 @@ Result<std::optional<Source>> ReadTemplateFile(const std::filesystem::path& path
   return text.error();
 }
 
-struct Sources {
-  std::optional<Source> main;
-  std::optional<Source> tool_use;
-};
-
-// The model's own templates.
-Result<Sources> ReadSources(const std::filesystem::path& directory, const TokenizerConfig& config) {
-  Sources out;
-  ASSIGN_OR_RETURN(out.main, ReadTemplateFile(directory / "chat_template.jinja"));
-  ASSIGN_OR_RETURN(out.tool_use,
-                   ReadTemplateFile(directory / "additional_chat_templates" / "tool_use.jinja"));
-  if (out.main) return out;
+// The model's own template, if it has one.
+Result<std::optional<Source>> ReadSource(const std::filesystem::path& directory,
+                                         const TokenizerConfig& config) {
+  ASSIGN_OR_RETURN(auto file, ReadTemplateFile(directory / "chat_template.jinja"));
+  if (file) return file;
   if (!config.chat_templates.ok()) return config.chat_templates.error();
-  const std::string path = (directory / "tokenizer_config.json").string();
   for (const TokenizerConfig::Named& one : *config.chat_templates) {
-    if (one.text.empty()) continue;
-    if (one.name == "default") out.main = {path, one.text};
-    if (one.name == "tool_use" && !out.tool_use) out.tool_use = {path, one.text};
+    if (one.name != "default" || one.text.empty()) continue;
+    return std::optional<Source>({(directory / "tokenizer_config.json").string(), one.text});
   }
-  return out;
+  return std::optional<Source>();
 }
 
-Result<Sources> FindSources(const std::filesystem::path& directory, std::string_view name,
-                            const TokenizerConfig& config) {
-  if (name == "auto") return ReadSources(directory, config);
+Result<std::optional<Source>> FindSource(const std::filesystem::path& directory,
+                                         std::string_view name, const TokenizerConfig& config) {
+  if (name == "auto") return ReadSource(directory, config);
   for (const BuiltIn& one : kBuiltIns) {
-    if (one.name == name) return Sources{Source{std::string(name), std::string(one.source)}, {}};
+    if (one.name != name) continue;
+    return std::optional<Source>({std::string(name), std::string(one.source)});
   }
   return InvalidArgument(
-      "chat template: expected auto, chatml, llama2, llama3 or zephyr, found \"" +
+      "chat template: expected auto, none, chatml, llama2, llama3 or zephyr, found \"" +
       std::string(name) + "\"");
 }
 
@@ -208,15 +197,6 @@ std::optional<int32_t> TokenAfterProbe(const jinja::Text& rendered, const Tokeni
   return std::nullopt;
 }
 
-// Whether the text of tools spells a mark.
-bool ToolsSpell(const std::string& tools, const std::string& mark) {
-  const auto parsed = jinja::ParseJson(tools, jinja::Limits().max_value_depth);
-  if (!parsed.ok()) return false;  // there are none
-  const auto json = jinja::ToJson(*parsed, {});
-  const std::string literal = jinja::JsonString(mark, /*ensure_ascii=*/false);
-  return json.ok() && json->bytes.find(literal.substr(1, literal.size() - 2)) != std::string::npos;
-}
-
 // Error of a template, with where it comes from.
 Error InSource(const Source& source, const Error& error) {
   return {error.code, source.name + ": chat template, " + error.message};
@@ -227,22 +207,16 @@ class JinjaChatTemplate : public ChatTemplate {
   JinjaChatTemplate(const TokenizerConfig& config, std::shared_ptr<const Tokenizer> tokenizer)
       : tokenizer_(std::move(tokenizer)),
         tokens_(TokenVariables(config, tokenizer_.get())),
-        main_{.marks = TurnMarks(tokenizer_)},
-        tool_use_{.marks = TurnMarks(tokenizer_)} {}
+        marks_(tokenizer_) {}
 
-  Result<void> Load(const Sources& sources) {
-    name_ = sources.main->name;
-    source_ = sources.main->text;
-    for (const auto& [source, known] :
-         {std::pair(&sources.main, &main_), std::pair(&sources.tool_use, &tool_use_)}) {
-      if (!*source) continue;
-      Result<jinja::Template> one = jinja::Template::Parse((*source)->text);
-      if (!one.ok()) return InSource(**source, one.error());
-      known->parsed = *std::move(one);
-      const auto probed = Probe(*known);
-      if (!probed.ok()) return InSource(**source, probed.error());
-    }
-    return {};
+  Result<void> Load(const Source& source) {
+    name_ = source.name;
+    source_ = source.text;
+    Result<jinja::Template> parsed = jinja::Template::Parse(source.text);
+    if (!parsed.ok()) return InSource(source, parsed.error());
+    template_ = *std::move(parsed);
+    const auto probed = Probe();
+    return probed.ok() ? probed : InSource(source, probed.error());
   }
 
   std::string_view name() const override { return name_; }
@@ -251,15 +225,14 @@ class JinjaChatTemplate : public ChatTemplate {
 
   Result<std::vector<TextSegment>> Render(const std::vector<ChatMessage>& messages,
                                           const ChatOptions& options) const override {
-    RETURN_IF_ERROR(Check(messages, For(options)));
+    RETURN_IF_ERROR(Check(messages));
     const auto refuse = [](const Error& error) {
-      if (!error.param.empty()) return error;
       return Error{error.code, "the model's chat template, " + error.message, "messages"};
     };
     const Result<jinja::Text> rendered = Run(messages, options);
     if (!rendered.ok()) return refuse(rendered.error());
     // With those that only this conversation made the template write.
-    TurnMarks marks = For(options).marks;
+    TurnMarks marks = marks_;
     if (const auto learned = marks.LearnWords(*rendered); !learned.ok()) {
       return refuse(learned.error());
     }
@@ -274,66 +247,45 @@ class JinjaChatTemplate : public ChatTemplate {
       return InvalidArgument("message text" + rest,
                              Place(static_cast<size_t>(message - messages.begin()), "content"));
     }
-    if (ToolsSpell(options.tools, *forged)) return InvalidArgument("tools" + rest, "tools");
     return InvalidArgument("message text" + rest, "messages");
   }
 
  private:
-  // A template and what it showed.
-  struct Known {
-    TurnMarks marks;
-    std::optional<jinja::Template> parsed = {};  // absent: the model has none
-    std::set<std::string_view> left_out = {};    // those of kRoles whose messages it does not write
-  };
-
-  // The template that a conversation goes to.
-  const Known& For(const ChatOptions& options) const {
-    return !options.tools.empty() && tool_use_.parsed ? tool_use_ : main_;
-  }
-
   // Runs the template, without a look at what comes out.
   Result<jinja::Text> Run(const std::vector<ChatMessage>& messages,
                           const ChatOptions& options) const {
     jinja::Dict variables = tokens_;
-    jinja::Value tools = jinja::Value::None();
-    if (!options.tools.empty()) {
-      auto parsed = jinja::ParseJson(options.tools, jinja::Limits().max_value_depth);
-      if (!parsed.ok()) return InvalidArgument(parsed.error().message, "tools");
-      if (!parsed->is_list()) return InvalidArgument("expected a list of tools", "tools");
-      tools = *std::move(parsed);
-    }
     variables.Set(jinja::Value::String("messages"), MessagesValue(messages));
     variables.Set(jinja::Value::String("add_generation_prompt"),
                   jinja::Value::Bool(options.add_generation_prompt));
-    variables.Set(jinja::Value::String("tools"), tools);
+    variables.Set(jinja::Value::String("tools"), jinja::Value::None());
     variables.Set(jinja::Value::String("documents"), jinja::Value::None());
-    return For(options).parsed->Render(variables, ToTime(options.now));
+    return template_->Render(variables, ToTime(options.now));
   }
 
-  // Renders a conversation for each role, with tools for the template for them, and learns from it.
-  Result<void> Probe(Known& known) {
-    const bool calls_tools = &known == &tool_use_;
+  // Renders a conversation for each role, and learns from it.
+  Result<void> Probe() {
     std::tm new_year{};
     new_year.tm_mday = 1;
     new_year.tm_year = 100;
-    const ChatOptions options{.tools = calls_tools ? kProbeTools : "", .now = new_year};
+    const ChatOptions options{.now = new_year};
     for (const std::string_view role : kRoles) {
       const Result<jinja::Text> rendered = Run(ProbeConversation(role), options);
       if (!rendered.ok()) {
-        if (role == "user" && !calls_tools) return rendered.error();
+        if (role == "user") return rendered.error();
         continue;  // it says what it does not like when it is asked
       }
-      RETURN_IF_ERROR(known.marks.LearnWords(*rendered));
-      known.marks.LearnSeparators(*rendered, IsOfProbeConversation);
-      if (rendered->bytes.find(kProbe) == std::string::npos) known.left_out.insert(role);
-      if (role == "assistant" && !calls_tools && tokenizer_ != nullptr) {
+      RETURN_IF_ERROR(marks_.LearnWords(*rendered));
+      marks_.LearnSeparators(*rendered, IsOfProbeConversation);
+      if (rendered->bytes.find(kProbe) == std::string::npos) left_out_.insert(role);
+      if (role == "assistant" && tokenizer_ != nullptr) {
         end_of_turn_ = TokenAfterProbe(*rendered, *tokenizer_);
       }
     }
     return {};
   }
 
-  static Result<void> Check(const std::vector<ChatMessage>& messages, const Known& known) {
+  Result<void> Check(const std::vector<ChatMessage>& messages) const {
     if (messages.empty()) return InvalidArgument("messages must not be empty", "messages");
     if (messages.size() > kMaxMessages) {
       return InvalidArgument("expected at most " + std::to_string(kMaxMessages) +
@@ -348,7 +300,7 @@ class JinjaChatTemplate : public ChatTemplate {
                 role.substr(0, 40) + "\"",
             Place(i, "role"));
       }
-      if (known.left_out.contains(role)) {
+      if (left_out_.contains(role)) {
         return InvalidArgument("the model's chat template leaves out messages of the role " + role,
                                Place(i, "role"));
       }
@@ -359,8 +311,9 @@ class JinjaChatTemplate : public ChatTemplate {
   const std::shared_ptr<const Tokenizer> tokenizer_;  // may be null
   const jinja::Dict tokens_;
   std::string name_, source_;
-  Known main_;
-  Known tool_use_;
+  std::optional<jinja::Template> template_;
+  TurnMarks marks_;
+  std::set<std::string_view> left_out_;  // those of kRoles whose messages it does not write
   std::optional<int32_t> end_of_turn_;
 };
 
@@ -375,11 +328,12 @@ std::vector<std::string> ChatTemplate::Names() {
 Result<std::shared_ptr<const ChatTemplate>> ChatTemplate::Load(
     const std::filesystem::path& directory, std::string_view name,
     std::shared_ptr<const Tokenizer> tokenizer) {
+  if (name == "none") return std::shared_ptr<const ChatTemplate>();
   ASSIGN_OR_RETURN(const TokenizerConfig config, ReadTokenizerConfig(directory));
-  ASSIGN_OR_RETURN(const Sources sources, FindSources(directory, name, config));
-  if (!sources.main) return std::shared_ptr<const ChatTemplate>();
+  ASSIGN_OR_RETURN(const auto source, FindSource(directory, name, config));
+  if (!source) return std::shared_ptr<const ChatTemplate>();
   auto out = std::make_shared<JinjaChatTemplate>(config, std::move(tokenizer));
-  RETURN_IF_ERROR(out->Load(sources));
+  RETURN_IF_ERROR(out->Load(*source));
   return std::shared_ptr<const ChatTemplate>(std::move(out));
 }
 

@@ -64,6 +64,7 @@ class MappedCheckpoint : public Checkpoint {
   const ModelConfig& config() const override { return config_; }
   const std::filesystem::path& directory() const override { return directory_; }
   const std::vector<CheckpointTensor>& tensors() const override { return tensors_; }
+  const std::map<std::string, std::string>& unreadable() const override { return unreadable_; }
   const std::map<std::string, std::string>& metadata() const override { return metadata_; }
 
   const CheckpointTensor* Find(std::string_view name) const override {
@@ -79,14 +80,18 @@ class MappedCheckpoint : public Checkpoint {
     const std::filesystem::path path = directory_ / name;
     ASSIGN_OR_RETURN(MappedFile file, MappedFile::Open(path));
     ASSIGN_OR_RETURN(SafetensorsFile found, ParseSafetensors(file.bytes(), path.string()));
-    for (const CheckpointTensor& tensor : found.tensors) {
-      const auto [first, is_new] = file_of_.emplace(tensor.name, name);
+    std::vector<std::string> names;
+    for (const CheckpointTensor& tensor : found.tensors) names.push_back(tensor.name);
+    for (const auto& [tensor, text] : found.unreadable) names.push_back(tensor);
+    for (const std::string& tensor : names) {
+      const auto [first, is_new] = file_of_.emplace(tensor, name);
       if (is_new) continue;
       return Error{ErrorCode::kDataLoss,
-                   path.string() + ": tensor " + tensor.name + " is also in " + first->second};
+                   path.string() + ": tensor " + tensor + " is also in " + first->second};
     }
     files_.push_back(std::move(file));
     tensors_.insert(tensors_.end(), found.tensors.begin(), found.tensors.end());
+    unreadable_.merge(found.unreadable);
     metadata_.merge(found.metadata);
     std::sort(tensors_.begin(), tensors_.end(),
               [](const CheckpointTensor& a, const CheckpointTensor& b) { return a.name < b.name; });
@@ -114,6 +119,7 @@ class MappedCheckpoint : public Checkpoint {
   std::vector<MappedFile> files_;
   std::map<std::string, std::string> file_of_;  // by tensor
   std::vector<CheckpointTensor> tensors_;       // sorted by name
+  std::map<std::string, std::string> unreadable_;
   std::map<std::string, std::string> metadata_;
 };
 
@@ -126,6 +132,12 @@ Error BadTensor(const Checkpoint& checkpoint, const std::string& name, const std
 Result<ConstTensorView> GetShaped(const Checkpoint& checkpoint, const std::string& name,
                                   const Shape& shape) {
   const CheckpointTensor* tensor = checkpoint.Find(name);
+  const auto unreadable = checkpoint.unreadable().find(name);
+  if (unreadable != checkpoint.unreadable().end()) {
+    return BadTensor(
+        checkpoint, name,
+        "expected F32, F16, BF16 or U8 " + shape.ToString() + ", found " + unreadable->second);
+  }
   if (tensor == nullptr) {
     return BadTensor(checkpoint, name, "missing; expected shape " + shape.ToString());
   }
@@ -159,8 +171,7 @@ Result<ConstTensorView> Checkpoint::Get(const std::string& name, const Shape& sh
 }
 
 bool Checkpoint::HasLowBit(const std::string& name) const {
-  return Find(name + kCodes) != nullptr || Find(name + kScales) != nullptr ||
-         Find(name + kInputClip) != nullptr;
+  return Has(name + kCodes) || Has(name + kScales) || Has(name + kInputClip);
 }
 
 Result<LowBitMatrix> Checkpoint::GetLowBit(const std::string& name, const Shape& shape) const {
@@ -171,7 +182,7 @@ Result<LowBitMatrix> Checkpoint::GetLowBit(const std::string& name, const Shape&
                          (name == kHeadName ? " with a \"head\"" : "") +
                          ", which says how a matrix is coded");
   }
-  if (Find(name + ".weight") != nullptr) {
+  if (Has(name + ".weight")) {
     return BadTensor(*this, name + ".weight",
                      "the matrix is also stored as codes or has their scales or clip");
   }
@@ -184,7 +195,7 @@ Result<LowBitMatrix> Checkpoint::GetLowBit(const std::string& name, const Shape&
       GetTyped(*this, name + kScales, DType::kF16, {matrix.rows, matrix.spec.Groups(matrix.cols)}));
   matrix.codes = codes.As<uint8_t>();
   matrix.scales = scales.As<uint16_t>();
-  if (Find(name + kInputClip) == nullptr) return matrix;
+  if (!Has(name + kInputClip)) return matrix;
   ASSIGN_OR_RETURN(const ConstTensorView clip,
                    GetTyped(*this, name + kInputClip, DType::kF32, {1}));
   matrix.input_clip = clip.As<float>()[0];

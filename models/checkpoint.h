@@ -46,7 +46,6 @@ struct ModelConfig {
   bool tie_word_embeddings = false;
   bool attention_bias = false;         // q, k, v and o projections have biases
   bool mlp_bias = false;               // gate, up and down projections have biases
-  std::vector<int32_t> bos_token_ids;  // usually one; empty if none
   std::vector<int32_t> eos_token_ids;  // from generation_config.json where present
   // How matrices that are stored as codes are coded ("quantization_config"); nullopt: none are.
   std::optional<LowBitSpec> low_bit;
@@ -76,8 +75,8 @@ struct CheckpointTensor {
 };
 
 // A model directory: config.json, generation_config.json, model.safetensors or its shards with
-// model.safetensors.index.json. Everything in it is untrusted: headers, offsets, dtypes and shapes
-// are checked before use. Immutable; may be shared by threads.
+// model.safetensors.index.json. Everything in it is untrusted: headers and offsets are checked when
+// it is opened, dtypes and shapes when a tensor is asked for. Immutable; may be shared by threads.
 class Checkpoint {
  public:
   // Errors: not found for a missing file, data loss or invalid argument for a damaged or
@@ -88,15 +87,22 @@ class Checkpoint {
 
   virtual const ModelConfig& config() const = 0;
   virtual const std::filesystem::path& directory() const = 0;
-  // Sorted by name.
+  // Those that can be read, sorted by name.
   virtual const std::vector<CheckpointTensor>& tensors() const = 0;
+  // The others, which may be there as long as no model asks for them: dtype and shape by name, e.g.
+  // "I64 [1, 512]".
+  virtual const std::map<std::string, std::string>& unreadable() const = 0;
   // What the program that wrote the files says of them ("__metadata__"); of a key in several shards
   // the first.
   virtual const std::map<std::string, std::string>& metadata() const = 0;
-  // Null if absent.
+  // Null if it is absent or cannot be read.
   virtual const CheckpointTensor* Find(std::string_view name) const = 0;
+  // Whether it is there, readable or not.
+  bool Has(const std::string& name) const {
+    return Find(name) != nullptr || unreadable().contains(name);
+  }
   // A tensor of floats of the shape that config.json asks for. Errors: data loss, naming the
-  // tensor, if it is absent, has another shape, or holds no floats.
+  // tensor, if it is absent, cannot be read, has another shape, or holds no floats.
   Result<ConstTensorView> Get(const std::string& name, const Shape& shape) const;
   // Whether matrix `name`, e.g. "model.layers.0.mlp.up_proj", is stored as codes, not as
   // "<name>.weight": whether any of the tensors that GetLowBit reads is there.

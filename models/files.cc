@@ -69,13 +69,21 @@ Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_
     const ssize_t got = ::read(file.fd, text.data() + had, kChunk);
     if (got < 0 && errno != EINTR) return OpenError(path, errno);
     text.resize(had + static_cast<size_t>(std::max<ssize_t>(got, 0)));
-    if (got == 0) return text;
+    if (got == 0) break;
     if (static_cast<int64_t>(text.size()) > max_bytes) {
       return Error{ErrorCode::kDataLoss, path.string() + ": more than the " +
                                              std::to_string(max_bytes) +
                                              " bytes that such a file may have"};
     }
   }
+  RETURN_IF_ERROR(RefuseLfsPointer(path.string(), text));
+  return text;
+}
+
+Result<void> RefuseLfsPointer(const std::string& name, std::string_view content) {
+  if (!content.starts_with("version https://git-lfs")) return {};
+  return Error{ErrorCode::kDataLoss,
+               name + ": is a Git LFS pointer; `git lfs pull` fetches the file"};
 }
 
 Error CannotWrite(const std::filesystem::path& path, const std::string& reason) {

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "kernels/result.h"
 
@@ -32,9 +33,13 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// The whole content of a file, or of a pipe, of at most `max_bytes`. Errors: not found, data loss;
-// they begin with the path and end with the system's reason.
+// The whole content of a file, or of a pipe, of at most `max_bytes`. Errors: not found, data loss,
+// also for a Git LFS pointer; they begin with the path.
 Result<std::string> ReadTextFile(const std::filesystem::path& path, int64_t max_bytes);
+
+// Data loss for a file that only says where Git LFS has the real one
+// (github.com/git-lfs/git-lfs, docs/spec.md, "The Pointer"): what a clone without it leaves.
+Result<void> RefuseLfsPointer(const std::string& name, std::string_view content);
 
 // Unavailable, with path and reason.
 Error CannotWrite(const std::filesystem::path& path, const std::string& reason);

@@ -34,7 +34,8 @@ struct Time {
 struct Program;
 
 // A parsed template. Immutable; any thread may render. The language is Jinja2's with trim_blocks,
-// lstrip_blocks and loopcontrols in an immutable sandbox; what is left out is an error of Parse.
+// lstrip_blocks and loopcontrols in an immutable sandbox; what is left out is an error of Parse, a
+// method that is left out one of Render.
 class Template {
  public:
   // Errors: invalid argument, "line N: what was expected and found".

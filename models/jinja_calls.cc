@@ -66,8 +66,16 @@ Result<std::vector<ExprPtr>> Parser::Bind(const Signature& callee, ExprPtr input
 
 Result<ExprPtr> Parser::ParseMethod(ExprPtr object, const std::string& name, int line) {
   const Signature* method = FindMethod(name);
-  if (method == nullptr) return ErrorAt(line, "the method " + Quoted(name) + " is not supported");
   ASSIGN_OR_RETURN(Arguments arguments, ParseArguments());
+  if (method == nullptr) {
+    std::vector<ExprPtr> all;
+    all.push_back(std::move(object));
+    for (ExprPtr& value : arguments.values) all.push_back(std::move(value));
+    ASSIGN_OR_RETURN(ExprPtr out, Make(Expr::Kind::kMethod, line, std::move(all)));
+    out->name = name;
+    out->names = std::move(arguments.names);
+    return out;
+  }
   ASSIGN_OR_RETURN(std::vector<ExprPtr> args,
                    Bind(*method, std::move(object), std::move(arguments), line));
   ASSIGN_OR_RETURN(ExprPtr out, Make(Expr::Kind::kBuiltin, line, std::move(args)));

@@ -4,7 +4,6 @@
 #include "models/jinja_render.h"
 
 namespace innerq::jinja {
-namespace {}  // namespace
 
 Result<Value> Renderer::Eval(const Expr& expr) {
   const Limits& limits = budget_.limits();
@@ -61,6 +60,8 @@ Result<Value> Renderer::EvalKind(const Expr& expr) {
       return EvalSelect(expr, nullptr);
     case Expr::Kind::kCall:
       return EvalCall(expr);
+    case Expr::Kind::kMethod:
+      return EvalMethod(expr);
   }
   return Value();
 }
@@ -206,8 +207,10 @@ Result<Value> Renderer::EvalMap(const Expr& expr, const Value* input) {
     }
   }
   line_ = expr.line;
-  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   std::vector<Value> out;
+  // As in Jinja2, what is false has no elements, be it a number.
+  if (!Truthy(source)) return Value::Of(Sequence::Flavor::kIterator, std::move(out));
+  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   for (const Value& item : *items) {
     RETURN_IF_ERROR(budget_.Spend(1));
     ASSIGN_OR_RETURN(Value mapped, expr.inner != nullptr ? EvalOn(*expr.inner, item)
@@ -227,8 +230,9 @@ Result<Value> Renderer::EvalSelect(const Expr& expr, const Value* input) {
     ASSIGN_OR_RETURN(path, Eval(*expr.args[1]));
   }
   line_ = expr.line;
-  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   std::vector<Value> out;
+  if (!Truthy(source)) return Value::Of(Sequence::Flavor::kIterator, std::move(out));
+  ASSIGN_OR_RETURN(const auto items, Iterate(source, budget_));
   for (const Value& item : *items) {
     RETURN_IF_ERROR(budget_.Spend(1));
     Value judged = item;
@@ -257,6 +261,35 @@ Result<Value> Renderer::EvalCall(const Expr& expr) {
   if (callee.is_undefined() && expr.name == "caller" && caller_ != nullptr) return CallCaller(expr);
   if (callee.is_undefined()) return InvalidArgument(callee.why_undefined());
   return InvalidArgument("expected a function or macro to call, found " + TypeName(callee));
+}
+
+// A method that is not found by its name alone. That it is none is an error here, for a template
+// may guard it by a condition that never holds.
+Result<Value> Renderer::EvalMethod(const Expr& expr) {
+  ASSIGN_OR_RETURN(std::vector<Value> args, EvalAll(expr));
+  const Value object = std::move(args.front());
+  args.erase(args.begin());
+  if (object.is_undefined()) return InvalidArgument(object.why_undefined());
+  if (!object.is(Value::Kind::kLoop) || (expr.name != "cycle" && expr.name != "changed")) {
+    return InvalidArgument("the method " + ReprString(expr.name) + " of " + TypeName(object) +
+                           " is not supported");
+  }
+  Loop& loop = *object.loop();
+  if (loop.ended) return LoopHasEnded(expr.name);
+  if (!expr.names.empty()) {
+    return InvalidArgument(expr.name + " does not expect the argument " + expr.names[0]);
+  }
+  if (expr.name == "cycle") {
+    if (args.empty()) return InvalidArgument("cycle expects values, found none");
+    return args[static_cast<size_t>(loop.index0) % args.size()];
+  }
+  Value now = Value::Tuple(std::move(args));
+  bool changed = true;
+  if (loop.last_changed) {
+    ASSIGN_OR_RETURN(changed, Compare("!=", *loop.last_changed, now, budget_));
+  }
+  loop.last_changed = std::move(now);
+  return Value::Bool(changed);
 }
 
 // namespace(...) and dict(...): of a dict, then of keywords.

@@ -8,8 +8,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Flavor = Sequence::Flavor;
-
 // A text that says the same as `source` in other characters.
 Value Like(std::string bytes, const Text& source) {
   return Value::String(Text::From(bytes, source.any_untrusted()));

@@ -128,6 +128,7 @@ Result<void> Parser::ParseStatement(Body& body) {
       {"macro", &Parser::ParseMacro},
       {"call", &Parser::ParseCallBlock},
       {"with", &Parser::ParseWith},
+      {"filter", &Parser::ParseFilterBlock},
       {"generation", &Parser::ParseGeneration}};
   for (const auto& [known, method] : kStatements) {
     if (name != known) continue;
@@ -145,7 +146,7 @@ Result<void> Parser::ParseStatement(Body& body) {
     return ErrorAt(line, "found " + name + ", which ends no open block");
   }
   return ErrorAt(line, "the statement " + name + " is not supported; expected if, for, set, " +
-                           "macro, call, with, generation, break, continue or raw");
+                           "macro, call, with, filter, generation, break, continue or raw");
 }
 
 Result<Stmt> Parser::ParseIf(int line) {
@@ -229,6 +230,12 @@ Result<Body> Parser::ParseClosedBody(std::string_view end) {
   return body;
 }
 
+Result<ExprPtr> Parser::MakeBlockText(int line) {
+  ASSIGN_OR_RETURN(ExprPtr text, Make(Expr::Kind::kName, line, {}));
+  text->name = kBlockText;
+  return text;
+}
+
 Result<Stmt> Parser::ParseSet(int line) {
   Stmt out{.kind = Stmt::Kind::kSet, .line = line};
   ASSIGN_OR_RETURN(out.targets, ParseTargets(true, out.unpack));
@@ -241,8 +248,7 @@ Result<Stmt> Parser::ParseSet(int line) {
   if (out.unpack) return Unexpected("=");
   ExprPtr filters;
   if (IsOp("|")) {
-    ASSIGN_OR_RETURN(filters, Make(Expr::Kind::kName, line, {}));
-    filters->name = kBlockText;
+    ASSIGN_OR_RETURN(filters, MakeBlockText(line));
     ASSIGN_OR_RETURN(filters, ParseFilters(std::move(filters)));
   }
   out.exprs.push_back(std::move(filters));
@@ -315,6 +321,19 @@ Result<Stmt> Parser::ParseWith(int line) {
   ASSIGN_OR_RETURN(Body body, ParseBody({"endwith"}));
   nested_ = outer;
   TakeName("endwith");
+  out.bodies.push_back(std::move(body));
+  return out;
+}
+
+Result<Stmt> Parser::ParseFilterBlock(int line) {
+  Stmt out{.kind = Stmt::Kind::kFilter, .line = line};
+  ASSIGN_OR_RETURN(ExprPtr filters, MakeBlockText(line));
+  do {
+    ASSIGN_OR_RETURN(filters, ParseFilter(std::move(filters)));
+  } while (TakeOp("|"));
+  out.exprs.push_back(std::move(filters));
+  RETURN_IF_ERROR(EndBlock());
+  ASSIGN_OR_RETURN(Body body, ParseClosedBody("endfilter"));
   out.bodies.push_back(std::move(body));
   return out;
 }

@@ -57,9 +57,12 @@ class Parser {
   Result<Stmt> ParseMacro(int line);
   Result<Stmt> ParseCallBlock(int line);
   Result<Stmt> ParseWith(int line);
+  Result<Stmt> ParseFilterBlock(int line);
   Result<Stmt> ParseGeneration(int line);
   Result<std::vector<Stmt::Target>> ParseTargets(bool attributes, bool& unpack);
   Result<void> EndBlock();
+  // What the filters of a block are applied to.
+  Result<ExprPtr> MakeBlockText(int line);
   // A body in which break and continue do not reach the loop around it.
   Result<Body> ParseClosedBody(std::string_view end);
 

@@ -110,7 +110,8 @@ struct Expr {
     kMap,          // args[0] | map(inner), or map(attribute=args[1], default=args[2])
     kSelect,       // args[0] | select(inner), of its attribute args[1] if not null
     kReject,
-    kCall,  // name(args, names=the last of args)
+    kCall,    // name(args, names=the last of args)
+    kMethod,  // args[0].name(the other args, names=the last): of a loop, or of no value we know
   };
   Kind kind;
   int line = 1;
@@ -138,6 +139,7 @@ struct Stmt {
     kSetBlock,  // targets[0] = the text of bodies[0] through exprs[0], a filter chain or null
     kMacro,     // macro
     kCall,      // prints exprs[0], a call of a macro whose caller() is the text of bodies[0]
+    kFilter,    // prints the text of bodies[0] through exprs[0], a filter chain
     kScope,     // bodies[0] with names of its own: targets[i] = exprs[i], all read outside
     kBreak,
     kContinue,
@@ -169,7 +171,7 @@ struct Program {
   std::vector<std::unique_ptr<Macro>> macros;
 };
 
-// A filter chain on the text of a block set reads its input from this name.
+// A filter chain on the text of a block reads its input from this name.
 inline constexpr std::string_view kBlockText = " block";
 
 Result<std::shared_ptr<const Program>> ParseProgram(std::string_view source, const Limits& limits);

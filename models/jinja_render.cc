@@ -79,6 +79,9 @@ Result<Renderer::Flow> Renderer::RunStatement(const Stmt& stmt) {
     case Stmt::Kind::kSetBlock:
       RETURN_IF_ERROR(RunSetBlock(stmt));
       return Flow::kNext;
+    case Stmt::Kind::kFilter:
+      RETURN_IF_ERROR(RunFilterBlock(stmt));
+      return Flow::kNext;
     case Stmt::Kind::kMacro:
       Set(program_.macros[stmt.macro]->name,
           Value::Reference(Value::Kind::kMacro, static_cast<int64_t>(stmt.macro)));
@@ -142,13 +145,15 @@ Result<Renderer::Flow> Renderer::RunFor(const Stmt& stmt) {
   loop->statement = &stmt;
   loop->frame = frame_;
   ASSIGN_OR_RETURN(loop->items, Iterate(iterable, budget_));
-  ASSIGN_OR_RETURN(const Flow flow, RunLoop(stmt, loop));
-  // A template may keep the loop; what it saw is let go.
+  const Result<Flow> flow = RunLoop(stmt, loop);
+  // A template may keep the loop, and a loop itself; what it saw is let go, also after an error.
   loop->ended = true;
   loop->items = nullptr;
   loop->ahead.clear();
   loop->previous.reset();
   loop->current.reset();
+  loop->last_changed.reset();
+  if (!flow.ok()) return flow;
   if (loop->index0 >= 0 || stmt.bodies.size() == 1) return flow;
   const size_t outer = Push(frame_);
   ASSIGN_OR_RETURN(const Flow otherwise, RunBody(stmt.bodies[1]));
@@ -199,8 +204,12 @@ Result<bool> Renderer::Peek(Loop& loop, size_t count) {
   return loop.ahead.size() >= count;
 }
 
+Error Renderer::LoopHasEnded(const std::string& name) {
+  return InvalidArgument("the loop has ended; expected loop." + name + " inside");
+}
+
 Result<Value> Renderer::LoopAttribute(Loop& loop, const std::string& name) {
-  if (loop.ended) return InvalidArgument("the loop has ended; expected loop." + name + " inside");
+  if (loop.ended) return LoopHasEnded(name);
   if (name == "index0") return Value::Int(loop.index0);
   if (name == "index") return Value::Int(loop.index0 + 1);
   if (name == "first") return Value::Bool(loop.index0 == 0);
@@ -246,6 +255,20 @@ Result<void> Renderer::RunSetBlock(const Stmt& stmt) {
   }
   line_ = stmt.line;
   return AssignOne(stmt.targets[0], std::move(value));
+}
+
+// The filters see the names that the body gives values.
+Result<void> Renderer::RunFilterBlock(const Stmt& stmt) {
+  const size_t outer = Push(frame_);
+  ASSIGN_OR_RETURN(Text text, Capture(stmt.bodies[0]));
+  Set(std::string(kBlockText), Value::String(std::move(text)));
+  ASSIGN_OR_RETURN(const Value value, Eval(*stmt.exprs[0]));
+  Pop(outer);
+  line_ = stmt.line;
+  if (!value.is_string()) {
+    return InvalidArgument("expected text of the filters of a block, found " + TypeName(value));
+  }
+  return Write(value.text());
 }
 
 Result<void> Renderer::Assign(const Stmt& stmt, const Value& value) {

@@ -21,7 +21,8 @@ struct Loop {
   std::deque<Value> ahead;                          // filtered, not visited yet
   int64_t index0 = -1;
   std::optional<Value> previous, current;
-  size_t frame = 0;  // where the filter finds its names
+  std::optional<Value> last_changed;  // what changed() was asked last
+  size_t frame = 0;                   // where the filter finds its names
   bool ended = false;
 };
 
@@ -55,6 +56,7 @@ class Renderer {
   Result<Flow> RunLoop(const Stmt& stmt, const std::shared_ptr<Loop>& loop);
   Result<void> RunSet(const Stmt& stmt);
   Result<void> RunSetBlock(const Stmt& stmt);
+  Result<void> RunFilterBlock(const Stmt& stmt);
   Result<void> Assign(const Stmt& stmt, const Value& value);
   Result<void> AssignOne(const Stmt::Target& target, Value value);
   Result<void> Write(const Text& text);
@@ -70,6 +72,7 @@ class Renderer {
   // Loops.
   Result<std::optional<Value>> Advance(Loop& loop);
   Result<bool> Peek(Loop& loop, size_t count);
+  static Error LoopHasEnded(const std::string& name);
   Result<Value> LoopAttribute(Loop& loop, const std::string& name);
 
   // Expressions.
@@ -89,6 +92,7 @@ class Renderer {
   Result<Value> EvalOn(const Expr& expr, const Value& input);
   Result<std::vector<Value>> EvalAll(const Expr& expr);
   Result<Value> EvalCall(const Expr& expr);
+  Result<Value> EvalMethod(const Expr& expr);
   Result<Value> CallFunction(const Expr& expr, const Signature& function, std::vector<Value> args);
   Result<Value> CallMacro(const Expr& expr, const Macro& macro, std::vector<Value> args,
                           const Caller* caller);

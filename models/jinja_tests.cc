@@ -6,8 +6,6 @@
 namespace innerq::jinja {
 namespace {
 
-using Flavor = Sequence::Flavor;
-
 template <bool (*kTest)(const Value&)>
 Result<Value> OfValue(Call& call) {
   return Value::Bool(kTest(call.input()));

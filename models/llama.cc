@@ -91,7 +91,7 @@ Result<void> CheckStack(const Checkpoint& checkpoint, const Stack& stack) {
     const std::string bias = part.name + ".bias";
     if (part.bias) {
       RETURN_IF_ERROR(checkpoint.Get(bias, {part.rows}));
-    } else if (checkpoint.Find(bias) != nullptr) {
+    } else if (checkpoint.Has(bias)) {
       return InvalidArgument(checkpoint.directory().string() + ": tensor " + bias +
                              ": config.json declares no bias of this matrix (attention_bias, "
                              "mlp_bias)");
@@ -457,8 +457,7 @@ class FusedLlama : public LlamaModel {
 Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
   const Shape norm{config.hidden_size};
-  const std::string table =
-      TableName(config, checkpoint.Find(std::string(kTableName) + ".weight") != nullptr);
+  const std::string table = TableName(config, checkpoint.Has(std::string(kTableName) + ".weight"));
   if (checkpoint.HasLowBit(kTableName)) {
     return Error{ErrorCode::kDataLoss,
                  checkpoint.directory().string() + ": tensor " + kTableName +

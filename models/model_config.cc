@@ -19,9 +19,12 @@ constexpr int64_t kMaxLayers = 1000;
 constexpr int64_t kMaxVocab = int64_t{1} << 24;
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
 
+constexpr char kMistral[] = "MistralForCausalLM";
 // What transformers' MistralConfig takes for an absent "sliding_window"; LlamaConfig has no such
 // key.
 constexpr int64_t kMistralWindow = 4096;
+// And for absent "num_key_value_heads"; null, and LlamaConfig, mean as many as attention heads.
+constexpr int64_t kMistralKvHeads = 8;
 
 // Reads the keys of one JSON object and checks their types and ranges. The first error sticks; what
 // is read after it is meaningless.
@@ -150,7 +153,7 @@ Result<std::string> ReadArchitecture(const json& file, const std::string& where)
   const bool one_name =
       names != file.end() && names->is_array() && names->size() == 1 && names->front().is_string();
   const std::string name = one_name ? names->front().get<std::string>() : "";
-  if (name != "LlamaForCausalLM" && name != "MistralForCausalLM") {
+  if (name != "LlamaForCausalLM" && name != kMistral) {
     return InvalidArgument(where + "architectures: expected LlamaForCausalLM or " +
                            "MistralForCausalLM, found " +
                            (one_name ? name : std::string("no single name")));
@@ -197,7 +200,9 @@ Result<void> ReadShape(KeyReader& keys, ModelConfig& config) {
   config.intermediate_size = keys.Integer("intermediate_size", 1, kMaxHidden);
   config.num_layers = keys.Integer("num_hidden_layers", 1, kMaxLayers);
   config.num_heads = keys.Integer("num_attention_heads", 1, kMaxHeads);
-  config.num_kv_heads = keys.Integer("num_key_value_heads", 1, kMaxHeads, config.num_heads);
+  const bool default_kv_heads = config.architecture == kMistral && !keys.Has("num_key_value_heads");
+  config.num_kv_heads = keys.Integer("num_key_value_heads", 1, kMaxHeads,
+                                     default_kv_heads ? kMistralKvHeads : config.num_heads);
   config.vocab_size = keys.Integer("vocab_size", 1, kMaxVocab);
   config.max_positions = keys.Integer("max_position_embeddings", 1, kMaxPositions);
   RETURN_IF_ERROR(keys.status());
@@ -218,18 +223,25 @@ Result<void> ReadShape(KeyReader& keys, ModelConfig& config) {
   return keys.status();
 }
 
+// The window of Mistral's attention; Llama's looks at no such key. transformers knows none that is
+// 0 (such a window holds nothing) and turns it off by null.
+Result<void> RefuseWindow(KeyReader& keys, const ModelConfig& config) {
+  if (config.architecture != kMistral || !keys.Bool("use_sliding_window", true)) {
+    return keys.status();
+  }
+  const int64_t window =
+      keys.Integer("sliding_window", 0, INT64_MAX,
+                   keys.Has("sliding_window") ? config.max_positions : kMistralWindow);
+  keys.Require(window >= config.max_positions, "sliding_window",
+               "null, or at least max_position_embeddings " + std::to_string(config.max_positions) +
+                   " (Mistral's default is " + std::to_string(kMistralWindow) + ")");
+  return keys.status();
+}
+
 // Keys that change what the model computes in ways this server does not implement.
 Result<void> RefuseUnsupported(KeyReader& keys, const ModelConfig& config) {
   keys.Require(keys.String("hidden_act", "silu") == "silu", "hidden_act", "silu");
-  keys.Require(keys.Integer("pretraining_tp", 0, kMaxHeads, 1) <= 1, "pretraining_tp", "1");
-  const bool mistral = config.architecture == "MistralForCausalLM";
-  const int64_t window =
-      keys.Integer("sliding_window", 1, INT64_MAX,
-                   mistral && !keys.Has("sliding_window") ? kMistralWindow : config.max_positions);
-  keys.Require(window >= config.max_positions, "sliding_window",
-               "null, or at least max_position_embeddings " + std::to_string(config.max_positions) +
-                   (mistral ? " (Mistral's default is " + std::to_string(kMistralWindow) + ")"
-                            : std::string()));
+  RETURN_IF_ERROR(RefuseWindow(keys, config));
   keys.Require(!keys.Bool("rope_interleaved", false), "rope_interleaved", "false");
   keys.Require(keys.Number("partial_rotary_factor", 0.0, 1.0, 1.0) == 1.0, "partial_rotary_factor",
                "1");
@@ -310,10 +322,9 @@ Result<void> ReadLowBit(KeyReader& keys, const std::string& file, ModelConfig& c
   return ReadLowBitHead(quantization, where, keys, config);
 }
 
-// Token ids of config.json, replaced by those that generation_config.json gives.
-Result<void> ReadTokenIds(KeyReader& keys, const std::filesystem::path& directory,
-                          ModelConfig& config) {
-  config.bos_token_ids = keys.TokenIds("bos_token_id", config.vocab_size);
+// Ids of config.json that end a text, replaced by those that generation_config.json gives.
+Result<void> ReadEndTokens(KeyReader& keys, const std::filesystem::path& directory,
+                           ModelConfig& config) {
   config.eos_token_ids = keys.TokenIds("eos_token_id", config.vocab_size);
   RETURN_IF_ERROR(keys.status());
 
@@ -323,9 +334,7 @@ Result<void> ReadTokenIds(KeyReader& keys, const std::filesystem::path& director
     return file.error().code == ErrorCode::kNotFound ? Result<void>() : file.error();
   }
   KeyReader generation(*file, path.string() + ": ");
-  const std::vector<int32_t> bos = generation.TokenIds("bos_token_id", config.vocab_size);
   const std::vector<int32_t> eos = generation.TokenIds("eos_token_id", config.vocab_size);
-  if (!bos.empty()) config.bos_token_ids = bos;
   if (!eos.empty()) config.eos_token_ids = eos;
   return generation.status();
 }
@@ -347,7 +356,7 @@ Result<ModelConfig> ReadModelConfig(const std::filesystem::path& directory) {
   config.tie_word_embeddings = keys.Bool("tie_word_embeddings", false);
   config.attention_bias = keys.Bool("attention_bias", false);
   config.mlp_bias = keys.Bool("mlp_bias", false);
-  RETURN_IF_ERROR(ReadTokenIds(keys, directory, config));
+  RETURN_IF_ERROR(ReadEndTokens(keys, directory, config));
   return config;
 }
 

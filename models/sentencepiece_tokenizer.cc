@@ -3,10 +3,11 @@
 #include <sentencepiece_processor.h>
 
 #include <algorithm>
-#include <array>
 #include <charconv>
+#include <map>
 #include <unordered_map>
 
+#include "models/added_tokens.h"
 #include "models/files.h"
 #include "models/tokenizer_config.h"
 #include "models/utf8.h"
@@ -79,33 +80,42 @@ class SentencePieceTokenizer : public Tokenizer {
                                       bool add_bos) const override {
     std::vector<int32_t> ids;
     if (add_bos && add_bos_ && bos_id_) ids.push_back(*bos_id_);
-    std::string run;  // text since the last special token
-    bool first_run = true;
-    const auto end_run = [&] {
-      EncodeRun(run, adds_space_ && (first_run || prefix_every_run_), ids);
-      run.clear();
-      first_run = false;
+    std::string text;
+    for (const TextSegment& segment : segments) text += segment.text;
+    size_t run = 0;  // where the text since the last added token begins
+    const auto encode_run = [&](std::string_view part) {
+      EncodeRun(part, adds_space_ && (run == 0 || prefix_every_run_), ids);
     };
+    size_t at = 0;
+    size_t segment_end = 0;
     for (const TextSegment& segment : segments) {
-      std::string_view rest = segment.text;
-      while (segment.trusted && !rest.empty()) {
-        const auto [at, id] = FindControl(rest);
-        if (id < 0) break;
-        run += rest.substr(0, at);
-        end_run();
-        ids.push_back(id);
-        rest.remove_prefix(at + Token(id).text.size());
+      segment_end += segment.text.size();
+      while (segment.trusted && at < segment_end) {
+        const AddedToken* token = added_.Find(std::string_view(text).substr(at, segment_end - at));
+        if (token == nullptr) {
+          ++at;
+          continue;
+        }
+        const size_t end = at + token->content.size();
+        std::string_view before = std::string_view(text).substr(run, at - run);
+        if (token->lstrip) before.remove_suffix(SpaceAtEnd(before));
+        encode_run(before);
+        ids.push_back(token->id);
+        at = end + (token->rstrip ? SpaceAtStart(std::string_view(text).substr(end)) : 0);
+        run = at;
       }
-      run += rest;
+      at = std::max(at, segment_end);
     }
-    end_run();
+    encode_run(std::string_view(text).substr(run));
     return ids;
   }
 
   int64_t MinTokens(std::span<const TextSegment> segments) const override {
     if (longest_ == 0) return 0;
     size_t bytes = 0;
-    for (const TextSegment& segment : segments) bytes += segment.text.size();
+    for (const TextSegment& segment : segments) {
+      bytes += takes_space_ ? BytesBesideSpace(segment.text) : segment.text.size();
+    }
     return static_cast<int64_t>((bytes + longest_ - 1) / longest_);
   }
 
@@ -168,7 +178,6 @@ class SentencePieceTokenizer : public Tokenizer {
         std::from_chars(token.text.data() + 3, token.text.data() + 5, token.byte, 16);
         byte_ids_[token.byte] = id;
       }
-      if (model_.IsControl(id)) controls_.push_back(id);
       ids_.emplace(token.text, id);
       tokens_.push_back(std::move(token));
     }
@@ -187,9 +196,14 @@ class SentencePieceTokenizer : public Tokenizer {
     return text == probe && std::find(byte_ids_.begin(), byte_ids_.end(), -1) == byte_ids_.end();
   }
 
-  Result<void> AddTokens(const std::vector<TokenizerConfig::AddedToken>& added_tokens,
+  Result<void> AddTokens(const std::vector<AddedToken>& added_tokens,
                          const std::filesystem::path& path) {
-    for (const TokenizerConfig::AddedToken& added : added_tokens) {
+    std::map<int32_t, AddedToken> found;  // those that trusted text may spell, by id
+    for (int id = 0; id < model_.GetPieceSize(); ++id) {
+      const std::string& text = Token(id).text;
+      if (model_.IsControl(id) && !text.empty()) found[id] = {.id = id, .content = text};
+    }
+    for (const AddedToken& added : added_tokens) {
       const bool is_byte = added.id < model_.GetPieceSize() && model_.IsByte(added.id);
       if (added.special && is_byte) {  // plain text may have to be spelled with it
         return Damaged(path, "added_tokens_decoder: token " + std::to_string(added.id) +
@@ -197,18 +211,18 @@ class SentencePieceTokenizer : public Tokenizer {
       }
       const auto index = static_cast<size_t>(added.id);
       if (index >= tokens_.size()) tokens_.resize(index + 1);
-      tokens_[index] = {added.content, added.special ? Kind::kSpecial : Kind::kAdded};
+      // Lists of added tokens may name the model's own controls without a word about them.
+      const bool is_control =
+          tokens_[index].kind == Kind::kSpecial && tokens_[index].text == added.content;
+      tokens_[index] = {added.content, added.special || is_control ? Kind::kSpecial : Kind::kAdded};
       ids_[added.content] = added.id;
-      controls_.push_back(added.id);
+      found[added.id] = added;
     }
-    std::sort(controls_.begin(), controls_.end());
-    controls_.erase(std::unique(controls_.begin(), controls_.end()), controls_.end());
-    std::stable_sort(controls_.begin(), controls_.end(), [this](int32_t a, int32_t b) {
-      return Token(a).text.size() > Token(b).text.size();
-    });
-    for (const int32_t id : controls_) {
-      begins_control_[static_cast<uint8_t>(Token(id).text.front())] = true;
+    for (const auto& [id, token] : found) {
+      takes_space_ |= token.lstrip || token.rstrip;
+      added_.Add(token);
     }
+    added_.Sort();
     return {};
   }
 
@@ -225,18 +239,6 @@ class SentencePieceTokenizer : public Tokenizer {
       return Damaged(path, "eos_token: \"" + *config.eos_token + "\" is not in the vocabulary");
     }
     return {};
-  }
-
-  // The first control token that `text` spells, the longest if several begin there: its place and
-  // id, or id -1.
-  std::pair<size_t, int32_t> FindControl(std::string_view text) const {
-    for (size_t at = 0; at < text.size(); ++at) {
-      if (!begins_control_[static_cast<uint8_t>(text[at])]) continue;
-      for (const int32_t id : controls_) {  // longest first
-        if (text.substr(at).starts_with(Token(id).text)) return {at, id};
-      }
-    }
-    return {text.size(), -1};
   }
 
   // Appends the ids of text without special tokens.
@@ -283,8 +285,8 @@ class SentencePieceTokenizer : public Tokenizer {
   SentencePieceProcessor model_;
   std::vector<TokenInfo> tokens_;                 // by id
   std::unordered_map<std::string, int32_t> ids_;  // by text
-  std::vector<int32_t> controls_;  // tokens that trusted text may spell, longest text first
-  std::array<bool, 256> begins_control_{};  // by the first byte of their texts
+  AddedTokens added_;         // the model's controls and those of the configuration
+  bool takes_space_ = false;  // some of them takes the white space beside it
   std::vector<int32_t> byte_ids_ = std::vector<int32_t>(256, -1);
   size_t longest_ = 0;             // bytes that a token stands for; 0: no bound
   bool adds_space_ = false;        // before a text, removed again in decoding

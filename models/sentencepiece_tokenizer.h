@@ -10,7 +10,8 @@
 namespace innerq {
 
 // Reads tokenizer.model and, where present, tokenizer_config.json: add_bos_token (true if absent),
-// bos_token, eos_token, added_tokens_decoder, legacy, add_prefix_space.
+// bos_token, eos_token, added_tokens_decoder (or the files that it replaced), legacy,
+// add_prefix_space.
 //
 // A model with a dummy prefix puts a space before each text. Where special tokens cut a text into
 // runs, every run gets it if "legacy" (the default, as in Meta's code), else only a run that begins

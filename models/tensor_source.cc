@@ -18,7 +18,7 @@ class CheckpointSource : public TensorSource {
   explicit CheckpointSource(std::shared_ptr<const Checkpoint> checkpoint)
       : checkpoint_(std::move(checkpoint)) {}
 
-  bool Has(const std::string& name) const override { return checkpoint_->Find(name) != nullptr; }
+  bool Has(const std::string& name) const override { return checkpoint_->Has(name); }
 
   Result<ConstTensorView> Get(const std::string& name, const Shape& shape) override {
     return checkpoint_->Get(name, shape);

@@ -21,6 +21,10 @@ constexpr int64_t kMaxValues = 4'000'000;
 constexpr std::string_view kByteLevelPattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
+// Pre-tokenizer "Punctuation" (tokenizers, pre_tokenizers/punctuation.rs, is_punc): ASCII's,
+// symbols among it, and the general category.
+constexpr std::string_view kPunctuationPattern = R"([!-/:-@\[-`{-~\p{P}])";
+
 // The value as an error message shows it.
 std::string Show(const json& value) {
   switch (value.type()) {
@@ -271,6 +275,15 @@ Result<void> ReadPretokenizer(const Node& node, TokenizerJson& out) {
                   .behavior = individual ? SplitBehavior::kIsolated : SplitBehavior::kContiguous});
     return {};
   }
+  if (type == "Punctuation") {
+    RETURN_IF_ERROR(node.ExpectKeys({"type", "behavior"}));
+    SplitStep step{.pattern = {std::string(kPunctuationPattern), true, node.path()}};
+    if (const Node behavior = node.Member("behavior"); !behavior.is_null()) {
+      ASSIGN_OR_RETURN(step.behavior, ReadBehavior(behavior));
+    }
+    out.text_steps.push_back(std::move(step));
+    return {};
+  }
   if (type == "Metaspace") {
     ASSIGN_OR_RETURN(Metaspace meta, ReadMetaspace(node));
     out.text_steps.push_back(ReplaceStep{{" "}, meta.mark});
@@ -280,7 +293,8 @@ Result<void> ReadPretokenizer(const Node& node, TokenizerJson& out) {
     }
     return {};
   }
-  return node.Member("type").Unsupported("ByteLevel, Digits, Metaspace, Sequence or Split");
+  return node.Member("type").Unsupported(
+      "ByteLevel, Digits, Metaspace, Punctuation, Sequence or Split");
 }
 
 // Reads decoders into steps of single tokens. After a Fuse, `fused`, the text is one: all that can
@@ -340,7 +354,7 @@ Result<void> ReadDecoder(const Node& node, bool& fused, TokenizerJson& out) {
       "ByteFallback, ByteLevel, Fuse, Metaspace, Replace, Sequence or Strip");
 }
 
-// "single" of a TemplateProcessing: special tokens, then sequence A.
+// "single" of a TemplateProcessing: special tokens, sequence A, perhaps special tokens again.
 Result<void> ReadTemplate(const Node& node, TokenizerJson& out) {
   RETURN_IF_ERROR(node.ExpectKeys({"type", "single", "pair", "special_tokens"}));
   const Node single = node.Member("single");
@@ -350,7 +364,9 @@ Result<void> ReadTemplate(const Node& node, TokenizerJson& out) {
     const Node part = single.Element(i);
     RETURN_IF_ERROR(part.ExpectKeys({"SpecialToken", "Sequence"}));
     const Node text = part.Member("Sequence");
-    if (found_text) return part.Unsupported("nothing after the Sequence");
+    if (found_text && !out.appends) out.appends = part.Unsupported("nothing after the Sequence");
+    if (found_text && text.is_null()) continue;
+    if (found_text) return *out.appends;
     if (!text.is_null()) {
       if (text.Member("id").value() != "A") return text.Member("id").Unsupported("\"A\"");
       found_text = true;
@@ -484,7 +500,8 @@ Result<TokenizerJson> ReadFile(const Node& file) {
     return version.Unsupported("\"1.0\"");
   }
   for (const char* key : {"truncation", "padding"}) {
-    if (const Node node = file.Member(key); !node.is_null()) return node.Unsupported("null");
+    const Node node = file.Member(key);
+    if (!node.is_null() && !node.value().is_object()) return node.Damaged("null or an object");
   }
   RETURN_IF_ERROR(ReadAddedTokens(file.Member("added_tokens"), out));
   if (const Node node = file.Member("normalizer"); !node.is_null()) {

@@ -33,13 +33,16 @@ struct DecodeByteAlphabet {};
 
 using DecodeStep = std::variant<DecodeReplace, DecodeByteFallback, DecodeStrip, DecodeByteAlphabet>;
 
-// The parts of a tokenizer.json with a BPE model. Ids are in [0, 2^20).
+// The parts of a tokenizer.json with a BPE model. Ids are in [0, 2^20). "truncation" and "padding"
+// are left out: transformers resets both in each call that does not ask for them.
 struct TokenizerJson {
   std::vector<AddedToken> added_tokens;
   std::vector<TextStep> text_steps;      // normalizer, then pre-tokenizer
   std::vector<DecodeStep> decode_steps;  // of each token, in order
   std::string text_start;       // removed once in decoding from the start of a text, or empty
   std::vector<int32_t> prefix;  // ids that the post-processor puts before a text
+  // Set if it puts any after a text, which leaves nothing to complete: says which.
+  std::optional<Error> appends;
   // Model.
   std::vector<std::pair<std::string, int32_t>> vocabulary;  // no text or id twice
   std::vector<std::pair<std::string, std::string>> merges;  // in order of rank

@@ -86,10 +86,11 @@ Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptio
 //                      "group_size", "activation_bits", "scale", "head" if there is one}
 //   model.safetensors  every "<name>.weight" of a layer's matrix, and of a head that is coded, as
 //                      the tensors of Checkpoint::GetLowBit, "<name>.input_clip" for static
-//                      activations alone; all others as stored. A tied head has codes beside the
-//                      table, which is then called "model.embed_tokens". "__metadata__": "format"
-//                      pt, "scheme", "bits", "group_size", "activation_bits", "scale", "prune" as
-//                      asked, "zeros" as reached; "prune_matrices", if there are rules,
+//                      activations alone; all others as stored, but for those that nobody here can
+//                      read (Checkpoint::unreadable), which are left out. A tied head has codes
+//                      beside the table, which is then called "model.embed_tokens". "__metadata__":
+//                      "format" pt, "scheme", "bits", "group_size", "activation_bits", "scale",
+//                      "prune" as asked, "zeros" as reached; "prune_matrices", if there are rules,
 //                      PATTERN=SHARE in their order with commas between them; "head", if there is
 //                      one, its scheme and bits; "source" FNV-1a of 64 bits over the source's
 //                      tensors by name: name, dtype, shape (each of these with a newline after it)

@@ -17,7 +17,7 @@ namespace innerq {
 struct ModelOptions {
   std::filesystem::path path;
   std::string alias;          // never empty: the directory's name unless given
-  std::string chat_template;  // auto or one of ChatTemplate::Names()
+  std::string chat_template;  // auto, none or one of ChatTemplate::Names()
 };
 
 // Configuration "server.key_limits": of each API key. 0: no limit.

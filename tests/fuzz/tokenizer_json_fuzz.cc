@@ -1,4 +1,4 @@
-// A tokenizer.json and tokenizer_config.json from an input: loading succeeds or names an error, and
+// A tokenizer.json and the files beside it from an input: loading succeeds or names an error, and
 // a tokenizer that loads keeps its promises on the part "text".
 #include <algorithm>
 
@@ -48,7 +48,8 @@ void Use(const Tokenizer& tokenizer, const std::string& text) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace innerq;
-  static const FuzzDirectory directory({"tokenizer.json", "tokenizer_config.json"});
+  static const FuzzDirectory directory(
+      {"tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"});
   const FuzzParts parts = SplitParts(data, size);
   directory.Fill(parts);
   const auto tokenizer = Tokenizer::Load(directory.path());

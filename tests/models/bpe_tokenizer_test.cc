@@ -255,6 +255,13 @@ TEST(BpeTokenizerTest, MergesByRankThenFromTheLeft) {
   EXPECT_EQ(Make(file)->Encode("aab", kPlain), (Ids{258, 'b'}));
 }
 
+TEST(BpeTokenizerTest, TruncationAndPaddingOfATrainingRunChangeNothing) {
+  json file = ByteLevelFile();
+  file["truncation"] = {{"direction", "Right"}, {"max_length", 2}, {"stride", 0}};
+  file["padding"] = {{"strategy", {{"Fixed", 8}}}, {"pad_id", 0}, {"pad_token", "<s>"}};
+  EXPECT_EQ(Make(file)->Encode("aaaaabc", {}), Make(ByteLevelFile())->Encode("aaaaabc", {}));
+}
+
 TEST(BpeTokenizerTest, IgnoreMergesTakesWholePieces) {
   json file = ByteLevelFile();
   file["model"]["vocab"]["xyz"] = 299;
@@ -459,6 +466,53 @@ TEST(BpeTokenizerTest, PreTokenizersRunInOrder) {
   EXPECT_EQ(Make(file)->Encode("a123", kPlain), (Ids{'a', 'x'}));
 }
 
+TEST(BpeTokenizerTest, PunctuationIsSplitOff) {
+  json file = ByteLevelFile();
+  // Merges that hold across what is not split.
+  file["model"]["vocab"].update({{"a+", 290}, {"!!", 292}, {"ab-", 293}});
+  file["model"]["merges"] = {"a b", "a +", "! !", "ab -"};
+  file["model"]["ignore_merges"] = true;
+  json punctuation = {{"type", "Punctuation"}};
+  const auto with = [&] {
+    file["pre_tokenizer"] = {
+        {"type", "Sequence"},
+        {"pretokenizers",
+         {punctuation,
+          {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}}}}};
+    return Make(file);
+  };
+  // ASCII's has symbols in it, the Unicode category has none.
+  for (int byte = '!'; byte <= '~'; ++byte) {
+    const char c = static_cast<char>(byte);
+    const bool is_word = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z');
+    const std::string text = std::string("x") + c + "x";
+    file["model"]["vocab"][text] = 299;
+    EXPECT_EQ(with()->Encode(text, kPlain),
+              is_word ? Ids{299} : (Ids{'x', static_cast<uint8_t>(c), 'x'}))
+        << c;
+    file["model"]["vocab"].erase(text);
+  }
+  EXPECT_EQ(with()->Encode("a+ab-!!", kPlain), (Ids{'a', '+', 256, '-', '!', '!'}));
+  punctuation["behavior"] = "Contiguous";
+  EXPECT_EQ(with()->Encode("ab!!", kPlain), (Ids{256, 292}));
+  punctuation["behavior"] = "Removed";
+  EXPECT_EQ(with()->Encode("a!!+b", kPlain), (Ids{'a', 'b'}));
+  punctuation["behavior"] = "Isolated";
+  const std::array<std::string, 256> alphabet = ByteAlphabet();
+  const auto spell = [&](const std::string& text) {
+    std::string out;
+    for (const char byte : text) out += alphabet[static_cast<uint8_t>(byte)];
+    return out;
+  };
+  const std::string stop = "\xe3\x80\x82", euro = "\xe2\x82\xac";  // U+3002 Po, U+20AC Sc
+  file["model"]["vocab"].update({{spell("a" + stop), 294}, {spell("a" + euro), 295}});
+  EXPECT_EQ(with()->Encode("a" + stop, kPlain), (Ids{'a', 0xe3, 0x80, 0x82}));
+  EXPECT_EQ(with()->Encode("a" + euro, kPlain), Ids{295});
+  punctuation["behavior"] = "Some";
+  file["pre_tokenizer"] = punctuation;
+  EXPECT_FALSE(LoadText(file.dump(), nullptr).ok());
+}
+
 TEST(BpeTokenizerTest, TokenizerConfigAddsTokensAndNamesTheEnds) {
   const json config = {{"add_bos_token", false},
                        {"bos_token", "<s>"},
@@ -479,6 +533,19 @@ TEST(BpeTokenizerTest, TokenizerConfigAddsTokensAndNamesTheEnds) {
   EXPECT_EQ(Make(ByteLevelFile())->eos_id(), std::nullopt);
 }
 
+TEST(BpeTokenizerTest, OlderFilesNameAddedAndSpecialTokens) {
+  TemporaryDirectory directory;
+  WriteAll(directory.path() / "tokenizer.json", ByteLevelFile().dump());
+  WriteAll(directory.path() / "added_tokens.json", R"({"<t>": 301, "<|im_end|>": 400})");
+  WriteAll(directory.path() / "special_tokens_map.json", R"({"eos_token": "<|im_end|>"})");
+  const auto tokenizer = Tokenizer::Load(directory.path());
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.error().message;
+  EXPECT_EQ((*tokenizer)->Encode("<|im_end|><t>", kSpecial), (Ids{400, 301}));
+  EXPECT_TRUE((*tokenizer)->IsSpecial(400));
+  EXPECT_FALSE((*tokenizer)->IsSpecial(301));
+  EXPECT_EQ((*tokenizer)->eos_id(), 400);
+}
+
 TEST(BpeTokenizerTest, TokenizerConfigSaysWhetherTextsBeginWithBos) {
   json with = ByteLevelFile();  // a post-processor that puts <s> first
   json without = ByteLevelFile();
@@ -489,13 +556,33 @@ TEST(BpeTokenizerTest, TokenizerConfigSaysWhetherTextsBeginWithBos) {
     return out;
   };
   const std::string llama = "LlamaTokenizerFast", other = "PreTrainedTokenizerFast";
-  // add_bos_token, if it is there, decides.
+  // add_bos_token, if it is there, decides where no class or Llama's is named.
   EXPECT_EQ(Make(with, config({{"add_bos_token", true}}))->Encode("a", {}), (Ids{300, 'a'}));
   EXPECT_EQ(Make(without, config({{"add_bos_token", true}}))->Encode("a", {}), (Ids{301, 'a'}));
   EXPECT_EQ(Make(with, config({{"add_bos_token", false}}))->Encode("a", {}), Ids{'a'});
   EXPECT_EQ(
       Make(with, config({{"add_bos_token", false}, {"tokenizer_class", llama}}))->Encode("a", {}),
       Ids{'a'});
+  for (const std::string name :
+       {"LlamaTokenizer", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"}) {
+    const json named = config({{"add_bos_token", true}, {"tokenizer_class", name}});
+    EXPECT_EQ(Make(without, named)->Encode("a", {}), (Ids{301, 'a'})) << name;
+  }
+  // Others do not look at it.
+  for (const bool add : {false, true}) {
+    const json named =
+        config({{"add_bos_token", add}, {"add_eos_token", add}, {"tokenizer_class", other}});
+    EXPECT_EQ(Make(with, named)->Encode("a", {}), (Ids{300, 'a'}));
+    EXPECT_EQ(Make(without, named)->Encode("a", {}), Ids{'a'});
+  }
+  // Llama's do not ask the post-processor, so that may put something after a text.
+  json around = with;
+  around["post_processor"]["single"].push_back({{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}});
+  EXPECT_EQ(Make(around, config({{"tokenizer_class", llama}}))->Encode("a", {}), (Ids{300, 'a'}));
+  EXPECT_FALSE(LoadText(around.dump(), config({{"tokenizer_class", other}})).ok());
+  json twice = with;
+  twice["post_processor"]["single"].push_back({{"Sequence", {{"id", "A"}}}});
+  EXPECT_FALSE(LoadText(twice.dump(), config({{"tokenizer_class", llama}})).ok());
   // Then the class, which may add it by itself, then tokenizer.json.
   EXPECT_EQ(Make(without, config({{"tokenizer_class", llama}}))->Encode("a", {}), (Ids{301, 'a'}));
   EXPECT_EQ(Make(without, config({{"tokenizer_class", other}}))->Encode("a", {}), Ids{'a'});
@@ -664,8 +751,6 @@ TEST(BpeTokenizerTest, RefusesWhatItDoesNotSupportByName) {
   const std::vector<Refusal> refusals = {
       {"/extra", 1, "tokenizer.json: extra: this key is not supported; expected only version"},
       {"/version", "2.0", "version: expected \"1.0\", found \"2.0\""},
-      {"/truncation", json::object(), "truncation: expected null"},
-      {"/padding", json::object(), "padding: expected null"},
       {"/model/type", "Unigram", "expected model.type \"BPE\", found \"Unigram\""},
       {"/model/dropout", 0.1, "model.dropout: expected null, found 0.1"},
       {"/model/continuing_subword_prefix", "##", "model.continuing_subword_prefix: expected null"},
@@ -744,6 +829,8 @@ TEST(BpeTokenizerTest, RefusesPatternsThatPcre2WouldReadDifferently) {
 TEST(BpeTokenizerTest, NamesWhatIsDamaged) {
   const json no_text = {{{"SpecialToken", {{"id", "<s>"}}}}};
   const std::vector<Refusal> refusals = {
+      {"/truncation", true, "truncation: expected null or an object, found true"},
+      {"/padding", 8, "padding: expected null or an object, found 8"},
       {"/model/vocab", 1, "model.vocab: expected an object, found 1"},
       {"/model/vocab/a", "x", "model.vocab[\"a\"]: expected an integer in [0, 1048575]"},
       {"/model/vocab/a", -1, "model.vocab[\"a\"]: expected an integer"},

@@ -99,6 +99,15 @@ TEST_F(CheckpointTest, RefusesDamagedHeaders) {
   ExpectRefused(Safetensors(std::string(1'000'000, '['), ""), "not a JSON object");
 }
 
+TEST_F(CheckpointTest, NamesFilesThatGitLfsHasNotFetched) {
+  const std::string pointer =
+      "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976570304\n";
+  ExpectRefused(pointer,
+                "model.safetensors: is a Git LFS pointer; `git lfs pull` fetches the file");
+  Write("config.json", pointer);
+  ExpectRefused(pointer, "config.json: is a Git LFS pointer", "config.json");
+}
+
 TEST_F(CheckpointTest, RefusesDeeplyNestedHeadersAndIndices) {
   const std::string deep = DeepJson();
   const auto entry = [](const std::string& dtype, const std::string& shape,
@@ -110,7 +119,7 @@ TEST_F(CheckpointTest, RefusesDeeplyNestedHeadersAndIndices) {
   ExpectRefused(Safetensors(deep, ""), "not a JSON object");
   ExpectRefused(Safetensors("{\"a\":" + deep + "}", ""), "tensor a: not an object");
   ExpectRefused(entry(deep, "[1]", "[0,4]"), "no \"dtype\"");
-  ExpectRefused(entry("\"F32\"", deep, "[0,4]"), "positive integer");
+  ExpectRefused(entry("\"F32\"", deep, "[0,4]"), "not a number of elements");
   ExpectRefused(entry("\"F32\"", "[1]", deep), "two unsigned integers");
   ExpectRefused(entry("\"F32\"", "[1]", "[0," + deep + "]"), "two unsigned integers");
   Write("model.safetensors", Safetensors("{\"__metadata__\":" + deep + "}", ""));
@@ -150,17 +159,69 @@ TEST_F(CheckpointTest, RefusesShapesAndOffsetsThatDisagree) {
   ExpectRefused(File(Entry("a", "[4]", "[-16,0]"), 16), "two unsigned integers");
   ExpectRefused(File(Entry("a", "[4]", "[0,16.0]"), 16), "two unsigned integers");
   ExpectRefused(File(Entry("a", "[4]", "[0]"), 16), "two unsigned integers");
-  ExpectRefused(File(Entry("a", "[-4]", "[0,16]"), 16), "positive integer");
-  ExpectRefused(File(Entry("a", "[0]", "[0,0]"), 0), "positive integer");
+  ExpectRefused(File(Entry("a", "[-4]", "[0,16]"), 16), "not a number of elements");
   ExpectRefused(File(Entry("a", "[4294967296,4294967296]", "[0,0]"), 0), "overflows");
-  ExpectRefused(File(Entry("a", "[18446744073709551615]", "[0,16]"), 16), "positive integer");
+  ExpectRefused(File(Entry("a", "[18446744073709551615]", "[0,16]"), 16),
+                "not a number of elements");
   ExpectRefused(File(Entry("a", "[4]", "[18446744073709551600,18446744073709551616]"), 16),
                 "two unsigned integers");
   ExpectRefused(File(Entry("a", "[4]", "[18446744073709551599,18446744073709551615]"), 16), "hole");
-  ExpectRefused(File(Entry("a", "[1,1,1,1,4]", "[0,16]"), 16), "rank 5");
-  ExpectRefused(File(Entry("a", "[4]", "[0,16]", "I32"), 16), "dtype I32");
+  ExpectRefused(File(Entry("a", "[1,1,1,1,4]", "[0,15]"), 15), "16 bytes, the size of F32 [1, 1");
+  ExpectRefused(File(Entry("a", "[4]", "[0,16]", "I64"), 16), "32 bytes, the size of I64 [4]");
+  ExpectRefused(File(Entry("a", "[3]", "[0,1]", "F4"), 1), "1 bytes and a part of one");
+  ExpectRefused(File(Entry("a", "[0]", "[0,4]"), 4), "0 bytes, the size of F32 [0]");
+  ExpectRefused(File(Entry("a", "[4]", "[0,16]", "INT"), 16),
+                "tensor a: the format has no dtype INT");
   ExpectRefused(File(Entry("a", "[1]", "[0,2]", "F16") + "," + Entry("b", "[1]", "[2,6]"), 6),
                 "not aligned");
+}
+
+TEST_F(CheckpointTest, TensorsThatNobodyAsksForMayBeOfAnyKind) {
+  const std::string a = Entry("a", "[4]", "[0,16]");
+  const auto with = [&](const std::string& shape, const std::string& dtype, int bytes) {
+    const std::string end = std::to_string(16 + bytes);
+    Write("model.safetensors", File(a + "," + Entry("x", shape, "[16," + end + "]", dtype),
+                                    16 + static_cast<size_t>(bytes)));
+    const auto checkpoint = Open();
+    EXPECT_TRUE(checkpoint.ok()) << checkpoint.error().message;
+    return checkpoint.ok() ? *checkpoint : nullptr;
+  };
+  const std::pair<const char*, int> kDTypes[] = {
+      {"BOOL", 12}, {"F4", 6},       {"F6_E2M3", 9},  {"F6_E3M2", 9},
+      {"I8", 12},   {"F8_E5M2", 12}, {"F8_E4M3", 12}, {"F8_E8M0", 12},
+      {"I16", 24},  {"U16", 24},     {"I32", 48},     {"U32", 48},
+      {"C64", 96},  {"F64", 96},     {"I64", 96},     {"U64", 96}};
+  for (const auto& [dtype, bytes] : kDTypes) {
+    const auto checkpoint = with("[1,12]", dtype, bytes);
+    ASSERT_NE(checkpoint, nullptr) << dtype;
+    EXPECT_EQ(checkpoint->tensors().size(), 1u);
+    EXPECT_TRUE(checkpoint->Get("a", {4}).ok());
+    EXPECT_EQ(checkpoint->Find("x"), nullptr);
+    EXPECT_TRUE(checkpoint->Has("x"));
+    const auto asked = checkpoint->Get("x", {1, 12});
+    ASSERT_FALSE(asked.ok());
+    EXPECT_NE(asked.error().message.find("tensor x: expected F32, F16, BF16 or U8 [1, 12], found " +
+                                         std::string(dtype) + " [1, 12]"),
+              std::string::npos)
+        << asked.error().message;
+  }
+  EXPECT_EQ(with("[1,1,1,1,4]", "F32", 16)->unreadable().at("x"), "F32 [1, 1, 1, 1, 4]");
+  EXPECT_EQ(with("[0]", "F32", 0)->unreadable().at("x"), "F32 [0]");
+  EXPECT_EQ(with("[4,0,2]", "I64", 0)->unreadable().at("x"), "I64 [4, 0, 2]");
+  // One without elements may stand where another begins.
+  Write("model.safetensors", File(a + "," + Entry("0", "[0]", "[0,0]"), 16));
+  EXPECT_TRUE(Open().ok());
+  // What the index says holds for them, too.
+  std::filesystem::remove(directory_.path() / "model.safetensors");
+  Write("one.safetensors", File(a, 16));
+  Write("two.safetensors", File(Entry("x", "[1]", "[0,8]", "I64"), 8));
+  const std::string index = "model.safetensors.index.json";
+  Write(index, R"({"weight_map": {"a": "one.safetensors", "x": "two.safetensors"}})");
+  ASSERT_TRUE(Open().ok());
+  EXPECT_TRUE((*Open())->Has("x"));
+  Write("two.safetensors", File(Entry("a", "[1]", "[0,8]", "I64"), 8));
+  Write(index, R"({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})");
+  ExpectRefused("", "tensor a is also in one.safetensors", "two.safetensors");
 }
 
 TEST_F(CheckpointTest, JoinsTheShardsOfAnIndex) {
@@ -298,6 +359,21 @@ TEST_F(LlamaLoadTest, RefusesBiasesThatWouldGoUnused) {
   EXPECT_TRUE(Load().ok());
   config_["attention_bias"] = false;
   ExpectRefused("tensor model.layers.0.self_attn.q_proj.bias: config.json declares no bias");
+}
+
+TEST_F(LlamaLoadTest, TensorsOfOtherDTypesAreNoWeights) {
+  tensors_.push_back({"model.position_ids", {1, 4}, std::string(32, '\0'), "I64"});
+  EXPECT_EQ(Logits(), expected_);
+  StoredTensor& norm = Tensor("model.norm.weight");
+  norm.dtype = "I16";
+  ExpectRefused("tensor model.norm.weight: expected F32, F16, BF16 or U8 [64], found I16 [64]");
+  norm.dtype = "BF16";
+  config_["mlp_bias"] = false;
+  std::erase_if(tensors_, [](const StoredTensor& tensor) {
+    return tensor.name.find("mlp") != std::string::npos && tensor.name.ends_with(".bias");
+  });
+  tensors_.push_back({"model.layers.0.mlp.up_proj.bias", {96}, std::string(192, '\0'), "I16"});
+  ExpectRefused("tensor model.layers.0.mlp.up_proj.bias: config.json declares no bias");
 }
 
 TEST_F(LlamaLoadTest, AsksForTheMemoryOfAStepBeforeItReadsWeights) {

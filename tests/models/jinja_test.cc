@@ -78,6 +78,39 @@ TEST(JinjaTest, RunsLoops) {
         "error: line 1: expected 2 values to assign, found 3"}});
 }
 
+TEST(JinjaTest, LoopsCycleAndKnowWhatChanged) {
+  Expect({{"{% for i in range(5) %}{{ loop.cycle('a', 'b', 3) }}{% endfor %}", "ab3ab"},
+          {"{% for i in [1, 1, 2, 2.0, '2'] %}{{ loop.changed(i) }} {% endfor %}",
+           "True False True False True "},
+          {"{% for i in 'ab' %}{{ loop.changed() }}{{ loop.changed(1, i) }}{% endfor %}",
+           "TrueTrueTrueTrue"},
+          {"{% for i in 'ab' %}{% set o = loop %}{% for j in 'cd' %}{{ o.cycle(1, 2) }}"
+           "{{ o.changed(i) }}{% endfor %}{% endfor %}",
+           "1True1False2True2False"},
+          {"{% for i in 'ab' %}{{ loop.changed([loop]) }}{% endfor %}", "TrueFalse"},
+          {"{% for i in 'ab' %}{{ loop.changed(loop) }}{{ 1 + i }}{% endfor %}",  // nothing leaks
+           "error: line 1: the operator + expects other values, found int and str"},
+          {"{% for i in [1] %}{{ loop.cycle() }}{% endfor %}",
+           "error: line 1: cycle expects values, found none"},
+          {"{% for i in [1] %}{{ loop.cycle(x=1) }}{% endfor %}",
+           "error: line 1: cycle does not expect the argument x"},
+          {"{% set n = namespace() %}{% for i in [1] %}{% set n.l = loop %}{% endfor %}\n"
+           "{{ n.l.cycle(1) }}",
+           "error: line 2: the loop has ended; expected loop.cycle inside"}});
+}
+
+TEST(JinjaTest, UnknownMethodsAreErrorsWhenTheyAreReached) {
+  const json context = {{"d", {{"f", 1}}}};
+  Expect({{"{% if false %}{{ d.pop('f', default=1) }}{% endif %}ok", "ok"},
+          {"{{ d.get('f') or d.setdefault('f', 2) }}", "1"},
+          {"a\n{{ d.pop('f') }}", "error: line 2: the method 'pop' of dict is not supported"},
+          {"{{ [1].append(2) }}", "error: line 1: the method 'append' of list is not supported"},
+          {"{{ d.cycle(1) }}", "error: line 1: the method 'cycle' of dict is not supported"},
+          {"{{ y.pop() }}", "error: line 1: 'y' is undefined"},
+          {"{{ d.pop(1 }}", "error: line 1: unexpected }"}},
+         context);
+}
+
 TEST(JinjaTest, SetsAndScopes) {
   Expect({{"{% set a, b = 1, 2 %}{{ a }}{{ b }}", "12"},
           {"{% set x %}a{{ 1 }}{% endset %}[{{ x }}]", "[a1]"},
@@ -153,6 +186,12 @@ TEST(JinjaTest, AppliesFilters) {
        {"{{ [{'a': 1}, {}] | map(attribute='a', default=0) | list }}{{ ['a'] | map('upper') | "
         "join }}",
         "[1, 0]A"},
+       {"{{ none | map('upper') | list }}{{ 0 | map(attribute='a') | list }}"
+        "{{ false | select | list }}{{ '' | reject('odd') | list }}"
+        "{{ none | selectattr('a') | list }}{{ 0.0 | rejectattr('a', 'eq', 1) | list }}",
+        "[][][][][][]"},
+       {"{{ 1 | map('upper') | list }}",
+        "error: line 1: expected something to iterate over, found int"},
        {"{{ [1, 2, 3] | select('odd') | list }}{{ [0, 1] | reject | list }}", "[1, 3][0]"},
        {"{{ [{'r': 'a'}, {'r': 'b'}] | selectattr('r', 'equalto', 'b') | list }}", "[{'r': 'b'}]"},
        {"{{ [{'r': 1}, {}] | rejectattr('r', 'defined') | list }}", "[{}]"},
@@ -218,6 +257,24 @@ TEST(JinjaTest, ScopesNamesByWith) {
           {"{% with x %}{% endwith %}", "error: line 1: expected =, found %}"}});
 }
 
+TEST(JinjaTest, FilterBlocksPrintTheirTextThroughFilters) {
+  Expect(
+      {{"{% filter upper %}a{{ 1 }}b{% endfilter %}c", "A1Bc"},
+       {"{% filter trim | replace('a', 'b') %} a {% endfilter %}|", "b|"},
+       {"{% set x = 1 %}{% filter upper %}{% set x = 2 %}{% endfilter %}{{ x }}", "1"},
+       {"{% for i in 'ab' %}{% filter upper %}{{ i }}{% endfilter %}{% endfor %}", "AB"},
+       {"\n{% filter length %}a{% endfilter %}",
+        "error: line 2: expected text of the filters of a block, found int"},
+       {"{% filter %}a{% endfilter %}", "error: line 1: expected the name of a filter, found %}"},
+       {"{% filter wordwrap %}{% endfilter %}",
+        "error: line 1: the filter \"wordwrap\" is not supported"},
+       {"{% filter upper %}a",
+        "error: line 1: expected endfilter for the block that begins in line 1, found the end of "
+        "the template"},
+       {"{% for i in 'ab' %}{% filter upper %}{% break %}{% endfilter %}{% endfor %}",
+        "error: line 1: break expects a for around it"}});
+}
+
 TEST(JinjaTest, WritesJsonAsTransformers) {
   const json context = {
       {"x", {{"a", {1, 1.0, nullptr, true}}, {"b", "é\"\\\n\t\x01/<'"}, {"c", json::array()}}}};
@@ -273,10 +330,9 @@ TEST(JinjaTest, RefusesAtParseWithLineAndName) {
   Expect(
       {{"a\n{% include 'x' %}",
         "error: line 2: the statement include is not supported; expected if, for, set, macro, "
-        "call, with, generation, break, continue or raw"},
+        "call, with, filter, generation, break, continue or raw"},
        {"{{ x | wordwrap }}", "error: line 1: the filter \"wordwrap\" is not supported"},
        {"\n\n{{ x is sameas y }}", "error: line 3: the test \"sameas\" is not supported"},
-       {"{{ x.append(1) }}", "error: line 1: the method \"append\" is not supported"},
        {"{{ lipsum() }}", "error: line 1: the function lipsum is not supported"},
        {"{{ '%s' % 1 }}", "error: line 1: the operator % on a string is not supported"},
        {"{{ x | map('wordwrap') }}", "error: line 1: the filter \"wordwrap\" is not supported"},
@@ -456,7 +512,10 @@ TEST(JinjaTest, StepsBoundTime) {
                                           "many ~ many",
                                           "dict(pairs, a=1)",
                                           "many | int",
-                                          "r | first"};
+                                          "r | first",
+                                          "loop.cycle(many, 1)",
+                                          "loop.changed(many ~ loop.index0)",
+                                          "loop.changed(deep)"};
   for (const char* expression : kExpressions) {
     const double begin = ThreadSeconds();
     const std::string out =
@@ -485,7 +544,8 @@ std::string WithTrust(std::string_view source, const json& context) {
 }
 
 TEST(JinjaTest, TellsTemplateFromContext) {
-  EXPECT_FALSE(Template::Parse("{{ m.trim() }}").ok());  // a filter, not a method
+  EXPECT_EQ(Rendered("{{ m.trim() }}", {{"m", " a "}}),  // a filter, not a method
+            "error: line 1: the method 'trim' of str is not supported");
   EXPECT_EQ(WithTrust("<s>{{ '[I]' + m | trim + '[/I]' }}{{ m[1:3] ~ '|' ~ m.replace('a', 'b') }}",
                       {{"m", " <s>a "}}),
             "T(<s>[I])U(<s>a)T([/I])U(<s)T(|)U( <s>)T(b)U( )");
@@ -705,6 +765,11 @@ TEST_F(JinjaReferenceTest, RendersTheLanguageAsJinja2) {
         "{{ l | map('upper') | list }}{{ l | select('gt', 1) | list }}{{ l | select | list }}x",
         "{{ 'yes' if l | select('gt', 9) else 'no' }}",
         "{{ l | select | length }}",
+        "{{ none | map('upper') | list }}{{ 0 | map(attribute='a') | join }}{{ false | select | "
+        "list }}{{ none | reject('odd') | list }}{{ x | selectattr('a') | list }}{{ 0.0 | "
+        "rejectattr('a', 'eq', 1) | list }}{{ none | map('upper') is iterable }}",
+        "{{ 1 | map('upper') | list }}",
+        "{{ true | select | list }}",
         "{{ [[1, 2], [3]] | map('join', '-') | list }}{{ [d] | map(attribute='b.0') | list }}",
         "{{ [d, {}] | map(attribute='q', default='z') | list }}{{ [{}] | map(attribute='q') | "
         "list }}",
@@ -736,6 +801,17 @@ TEST_F(JinjaReferenceTest, RendersTheLanguageAsJinja2) {
         "%}",
         "{% for a in l %}{% set o = loop %}{% for b in l if b != a %}{{ o.index }}{{ b }}{% "
         "endfor %}{% endfor %}",
+        "{% for x in l %}{{ loop.cycle('a', 2) }}{{ loop.changed(x > 1) }}{{ loop.changed() }}{% "
+        "endfor %}",
+        "{% for x in [1, 1.0, true, '1', none, y] %}{{ loop.changed(x) }}{{ loop.changed(x, [x]) "
+        "}}{{ loop.changed(x, [x]) }}{% endfor %}",
+        "{% for x in l %}{{ loop.cycle() }}{% endfor %}",
+        "{% for x in l %}{{ loop.cycle(x=1) }}{% endfor %}",
+        "{% for x in l %}{{ loop.changed(x=1) }}{% endfor %}",
+        "{% for x in l %}{{ loop.nope() }}{% endfor %}",
+        "{% if not l %}{{ l.append(1) }}{{ s.format(a=1) }}{{ d.pop('b') }}{% endif %}x",
+        "{{ l.append(1) }}",
+        "{{ d.update({'a': 1}) }}",
         "{% for c in 'aé' %}[{{ c }}]{% endfor %}{% for k in d %}{{ k }},{% endfor %}",
         "{% for x in none %}{% endfor %}",
         "{% for x in 5 %}{% endfor %}",
@@ -802,6 +878,16 @@ TEST_F(JinjaReferenceTest, RendersCollectionsAndBlocksAsJinja2) {
         "{% macro i() %}({{ caller() }}){% endmacro %}{% macro o() %}{% call i() %}{{ caller() "
         "}}!{% "
         "endcall %}{% endmacro %}{% call o() %}x{% endcall %}",
+        "{% filter upper %}a{{ s }}{% endfilter %}|{% filter indent(2) | trim %} x\ny{% endfilter "
+        "%}",
+        "{% filter replace('a', x) %}{% set x = 'b' %}ca{% endfilter %}{{ x is defined }}",
+        "{% filter length %}a{% endfilter %}",
+        "{% filter list %}a{% endfilter %}",
+        "{% filter upper is string %}a{% endfilter %}",
+        "{% filter upper %}a{% filter lower %}B{% endfilter %}{% endfilter %}c",
+        "{% macro m(a) %}{% filter upper %}{{ a }}{% endfilter %}{% endmacro %}{{ m('x') }}",
+        "{% for i in l %}{% filter string | replace('1', 'one') %}{{ i }}{% endfilter %}{% endfor "
+        "%}",
         "{% with a = l, b = 2 %}{{ a }}{{ b }}{% with a = b %}{{ a }}{% endwith %}{{ a }}{% "
         "endwith "
         "%}{{ a }}",

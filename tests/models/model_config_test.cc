@@ -131,8 +131,39 @@ TEST_F(ModelConfigTest, ReadsMistralWhoseWindowIsOff) {
   EXPECT_TRUE(Read(file).ok());
   file["sliding_window"] = 4096;  // as long as the context
   EXPECT_TRUE(Read(file).ok());
-  file["sliding_window"] = 4095;
-  ExpectRefused(Read(file), "sliding_window");
+  for (const int window : {4095, 1, 0, -1}) {
+    file["sliding_window"] = window;
+    ExpectRefused(Read(file), "sliding_window: expected");
+  }
+  file["use_sliding_window"] = true;
+  ExpectRefused(Read(file), "sliding_window: expected");
+  file["use_sliding_window"] = false;
+  EXPECT_TRUE(Read(file).ok());
+  file["use_sliding_window"] = 0;
+  ExpectRefused(Read(file), "use_sliding_window: expected true or false");
+}
+
+TEST_F(ModelConfigTest, AbsentKeyValueHeadsAreThoseThatTransformersTakes) {
+  json file = Llama2Config();
+  for (const auto& [architecture, absent] :
+       {std::pair("LlamaForCausalLM", 32), std::pair("MistralForCausalLM", 8)}) {
+    file["architectures"] = {architecture};
+    file["num_key_value_heads"] = nullptr;
+    ASSERT_TRUE(Read(file).ok());
+    EXPECT_EQ(Read(file)->num_kv_heads, 32);
+    file.erase("num_key_value_heads");
+    ASSERT_TRUE(Read(file).ok());
+    EXPECT_EQ(Read(file)->num_kv_heads, absent) << architecture;
+  }
+}
+
+TEST_F(ModelConfigTest, LlamaHasNoWindowWhateverItsFileSays) {
+  json file = Llama2Config();
+  for (const json& window : {json(1024), json(0), json(nullptr)}) {
+    file["sliding_window"] = window;
+    const auto config = Read(file);
+    EXPECT_TRUE(config.ok()) << config.error().message;
+  }
 }
 
 TEST_F(ModelConfigTest, AnAbsentWindowIsTheOneThatTransformersTakes) {
@@ -148,6 +179,13 @@ TEST_F(ModelConfigTest, AnAbsentWindowIsTheOneThatTransformersTakes) {
   EXPECT_TRUE(Read(file).ok()) << "Llama knows no window";
 }
 
+TEST_F(ModelConfigTest, HowManyDevicesAModelWasTrainedOnChangesNothing) {
+  json file = Llama2Config();
+  file["pretraining_tp"] = 2;  // as Llama-2-13B is published
+  const auto config = Read(file);
+  EXPECT_TRUE(config.ok()) << config.error().message;
+}
+
 TEST_F(ModelConfigTest, GenerationConfigReplacesTheEndTokens) {
   WriteAll(directory_.path() / "generation_config.json",
            R"({"bos_token_id": 1, "eos_token_id": [2, 7]})");
@@ -160,13 +198,19 @@ TEST_F(ModelConfigTest, GenerationConfigReplacesTheEndTokens) {
   EXPECT_NE(beyond.error().message.find("generation_config.json: eos_token_id"), std::string::npos);
 }
 
+TEST_F(ModelConfigTest, WhatBeginsATextIsTheTokenizersBusiness) {
+  json file = Llama2Config();
+  file["bos_token_id"] = 32000;  // out of range, and never used
+  const auto config = Read(file);
+  EXPECT_TRUE(config.ok()) << config.error().message;
+}
+
 TEST_F(ModelConfigTest, RefusesWhatItCannotComputeByName) {
   const std::vector<std::pair<std::string, json>> unsupported = {
       {"architectures", {"Qwen2ForCausalLM"}},
       {"architectures", json::array()},
       {"hidden_act", "gelu"},
       {"quantization_config", {{"quant_method", "gptq"}}},
-      {"pretraining_tp", 2},
       {"partial_rotary_factor", 0.5},
       {"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}},
       {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 2.0}}},
@@ -395,9 +439,8 @@ TEST_F(ModelConfigTest, RefusesFilesThatAreNotJsonObjects) {
 TEST_F(ModelConfigTest, SurvivesDeeplyNestedValuesOfEveryKey) {
   json every_key = Llama2Config();
   for (const char* key :
-       {"head_dim", "rope_theta", "rope_parameters", "quantization_config", "pretraining_tp",
-        "sliding_window", "rope_interleaved", "partial_rotary_factor", "tie_word_embeddings",
-        "attention_bias", "mlp_bias", "unknown"}) {
+       {"head_dim", "rope_theta", "rope_parameters", "quantization_config", "rope_interleaved",
+        "partial_rotary_factor", "tie_word_embeddings", "attention_bias", "mlp_bias", "unknown"}) {
     every_key[key] = nullptr;
   }
   for (const auto& [key, value] : every_key.items()) {
@@ -405,11 +448,19 @@ TEST_F(ModelConfigTest, SurvivesDeeplyNestedValuesOfEveryKey) {
     file[key] = "here";
     std::string text = file.dump();
     text.replace(text.find("\"here\""), 6, DeepJson());
-    if (key == "unknown") {
+    if (key == "unknown" || key == "bos_token_id") {
       EXPECT_TRUE(Read(text).ok());
     } else {
       ExpectRefused(Read(text), key);
     }
+  }
+  for (const char* key : {"sliding_window", "use_sliding_window"}) {
+    json file = Llama2Config();
+    file["architectures"] = {"MistralForCausalLM"};
+    file[key] = "here";
+    std::string text = file.dump();
+    text.replace(text.find("\"here\""), 6, DeepJson());
+    ExpectRefused(Read(text), key);
   }
   for (const char* key : {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor",
                           "low_freq_factor", "high_freq_factor"}) {

@@ -242,6 +242,87 @@ TEST(TokenizerTest, AddedTokensExtendTheVocabulary) {
   EXPECT_EQ(tokenizer->TokenBytes(40000, false, true), "");
 }
 
+TEST(TokenizerTest, AddedTokensTakeSpacesAsTheirFlagsSay) {
+  TemporaryDirectory directory;
+  std::filesystem::copy(Demo() / "tokenizer.model", directory.path());
+  const auto id = static_cast<int32_t>(Load(Demo())->vocab_size()) + 10;
+  const json config = {
+      {"added_tokens_decoder",
+       {{std::to_string(id), {{"content", "<left>"}, {"lstrip", true}}},
+        {std::to_string(id + 1), {{"content", "<right>"}, {"rstrip", true}, {"special", true}}},
+        {std::to_string(id + 2), {{"content", "<none>"}}}}}};
+  WriteAll(directory.path() / "tokenizer_config.json", config.dump());
+  const auto tokenizer = Load(directory.path());
+  ASSERT_NE(tokenizer, nullptr);
+  const auto ids = [&](std::initializer_list<std::string> parts) {
+    Ids out;
+    for (const std::string& part : parts) {
+      const Ids plain = tokenizer->Encode(part, kPlain);
+      if (part.starts_with('<')) {
+        out.push_back(tokenizer->TokenId(part).value());
+      } else {
+        out.insert(out.end(), plain.begin(), plain.end());
+      }
+    }
+    return out;
+  };
+  EXPECT_EQ(tokenizer->Encode("a \n <left> b", kSpecial), ids({"a", "<left>", " b"}));
+  EXPECT_EQ(tokenizer->Encode("a <right>\xe3\x80\x80 b", kSpecial), ids({"a ", "<right>", "b"}));
+  EXPECT_EQ(tokenizer->Encode("a <none> b", kSpecial), ids({"a ", "<none>", " b"}));
+  // Across segments, of whatever trust.
+  const std::vector<TextSegment> segments = {
+      {"a ", false}, {" <left><right>", true}, {" b", false}};
+  EXPECT_EQ(tokenizer->EncodeSegments(segments, false), ids({"a", "<left>", "<right>", "b"}));
+  const TextSegment spaces{.text = std::string(1000, ' ') + "<left>", .trusted = true};
+  EXPECT_LE(tokenizer->MinTokens({&spaces, 1}), 1);
+}
+
+// Before autumn 2023, transformers wrote these instead of added_tokens_decoder.
+TEST(TokenizerTest, OlderFilesNameAddedAndSpecialTokens) {
+  TemporaryDirectory directory;
+  std::filesystem::copy(Demo() / "tokenizer.model", directory.path());
+  const auto id = static_cast<int32_t>(Load(Demo())->vocab_size()) + 10;
+  const json added = {{"<|turn|>", id}, {"<|more|>", id + 1}, {"plain added", id + 2}, {"<s>", 1}};
+  WriteAll(directory.path() / "added_tokens.json", added.dump());
+  WriteAll(directory.path() / "special_tokens_map.json",
+           R"({"eos_token": {"content": "<|turn|>", "lstrip": false}, "bos_token": "<s>",
+               "additional_special_tokens": ["<|more|>"]})");
+  auto tokenizer = Load(directory.path());
+  ASSERT_NE(tokenizer, nullptr);
+  const std::string text = "<|turn|><|more|>plain added";
+  EXPECT_EQ(tokenizer->Encode(text, kSpecial), (Ids{id, id + 1, id + 2}));
+  for (const int32_t one : tokenizer->Encode(text, kPlain)) EXPECT_LT(one, id);
+  EXPECT_TRUE(tokenizer->IsSpecial(id) && tokenizer->IsSpecial(id + 1));
+  EXPECT_FALSE(tokenizer->IsSpecial(id + 2));
+  EXPECT_EQ(tokenizer->eos_id(), id);
+  // Names that tokenizer_config.json has are kept, but the tokens are special all the same.
+  const auto config_path = directory.path() / "tokenizer_config.json";
+  WriteAll(config_path, R"({"eos_token": "</s>", "bos_token": null})");
+  tokenizer = Load(directory.path());
+  EXPECT_EQ(tokenizer->eos_id(), 2);
+  EXPECT_EQ(tokenizer->bos_id(), 1);
+  EXPECT_TRUE(tokenizer->IsSpecial(id));
+  // Controls of the model stay what they are.
+  std::filesystem::remove(directory.path() / "special_tokens_map.json");
+  tokenizer = Load(directory.path());
+  EXPECT_TRUE(tokenizer->IsSpecial(1));
+  EXPECT_FALSE(tokenizer->IsSpecial(id));
+  // With the newer key, nothing else is looked at.
+  WriteAll(config_path, R"({"added_tokens_decoder": {}})");
+  EXPECT_LT(Load(directory.path())->vocab_size(), id);
+  WriteAll(config_path, "{}");
+  for (const std::string& damaged :
+       {std::string("[]"), std::string(R"({"a": -1})"), std::string(R"({"a": "1"})"),
+        std::string(R"({"": 1})"), std::string(R"({"a": 1048576})"),
+        "{\"a\": " + DeepJson() + "}"}) {
+    WriteAll(directory.path() / "added_tokens.json", damaged);
+    const auto refused = Tokenizer::Load(directory.path());
+    ASSERT_FALSE(refused.ok()) << damaged.substr(0, 20);
+    EXPECT_EQ(refused.error().code, ErrorCode::kDataLoss);
+    EXPECT_NE(refused.error().message.find("added_tokens.json"), std::string::npos);
+  }
+}
+
 TEST(TokenizerTest, BytePiecesGiveRawBytes) {
   SKIP_WITHOUT(Llama2());
   const auto tokenizer = Load(Llama2());
@@ -303,6 +384,11 @@ TEST(TokenizerTest, NamesWhatIsMissingUnsupportedOrDamaged) {
   expect_error(directory.path(), ErrorCode::kNotFound, "no tokenizer.json or tokenizer.model");
   WriteAll(directory.path() / "tokenizer.model", "IQ== 0\nIg== 1\n");
   expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.model: not a SentencePiece");
+  const std::string pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 2\n";
+  WriteAll(directory.path() / "tokenizer.model", pointer);
+  expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.model: is a Git LFS pointer");
+  WriteAll(directory.path() / "tokenizer.json", pointer);
+  expect_error(directory.path(), ErrorCode::kDataLoss, "tokenizer.json: is a Git LFS pointer");
   WriteAll(directory.path() / "tokenizer.json", "{}");  // of both, this one is read
   expect_error(directory.path(), ErrorCode::kInvalidArgument, "tokenizer.json: this kind");
   std::filesystem::remove(directory.path() / "tokenizer.json");

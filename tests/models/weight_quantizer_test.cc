@@ -259,6 +259,18 @@ TEST_F(WeightQuantizerTest, ReplacesTheLayersMatricesAndCopiesAllElse) {
             std::filesystem::file_size(output_ / "model.safetensors"));
 }
 
+TEST_F(WeightQuantizerTest, LeavesOutWhatNobodyHereCanRead) {
+  Quantized({.spec = kSpec});
+  const std::string expected = ReadAll(output_ / "model.safetensors");
+  std::filesystem::remove_all(output_);
+  std::filesystem::create_directory(output_);
+  std::vector<StoredTensor> tensors = StoredTensors(*Open(source_));
+  tensors.push_back({"model.position_ids", {1, 4}, std::string(32, '\0'), "I64"});
+  WriteAll(source_ / "model.safetensors", Safetensors(tensors));
+  Quantized({.spec = kSpec});
+  EXPECT_TRUE(ReadAll(output_ / "model.safetensors") == expected);
+}
+
 TEST_F(WeightQuantizerTest, KeepsTheConfigAndAddsTheKey) {
   json config = json::parse(ReadAll(source_ / "config.json"));
   config["quantization_config"] = nullptr;
