@@ -285,7 +285,7 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
 
 std::variant<ApiRequest, ApiError> OpenAiApi::Prepare(const HttpRequest& http, bool chat,
                                                       Choices* choices) {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.text_slots, http.body.size());
   auto parsed = ParseApiRequest(http.body, chat);
   const auto* api = std::get_if<ApiRequest>(&parsed);
   if (api == nullptr) return parsed;

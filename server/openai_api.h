@@ -24,6 +24,10 @@
 
 namespace innerq {
 
+// The most bytes of requests whose texts are worked on at once, of either kind; one larger request
+// is worked on alone.
+constexpr int64_t kMaxTextBytes = int64_t{8} << 20;
+
 // What the API serves. The model's own stop tokens are `stop_token_ids`.
 struct ApiModel {
   std::string id;
@@ -31,10 +35,13 @@ struct ApiModel {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
   std::vector<int32_t> stop_token_ids;
-  // For requests with texts, read, rendered, encoded or decoded: that takes a core, and memory many
-  // times theirs. All copies share the slots.
+  // For requests with texts, read, rendered, encoded or decoded: that takes a core, and memory up
+  // to 250 times theirs. Those that want no answer of the model (utility_slots) do not hold up the
+  // others, and leave them cores. All copies share the slots.
   std::shared_ptr<WorkSlots> text_slots =
-      std::make_shared<WorkSlots>(std::max(1u, std::thread::hardware_concurrency()));
+      std::make_shared<WorkSlots>(std::max(1u, std::thread::hardware_concurrency()), kMaxTextBytes);
+  std::shared_ptr<WorkSlots> utility_slots = std::make_shared<WorkSlots>(
+      std::max(1u, std::thread::hardware_concurrency() / 2), kMaxTextBytes);
 };
 
 // The local time, for chat templates that write the date.

@@ -83,7 +83,7 @@ std::variant<std::vector<TextSegment>, ApiError> UtilityApi::Render(
 }
 
 HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.utility_slots, http.body.size());
   const auto parsed = Read(http, UtilityEndpoint::kTokenize);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto& request = std::get<UtilityRequest>(parsed);
@@ -116,7 +116,7 @@ HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
 }
 
 HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.utility_slots, http.body.size());
   const auto parsed = Read(http, UtilityEndpoint::kDetokenize);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto& request = std::get<UtilityRequest>(parsed);
@@ -132,7 +132,7 @@ HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
 }
 
 HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.utility_slots, http.body.size());
   const auto parsed = Read(http, UtilityEndpoint::kApplyTemplate);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto rendered = Render(std::get<UtilityRequest>(parsed));

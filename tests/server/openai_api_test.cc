@@ -256,7 +256,7 @@ TEST_F(ApiTest, ATextSpellsSpecialTokensIfItMay) {
 
 TEST_F(ApiTest, RequestsAreReadInASlotThatTheirAnswersDoNotHold) {
   Start(ScriptedEngine(milliseconds(1)));
-  auto slot = std::make_unique<WorkSlots::Slot>(*text_slots_);
+  auto slot = std::make_unique<WorkSlots::Slot>(*text_slots_, 1);
   HttpRequest request = Http({});
   request.body = "{";
   auto refused =
@@ -268,7 +268,7 @@ TEST_F(ApiTest, RequestsAreReadInASlotThatTheirAnswersDoNotHold) {
     return Answer(false, {{"prompt", "a"}, {"max_tokens", 500}, {"ignore_eos", true}});
   });
   while (engine_->Stats().accepted == 0) std::this_thread::yield();
-  slot = std::make_unique<WorkSlots::Slot>(*text_slots_);
+  slot = std::make_unique<WorkSlots::Slot>(*text_slots_, 1);
   EXPECT_EQ(answer.wait_for(milliseconds(0)), std::future_status::timeout);
   EXPECT_EQ(answer.get()["usage"]["completion_tokens"], 500);
 }
