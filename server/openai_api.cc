@@ -183,8 +183,9 @@ std::variant<std::vector<int32_t>, ApiError> OpenAiApi::Encode(const ApiRequest&
   } else {
     return std::get<std::vector<int32_t>>(*prompt);
   }
+  // Whatever the answer's length, for which counts are exact: encoding what could fit is cheap.
   const int64_t least = model_.tokenizer->MinTokens(segments);
-  if (auto refusal = CheckContext(api, least, /*at_least=*/true)) return std::move(*refusal);
+  if (least > engine_->options().max_context) return TooLongError(api, least, /*at_least=*/true);
   return EncodePrompt(segments, *model_.tokenizer, api.add_special_tokens);
 }
 
@@ -198,14 +199,13 @@ int64_t OpenAiApi::MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const
   return std::max<int64_t>(room, 1);
 }
 
-std::optional<ApiError> OpenAiApi::CheckContext(const ApiRequest& api, int64_t prompt_tokens,
-                                                bool at_least) const {
+ApiError OpenAiApi::TooLongError(const ApiRequest& api, int64_t prompt_tokens,
+                                 bool at_least) const {
   const int64_t context = engine_->options().max_context;
   const int64_t max_tokens = MaxTokens(api, prompt_tokens);
-  if (prompt_tokens + max_tokens <= context) return std::nullopt;
   const auto text = [](int64_t number) { return std::to_string(number); };
   const std::string least = at_least ? "at least " : "";
-  return ApiError{
+  return {
       .message = "This model's maximum context length is " + text(context) +
                  " tokens. However, you requested " + least + text(prompt_tokens + max_tokens) +
                  " tokens (" + least + text(prompt_tokens) + " in the messages, " +
@@ -221,10 +221,10 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
   Request request;
   request.prompt = std::move(prompt);
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  if (auto refusal = CheckContext(api, prompt_tokens, /*at_least=*/false)) {
-    return std::move(*refusal);
-  }
   request.max_tokens = MaxTokens(api, prompt_tokens);
+  if (prompt_tokens + request.max_tokens > engine_->options().max_context) {
+    return TooLongError(api, prompt_tokens, /*at_least=*/false);
+  }
   request.min_tokens = api.min_tokens;
   request.sampling = api.sampling;
   request.cache_salt = api.cache_salt;

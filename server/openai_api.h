@@ -83,9 +83,9 @@ class OpenAiApi {
   // The most tokens of an answer to so many. Where the client leaves a chat's answer open: what
   // fits the context, and kMaxHeldLogprobs.
   int64_t MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const;
-  // Refuses a prompt of so many tokens, or of `at_least` so many, that leaves the answer no room.
-  std::optional<ApiError> CheckContext(const ApiRequest& api, int64_t prompt_tokens,
-                                       bool at_least) const;
+  // The refusal of a prompt of so many tokens, or of `at_least` so many, that leaves the answer no
+  // room.
+  ApiError TooLongError(const ApiRequest& api, int64_t prompt_tokens, bool at_least) const;
   // Checks what the engine does not, and fills what the client left open, but for the seed.
   std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api,
                                                   std::vector<int32_t> prompt) const;

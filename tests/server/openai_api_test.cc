@@ -209,22 +209,35 @@ TEST_F(ApiTest, TooLongIsSaidInOpenAisWords) {
       "");
 }
 
+TEST_F(ApiTest, TheCountsOfAPromptThatAloneWouldFitAreExact) {
+  const json error = Refusal(false, {{"prompt", "Hello"}, {"max_tokens", 99999}}, 400);
+  EXPECT_EQ(error["code"], "context_length_exceeded");
+  EXPECT_EQ(
+      error["message"],
+      "This model's maximum context length is 1024 tokens. However, you requested 100005 tokens "
+      "(6 in the messages, 99999 in the completion). Please reduce the length of the messages or "
+      "completion.");
+  EXPECT_EQ(error["n_prompt_tokens"], 6);
+  const json chat = Refusal(true, {{"messages", kUser}, {"max_tokens", 99999}}, 400);
+  EXPECT_EQ(chat["n_prompt_tokens"], 19);
+}
+
 TEST_F(ApiTest, WhatCannotFitIsRefusedBeforeItIsEncoded) {
-  const std::string text = "throw" + std::string(1005, 'a');
+  const std::string text = "throw" + std::string(1020, 'a');
   const json error = Refusal(false, {{"prompt", text}, {"max_tokens", 15}}, 400);
   EXPECT_EQ(error["code"], "context_length_exceeded");
   EXPECT_EQ(
       error["message"],
-      "This model's maximum context length is 1024 tokens. However, you requested at least 1025 "
-      "tokens (at least 1010 in the messages, 15 in the completion). Please reduce the length of "
+      "This model's maximum context length is 1024 tokens. However, you requested at least 1040 "
+      "tokens (at least 1025 in the messages, 15 in the completion). Please reduce the length of "
       "the messages or completion.");
-  EXPECT_EQ(error["n_prompt_tokens"], 1010);
+  EXPECT_EQ(error["n_prompt_tokens"], 1025);
   EXPECT_EQ(error["param"], "prompt");
-  EXPECT_THROW(Post(false, {{"prompt", text}, {"max_tokens", 14}}), std::runtime_error);
-  const json messages = {{{"role", "user"}, {"content", std::string(1008, 'a')}}};
+  EXPECT_THROW(Post(false, {{"prompt", text.substr(0, 1024)}}), std::runtime_error);
+  const json messages = {{{"role", "user"}, {"content", std::string(1009, 'a')}}};
   const json chat = Refusal(true, {{"messages", messages}}, 400);  // the template adds 16 bytes
   EXPECT_EQ(chat["param"], "messages");
-  EXPECT_EQ(chat["n_prompt_tokens"], 1024);
+  EXPECT_EQ(chat["n_prompt_tokens"], 1025);
 }
 
 TEST_F(ApiTest, ATextSpellsSpecialTokensIfItMay) {
