@@ -90,17 +90,18 @@ size_t Access::Find(const HttpRequest& request) const {
   return found;
 }
 
+std::optional<HttpResponse> Access::CheckKey(const HttpRequest& request) const {
+  if (keys_.empty() || Find(request) < keys_.size()) return std::nullopt;
+  return HttpResponse{.status = 401,
+                      .body = ErrorJson("A valid API key is required.", "authentication_error", "",
+                                        "invalid_api_key"),
+                      .headers = {{"WWW-Authenticate", "Bearer"}}};
+}
+
 HttpAdmission Access::Admit(const HttpRequest& request, TimePoint now) {
   if (keys_.empty()) return {};
-  const size_t key = Find(request);
-  if (key == keys_.size()) {
-    return {.refusal =
-                HttpResponse{.status = 401,
-                             .body = ErrorJson("A valid API key is required.",
-                                               "authentication_error", "", "invalid_api_key"),
-                             .headers = {{"WWW-Authenticate", "Bearer"}}}};
-  }
-  const std::shared_ptr<Use> use = uses_[key];
+  if (auto refusal = CheckKey(request)) return {.refusal = std::move(refusal)};
+  const std::shared_ptr<Use> use = uses_[Find(request)];
   // Made first: without memory for it nothing has been counted, and nothing is locked.
   const auto place = std::make_shared<Place>(use);
   const std::lock_guard lock(use->mutex);
