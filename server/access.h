@@ -63,8 +63,11 @@ class Access {
     bool taken = false;
   };
   static Key ToKey(std::string_view text);
-  // Index of the key that a request shows; the number of keys if it shows none of them.
+  // Index of the key that a request shows, in X-Api-Key or else as a bearer token; the number of
+  // keys if it shows none of them.
   size_t Find(const HttpRequest& request) const;
+  // Index of a key; the number of keys for another text.
+  size_t Find(std::string_view text) const;
 
   std::vector<Key> keys_;
   const KeyLimits limits_;
