@@ -191,6 +191,25 @@ TEST(ApiRequest, ParametersThatAskForNothingPass) {
   EXPECT_TRUE(accepted(With(true, "messages", message)));
 }
 
+TEST(ApiRequest, AnswersOfOtherServersPassAsHistory) {
+  const auto history = [](const char* name, const json& value) {
+    json message = {{"role", "assistant"}, {"content", "a"}};
+    message[name] = value;
+    return With(true, "messages", json::array({message}));
+  };
+  for (const char* name : {"annotations", "tool_calls"}) {
+    EXPECT_TRUE(std::holds_alternative<ApiRequest>(history(name, json::array()))) << name;
+  }
+  for (const char* name : {"reasoning", "reasoning_content"}) {
+    EXPECT_TRUE(std::holds_alternative<ApiRequest>(history(name, nullptr))) << name;
+    EXPECT_TRUE(std::holds_alternative<ApiRequest>(history(name, ""))) << name;
+    ExpectRefused(history(name, "so"), "messages[0]." + std::string(name), "unsupported_parameter");
+  }
+  ExpectRefused(history("tool_calls", {{{"type", "function"}}}), "messages[0].tool_calls",
+                "unsupported_parameter");
+  ExpectRefused(history("annotations", {1}), "messages[0].annotations", "unsupported_parameter");
+}
+
 TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
   const std::tuple<const char*, json, const char*> cases[] = {
       {"model", 3, "invalid_type"},
