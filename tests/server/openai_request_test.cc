@@ -67,8 +67,14 @@ TEST(ApiRequest, UnknownAndUnsupportedParametersAreRefusedByName) {
   for (const char* name :
        {"tools", "tool_choice", "functions", "suffix", "temprature", "audio", "metadata",
         "reasoning_effort", "best_off", "prompt", "echo", "best_of", "add_special_tokens"}) {
-    ExpectRefused(With(true, name, json::array()), name, "unsupported_parameter");
+    ExpectRefused(With(true, name, {1}), name, "unsupported_parameter");
   }
+  ExpectRefused(With(true, "tool_choice", "auto"), "tool_choice", "unsupported_parameter");
+  ExpectRefused(With(true, "service_tier", "flex"), "service_tier", "unsupported_parameter");
+  ExpectRefused(With(true, "metadata", {{"a", "b"}}), "metadata", "unsupported_parameter");
+  ExpectRefused(With(true, "metadata", json::array()), "metadata", "unsupported_parameter");
+  ExpectRefused(With(true, "tools", {{{"type", "function"}}}), "tools", "unsupported_parameter");
+  ExpectRefused(With(false, "suffix", "."), "suffix", "unsupported_parameter");
   for (const char* name : {"messages", "top_logprobs", "max_completion_tokens", "suffix"}) {
     ExpectRefused(With(false, name, 1), name, "unsupported_parameter");
   }
@@ -177,6 +183,13 @@ TEST(ApiRequest, ParametersThatAskForNothingPass) {
   EXPECT_TRUE(accepted(With(true, "store", false)));
   EXPECT_TRUE(accepted(With(true, "response_format", {{"type", "text"}})));
   EXPECT_TRUE(accepted(With(true, "tools", nullptr)));
+  EXPECT_TRUE(accepted(With(true, "tools", json::array())));
+  EXPECT_TRUE(accepted(With(true, "tool_choice", "none")));
+  EXPECT_TRUE(accepted(With(true, "metadata", json::object())));
+  EXPECT_TRUE(accepted(With(true, "service_tier", "auto")));
+  EXPECT_TRUE(accepted(With(true, "service_tier", "default")));
+  EXPECT_TRUE(accepted(With(true, "top_logprobs", 0)));
+  EXPECT_TRUE(accepted(With(false, "suffix", "")));
   EXPECT_TRUE(accepted(With(true, "temperature", nullptr)));
   EXPECT_TRUE(accepted(With(false, "suffix", nullptr)));
   EXPECT_TRUE(accepted(With(true, "top_k", -1)));
