@@ -167,7 +167,8 @@ class OpenAiParser : public RequestParser<Json> {
   bool Prompt(const std::string& name, const Json& value) {
     const bool ids = value.is_array() && !value.empty() && value[0].is_number();
     if (value.is_string() || ids) return OnePrompt(name, value);
-    if (!value.is_array() || value.empty()) {
+    const bool list = value.is_array() && !value.empty();
+    if (!list || !(value[0].is_string() || value[0].is_array())) {
       return WrongType(name, "a string, token ids, or a list of either");
     }
     if (std::ssize(value) > kMaxChoices) {

@@ -178,7 +178,8 @@ class RequestParser {
       const std::string path = name + "[" + std::to_string(i) + "]";
       const Json& part = value[i];
       if (!part.is_object()) return WrongType(path, "an object");
-      if (!Has(part, "type") || part["type"] != "text") {
+      if (!Has(part, "type")) return Missing(path + ".type");
+      if (part["type"] != "text") {
         return Unsupported(path + ".type", ": only text parts are understood");
       }
       for (const auto& [key, member] : part.items()) {

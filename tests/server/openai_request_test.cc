@@ -279,6 +279,10 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
   ExpectRefused(With(false, "prompt", json::array({{1}, "a"})), "prompt", "invalid_type");
   ExpectRefused(With(false, "prompt", json::array({{1}, {-1}})), "prompt", "invalid_value");
   ExpectRefused(With(false, "prompt", 3), "prompt", "invalid_type");
+  const auto list = With(false, "prompt", json::array({true}));
+  ExpectRefused(list, "prompt", "invalid_type");
+  EXPECT_EQ(std::get<ApiError>(list).message,
+            "Invalid type for 'prompt': expected a string, token ids, or a list of either.");
   ExpectRefused(With(false, "best_of", 0), "best_of", "invalid_value");
   ExpectRefused(With(false, "best_of", 129), "best_of", "invalid_value");
   ExpectRefused(With(false, "echo", 1), "echo", "invalid_type");
@@ -360,6 +364,8 @@ TEST(ApiRequest, MessagesTakeTextAndListsOfTextParts) {
                 "unsupported_parameter");
   ExpectRefused(parse(R"([{"role": "user", "content": [{"type": "image_url"}]}])"),
                 "messages[0].content[0].type", "unsupported_parameter");
+  ExpectRefused(parse(R"([{"role": "user", "content": [{"text": "a"}]}])"),
+                "messages[0].content[0].type", "missing_required_parameter");
   ExpectRefused(parse(R"([{"role": "user", "content": [{"type": "text", "text": 1}]}])"),
                 "messages[0].content[0].text", "invalid_type");
   ExpectRefused(parse(R"([{"role": "user"}])"), "messages[0].content",
