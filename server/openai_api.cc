@@ -106,9 +106,9 @@ HttpResponse ErrorResponse(const ApiError& error) {
   return response;
 }
 
-ApiError UnknownModelError(const std::string& id) {
+ApiError UnknownModelError(const std::string& id, const ApiModel& model) {
   return {.status = 404,
-          .message = "The model '" + id + "' does not exist.",
+          .message = "The model '" + id + "' does not exist; this server has '" + model.id + "'.",
           .param = "model",
           .code = "model_not_found"};
 }
@@ -127,7 +127,7 @@ HttpResponse OpenAiApi::ListModels() const {
 }
 
 HttpResponse OpenAiApi::GetModel(const std::string& id) const {
-  if (id != model_.id) return ErrorResponse(UnknownModelError(id));
+  if (id != model_.id) return ErrorResponse(UnknownModelError(id, model_));
   return {.body = ModelJson(model_.id, model_.created, engine_->options().max_context)};
 }
 
@@ -289,7 +289,7 @@ std::variant<ApiRequest, ApiError> OpenAiApi::Prepare(const HttpRequest& http, b
   auto parsed = ParseApiRequest(http.body, chat);
   const auto* api = std::get_if<ApiRequest>(&parsed);
   if (api == nullptr) return parsed;
-  if (api->model != model_.id) return UnknownModelError(api->model);
+  if (api->model != model_.id) return UnknownModelError(api->model, model_);
   if (auto refusal = CheckNumChoices(*api, engine_->options().max_queue)) return *refusal;
   std::optional<ApiError> refusal;
   if (chat) refusal = AddPrompt(*api, nullptr, choices);

@@ -112,7 +112,7 @@ class OpenAiApi {
 HttpResponse ErrorResponse(const ApiError& error);
 
 // Refusals that several endpoints give.
-ApiError UnknownModelError(const std::string& id);
+ApiError UnknownModelError(const std::string& id, const ApiModel& model);
 ApiError NoChatTemplateError(const ApiModel& model);
 
 }  // namespace innerq

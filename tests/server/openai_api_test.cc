@@ -302,7 +302,10 @@ TEST_F(ApiTest, RangesOfSamplingAndTokenIdsAreChecked) {
 TEST_F(ApiTest, AnUnknownModelIsNotFound) {
   const HttpResponse response = api_->Complete(Http({{"model", "x"}, {"prompt", "a"}}), false);
   EXPECT_EQ(response.status, 404);
-  EXPECT_EQ(json::parse(response.body)["error"]["code"], "model_not_found");
+  const json error = json::parse(response.body)["error"];
+  EXPECT_EQ(error["code"], "model_not_found");
+  EXPECT_EQ(error["param"], "model");
+  EXPECT_EQ(error["message"], "The model 'x' does not exist; this server has 'm'.");
   EXPECT_EQ(api_->GetModel("x").status, 404);
   EXPECT_EQ(json::parse(api_->GetModel("m").body)["id"], "m");
   EXPECT_EQ(json::parse(api_->ListModels().body)["data"][0]["object"], "model");
