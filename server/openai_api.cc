@@ -18,6 +18,7 @@ using std::chrono::steady_clock;
 constexpr milliseconds kPatience{200};
 // Silence after which a stream says that it is alive, so that proxies do not cut it.
 constexpr std::chrono::seconds kPingInterval{10};
+constexpr int64_t kRetryAfter = 5;            // seconds, where nothing tells how many
 constexpr int64_t kCompletionMaxTokens = 16;  // OpenAI's default; chat answers may fill the context
 // A client that went away (nginx's code); nobody reads the answer.
 constexpr int kClientClosed = 499;
@@ -137,22 +138,26 @@ uint64_t OpenAiApi::RandomSeed() {
   return high << 32 | random_();
 }
 
-ApiError OpenAiApi::ToApiError(const Error& error) const {
+ApiError OpenAiApi::ToApiError(const Error& error, int64_t num_choices) const {
   switch (error.code) {
     case ErrorCode::kInvalidArgument:
       return {.message = error.message, .param = error.param, .code = "invalid_value"};
-    case ErrorCode::kResourceExhausted:
-    case ErrorCode::kUnavailable: {
-      // When the queue will have moved on by one, as fast as it moved lately.
-      const EngineStats stats = engine_->Stats();
-      const double rate = stats.finish_per_second;
-      const double wait = rate > 0 ? static_cast<double>(stats.waiting + 1) / rate : 5.0;
+    case ErrorCode::kResourceExhausted: {
+      // When the queue, as fast as it moved lately, will have that many places.
+      const double rate = engine_->Stats().finish_per_second;
+      const double wait = rate > 0 ? static_cast<double>(num_choices) / rate : kRetryAfter;
       return {.status = 503,
-              .message = "The server is overloaded or shutting down; try again later.",
+              .message = "The server is overloaded; try again later.",
               .type = "server_error",
               .code = "server_is_overloaded",
               .retry_after = static_cast<int64_t>(std::ceil(std::clamp(wait, 1.0, 60.0)))};
     }
+    case ErrorCode::kUnavailable:  // drains, or has lost its device
+      return {.status = 503,
+              .message = "The server is going out of service; try again later.",
+              .type = "server_error",
+              .code = "server_is_overloaded",
+              .retry_after = kRetryAfter};
     case ErrorCode::kNotFound:
     case ErrorCode::kCancelled:
     case ErrorCode::kDataLoss:
@@ -305,8 +310,9 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   const auto prepared = Prepare(http, chat, &choices);
   if (const auto* refusal = std::get_if<ApiError>(&prepared)) return ErrorResponse(*refusal);
   const ApiRequest& api = std::get<ApiRequest>(prepared);
+  const int64_t num_choices = std::ssize(choices.requests);
   auto group = engine_->SubmitGroup(std::move(choices.requests));
-  if (!group) return ErrorResponse(ToApiError(group.error()));
+  if (!group) return ErrorResponse(ToApiError(group.error(), num_choices));
   return Respond(http, api,
                  std::make_shared<Answer>(std::move(group).value(), model_.tokenizer.get(),
                                           metrics_, std::move(choices.options)));

@@ -96,8 +96,8 @@ class OpenAiApi {
   HttpResponse Respond(const HttpRequest& http, const ApiRequest& api,
                        std::shared_ptr<Answer> answer) const;
   uint64_t RandomSeed();
-  // What an error of the engine is to a client.
-  ApiError ToApiError(const Error& error) const;
+  // What an error of the engine is to a client who asked for so many choices.
+  ApiError ToApiError(const Error& error, int64_t num_choices = 1) const;
   // The same for an answer that broke off, whose cause goes to the log.
   ApiError ReportFailure(const Error& error, const std::string& request_id) const;
 

@@ -1,6 +1,8 @@
 #include "server/openai_api.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <future>
 #include <set>
 #include <sstream>
@@ -329,7 +331,34 @@ TEST_F(ApiTest, AFullQueueAndADrainingServerSayWhenToComeBack) {
   EXPECT_GE(answered, 1);
   EXPECT_GE(overloaded, 1);
   EXPECT_TRUE(engine_->Drain(milliseconds(5000)));
-  EXPECT_EQ(Refusal(false, {{"prompt", "a"}}, 503)["code"], "server_is_overloaded");
+  const HttpResponse draining = Post(false, {{"prompt", "a"}});
+  EXPECT_EQ(draining.status, 503);
+  const json error = json::parse(draining.body)["error"];
+  EXPECT_EQ(error["code"], "server_is_overloaded");
+  EXPECT_EQ(error["message"], "The server is going out of service; try again later.");
+  ASSERT_EQ(draining.headers.size(), 1u);
+  EXPECT_EQ(draining.headers[0].second, "5");
+}
+
+TEST_F(ApiTest, AFullQueueIsWaitedForByPlacesNotAsAWhole) {
+  EngineOptions options{.max_sequences = 1, .max_queue = 100, .max_context = 1024};
+  Start(ScriptedEngine(milliseconds(10), options));
+  for (int i = 0; i < 60; ++i) Answer(false, {{"prompt", "a"}, {"max_tokens", 1}});
+  Request request;
+  request.prompt = {'a'};
+  request.max_tokens = 1000;
+  const auto crowd = engine_->SubmitGroup(std::vector<Request>(97, request));
+  ASSERT_TRUE(crowd.ok());
+  for (const int n : {5, 60}) {
+    const double before = engine_->Stats().finish_per_second;
+    const HttpResponse refused = Post(false, {{"prompt", "a"}, {"n", n}});
+    const double after = engine_->Stats().finish_per_second;  // less, if time has passed
+    EXPECT_EQ(refused.status, 503);
+    ASSERT_EQ(refused.headers.size(), 1u);
+    const double wait = std::stod(refused.headers[0].second);
+    EXPECT_GE(wait, std::ceil(std::clamp(n / before, 1.0, 60.0)));
+    EXPECT_LE(wait, std::ceil(std::clamp(n / after, 1.0, 60.0)));
+  }
 }
 
 TEST_F(ApiTest, AClientThatLeavesCancelsItsRequestAlone) {
