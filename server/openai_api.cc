@@ -295,7 +295,9 @@ std::variant<ApiRequest, ApiError> OpenAiApi::Prepare(const HttpRequest& http, b
   const auto* api = std::get_if<ApiRequest>(&parsed);
   if (api == nullptr) return parsed;
   if (api->model != model_.id) return UnknownModelError(api->model, model_);
-  if (auto refusal = CheckNumChoices(*api, engine_->options().max_queue)) return *refusal;
+  const int64_t max_queue = engine_->options().max_queue;
+  const std::string why = " (scheduler.max_queue is " + std::to_string(max_queue) + ")";
+  if (auto refusal = CheckNumChoices(*api, max_queue, why)) return *refusal;
   std::optional<ApiError> refusal;
   if (chat) refusal = AddPrompt(*api, nullptr, choices);
   for (size_t i = 0; i < api->prompts.size() && !refusal; ++i) {

@@ -363,13 +363,14 @@ std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool c
   return OpenAiParser(chat).Run(body);
 }
 
-std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most) {
+std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most,
+                                        const std::string& why) {
   const int64_t prompts = request.chat ? 1 : std::ssize(request.prompts);
   if (prompts * request.best_of <= most) return std::nullopt;
   return WrongValueError(prompts > most                ? "prompt"
                          : request.best_of > request.n ? "best_of"
                                                        : "n",
-                         "more than " + std::to_string(most) + " choices in all");
+                         "more than " + std::to_string(most) + " choices in all" + why);
 }
 
 std::vector<std::string_view> ApiParameterNames(bool chat) { return OpenAiParser::Names(chat); }

@@ -361,6 +361,14 @@ TEST_F(ApiTest, AFullQueueIsWaitedForByPlacesNotAsAWhole) {
   }
 }
 
+TEST_F(ApiTest, AShortQueueSaysThatItLimitsTheChoices) {
+  Start(ScriptedEngine(milliseconds(0), {.max_queue = 4, .max_context = 1024}));
+  const json error = Refusal(false, {{"prompt", "a"}, {"n", 5}}, 400);
+  EXPECT_EQ(error["param"], "n");
+  EXPECT_EQ(error["message"],
+            "Invalid value for 'n': more than 4 choices in all (scheduler.max_queue is 4).");
+}
+
 TEST_F(ApiTest, AClientThatLeavesCancelsItsRequestAlone) {
   Start(ScriptedEngine(milliseconds(1)));
   HttpResponse leaving =
