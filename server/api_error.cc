@@ -26,6 +26,10 @@ ApiError MissingError(const std::string& name) {
           .code = "missing_required_parameter"};
 }
 
+ApiError InvalidArgumentError(const Error& error) {
+  return {.message = error.message, .param = error.param, .code = "invalid_value"};
+}
+
 ApiError InvalidJsonError(const Error& error) {
   const std::string place = error.param.empty() ? "" : "'" + error.param + "': ";
   return {.message = "Invalid request body: " + place + error.message + ".",

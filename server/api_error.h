@@ -23,6 +23,8 @@ ApiError WrongTypeError(const std::string& name, const std::string& expected);
 ApiError WrongValueError(const std::string& name, const std::string& reason);
 ApiError UnsupportedError(const std::string& name, const std::string& detail = "");
 ApiError MissingError(const std::string& name);
+// What an invalid argument, as the layers below report it, is to a client.
+ApiError InvalidArgumentError(const Error& error);
 // What CheckJson found wrong with a body.
 ApiError InvalidJsonError(const Error& error);
 

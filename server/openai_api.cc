@@ -141,7 +141,7 @@ uint64_t OpenAiApi::RandomSeed() {
 ApiError OpenAiApi::ToApiError(const Error& error, int64_t num_choices) const {
   switch (error.code) {
     case ErrorCode::kInvalidArgument:
-      return {.message = error.message, .param = error.param, .code = "invalid_value"};
+      return InvalidArgumentError(error);
     case ErrorCode::kResourceExhausted: {
       // When the queue, as fast as it moved lately, will have that many places.
       const double rate = engine_->Stats().finish_per_second;

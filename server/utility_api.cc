@@ -78,9 +78,7 @@ std::variant<std::vector<TextSegment>, ApiError> UtilityApi::Render(
       request.messages,
       {.add_generation_prompt = request.add_generation_prompt, .now = LocalTime()});
   if (segments) return std::move(segments).value();
-  return ApiError{.message = segments.error().message,
-                  .param = segments.error().param,
-                  .code = "invalid_value"};
+  return InvalidArgumentError(segments.error());
 }
 
 HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
