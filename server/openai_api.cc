@@ -109,7 +109,8 @@ HttpResponse ErrorResponse(const ApiError& error) {
 
 ApiError UnknownModelError(const std::string& id, const ApiModel& model) {
   return {.status = 404,
-          .message = "The model '" + id + "' does not exist; this server has '" + model.id + "'.",
+          .message = "The model '" + Quotable(id) + "' does not exist; this server has '" +
+                     model.id + "'.",
           .param = "model",
           .code = "model_not_found"};
 }

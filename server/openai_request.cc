@@ -242,7 +242,7 @@ class OpenAiParser : public RequestParser<Json> {
       const char* const end = key.data() + key.size();
       if (const auto [stop, error] = std::from_chars(key.data(), end, id);
           error != std::errc() || stop != end || id < 0 || std::to_string(id) != key) {
-        return WrongValue(name, "\"" + key + "\" is not a token id");
+        return WrongValue(name, "\"" + Quotable(key) + "\" is not a token id");
       }
       if (!Number(name, bias, &out_.sampling.logit_bias[id])) return false;
     }

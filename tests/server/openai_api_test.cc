@@ -369,6 +369,26 @@ TEST_F(ApiTest, AShortQueueSaysThatItLimitsTheChoices) {
             "Invalid value for 'n': more than 4 choices in all (scheduler.max_queue is 4).");
 }
 
+TEST_F(ApiTest, ErrorsQuoteNoMoreOfARequestThanASentenceNeeds) {
+  const std::string much(5 << 20, 'x');
+  const json cases[] = {{{"model", much}, {"prompt", "a"}},
+                        {{"model", "m"}, {"prompt", "a"}, {much, 1}},
+                        {{"model", "m"}, {"prompt", "a"}, {"logit_bias", {{much, 1}}}},
+                        {{"model", "m"}, {"prompt", "a"}, {"stream_options", {{much, 1}}}}};
+  for (const json& body : cases) {
+    const HttpResponse response = api_->Complete(Http(body), false);
+    EXPECT_GE(response.status, 400);
+    EXPECT_LT(response.body.size(), 2000u);
+  }
+  HttpRequest twice = Http({});
+  twice.body = "{\"" + much + "\": 1, \"" + much + "\": 2}";
+  EXPECT_LT(api_->Complete(twice, false).body.size(), 2000u);
+  const json message = {{{"role", much}, {"content", "a"}}};
+  const HttpResponse role = api_->Complete(Http({{"model", "m"}, {"messages", message}}), true);
+  EXPECT_EQ(role.status, 400);
+  EXPECT_LT(role.body.size(), 2000u);
+}
+
 TEST_F(ApiTest, AClientThatLeavesCancelsItsRequestAlone) {
   Start(ScriptedEngine(milliseconds(1)));
   HttpResponse leaving =
