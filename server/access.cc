@@ -12,13 +12,12 @@ namespace {
 constexpr std::chrono::minutes kWindow{1};
 constexpr const char* kKeyFile = "server.api_key_file";
 
-// What a client sent as its key; empty if it sent none.
-std::string_view ShownKey(const HttpRequest& request) {
+// The token of an Authorization header; empty if it has none. RFC 9110, 11.4: it comes after one
+// space or more.
+std::string_view BearerToken(std::string_view text) {
   constexpr std::string_view kScheme = "Bearer ";
-  if (!request.api_key.empty()) return request.api_key;
-  const std::string_view text = request.authorization;
   if (!EqualsIgnoringCase(text.substr(0, kScheme.size()), kScheme)) return {};
-  return text.substr(kScheme.size());
+  return text.substr(std::min(text.find_first_not_of(' ', kScheme.size()), text.size()));
 }
 
 HttpAdmission TooMany(const std::string& message, std::chrono::steady_clock::duration wait) {
@@ -79,8 +78,15 @@ Access::Key Access::ToKey(std::string_view text) {
 }
 
 size_t Access::Find(const HttpRequest& request) const {
+  // A proxy may have put a key of its own into one of the two.
+  const size_t own = Find(request.api_key);
+  const size_t bearer = Find(BearerToken(request.authorization));
+  return own < keys_.size() ? own : bearer;
+}
+
+size_t Access::Find(std::string_view text) const {
   // Every byte of every key is compared, and no branch depends on them.
-  const Key shown = ToKey(ShownKey(request));
+  const Key shown = ToKey(text);
   size_t found = keys_.size();
   for (size_t i = 0; i < keys_.size(); ++i) {
     size_t difference = shown.size ^ keys_[i].size;
@@ -93,17 +99,18 @@ size_t Access::Find(const HttpRequest& request) const {
   return found;
 }
 
+std::optional<HttpResponse> Access::CheckKey(const HttpRequest& request) const {
+  if (keys_.empty() || Find(request) < keys_.size()) return std::nullopt;
+  return HttpResponse{.status = 401,
+                      .body = ErrorJson("A valid API key is required.", "authentication_error", "",
+                                        "invalid_api_key"),
+                      .headers = {{"WWW-Authenticate", "Bearer"}}};
+}
+
 HttpAdmission Access::Admit(const HttpRequest& request, TimePoint now) {
   if (keys_.empty()) return {};
-  const size_t key = Find(request);
-  if (key == keys_.size()) {
-    return {.refusal =
-                HttpResponse{.status = 401,
-                             .body = ErrorJson("A valid API key is required.",
-                                               "authentication_error", "", "invalid_api_key"),
-                             .headers = {{"WWW-Authenticate", "Bearer"}}}};
-  }
-  const std::shared_ptr<Use> use = uses_[key];
+  if (auto refusal = CheckKey(request)) return {.refusal = std::move(refusal)};
+  const std::shared_ptr<Use> use = uses_[Find(request)];
   // Made first: without memory for it nothing has been counted, and nothing is locked.
   const auto place = std::make_shared<Place>(use);
   const std::lock_guard lock(use->mutex);

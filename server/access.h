@@ -8,6 +8,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -35,6 +36,8 @@ class Access {
   // Keys are as LoadApiKeys gives them.
   explicit Access(const std::vector<std::string>& keys = {}, const KeyLimits& limits = {});
 
+  // Refuses with 401.
+  std::optional<HttpResponse> CheckKey(const HttpRequest& request) const;
   // Refuses with 401 or 429, or takes a place that the request holds until it has ended. The place
   // may outlive this object. `now` must not go back by more than threads race.
   HttpAdmission Admit(const HttpRequest& request, TimePoint now);
@@ -60,8 +63,11 @@ class Access {
     bool taken = false;
   };
   static Key ToKey(std::string_view text);
-  // Index of the key that a request shows; the number of keys if it shows none.
+  // Index of the key that a request shows, in X-Api-Key or else as a bearer token; the number of
+  // keys if it shows none of them.
   size_t Find(const HttpRequest& request) const;
+  // Index of a key; the number of keys for another text.
+  size_t Find(std::string_view text) const;
 
   std::vector<Key> keys_;
   const KeyLimits limits_;

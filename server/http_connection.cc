@@ -278,6 +278,8 @@ HttpResponse HttpConnection::DescribeFailure() const {
       return Refusal(408, "The request did not arrive in time.", "request_timeout");
     case HttpSocket::Failure::kStopped:
       return Overloaded("The server is shutting down.");
+    case HttpSocket::Failure::kTls:
+      return Refusal(400, "The client speaks TLS; this port speaks plain HTTP.", "bad_request");
     case HttpSocket::Failure::kClosed:
     case HttpSocket::Failure::kNone:
       break;

@@ -24,6 +24,9 @@ constexpr int kBacklog = 1024;  // connections the kernel holds until they are a
 constexpr size_t kReceiveBytes = 16 << 10;
 constexpr milliseconds kLinger{2'000};  // how long a rejected client may go on sending
 
+// The first byte that a client sends who speaks TLS (RFC 8446, 5.1: a handshake's record).
+constexpr char kTlsHandshake = 0x16;
+
 // poll(), whatever signals come: false for a timeout.
 template <size_t kCount>
 bool PollAll(std::array<pollfd, kCount>& entries, milliseconds timeout) {
@@ -148,6 +151,10 @@ bool HttpSocket::WaitForRequest(milliseconds timeout) {
 }
 
 std::optional<std::string> HttpSocket::ReadHead() {
+  if (unread().starts_with(kTlsHandshake)) {  // would wait for our side of it
+    Fail(Failure::kTls);
+    return std::nullopt;
+  }
   const auto deadline = Clock::now() + limits_.header_timeout;
   for (size_t searched = 0;;) {
     const size_t end = EndOfHead(unread(), &searched);

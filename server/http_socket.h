@@ -80,7 +80,7 @@ class HttpSocket {
   static constexpr int64_t kMinBodyRate = 1024;
 
   // Why a read failed.
-  enum class Failure { kNone, kClosed, kTimeout, kTooLarge, kStopped };
+  enum class Failure { kNone, kClosed, kTimeout, kTooLarge, kStopped, kTls };
 
   // Once `stop` is set, reads take what has arrived and fail where they would have to wait. It must
   // outlive the socket.
@@ -88,7 +88,8 @@ class HttpSocket {
 
   // Waits for the first byte of a request; false if none came, or the connection is over.
   bool WaitForRequest(std::chrono::milliseconds timeout);
-  // Reads request line and headers with the empty line that ends them. nullopt: see failure().
+  // Reads request line and headers with the empty line that ends them, or sees by the first byte
+  // that the peer speaks TLS. nullopt: see failure().
   std::optional<std::string> ReadHead();
   // From now on the body is read.
   void BeginBody();

@@ -18,6 +18,7 @@ using std::chrono::steady_clock;
 constexpr milliseconds kPatience{200};
 // Silence after which a stream says that it is alive, so that proxies do not cut it.
 constexpr std::chrono::seconds kPingInterval{10};
+constexpr int64_t kRetryAfter = 5;            // seconds, where nothing tells how many
 constexpr int64_t kCompletionMaxTokens = 16;  // OpenAI's default; chat answers may fill the context
 // A client that went away (nginx's code); nobody reads the answer.
 constexpr int kClientClosed = 499;
@@ -106,9 +107,10 @@ HttpResponse ErrorResponse(const ApiError& error) {
   return response;
 }
 
-ApiError UnknownModelError(const std::string& id) {
+ApiError UnknownModelError(const std::string& id, const ApiModel& model) {
   return {.status = 404,
-          .message = "The model '" + id + "' does not exist.",
+          .message = "The model '" + Quotable(id) + "' does not exist; this server has '" +
+                     model.id + "'.",
           .param = "model",
           .code = "model_not_found"};
 }
@@ -127,7 +129,7 @@ HttpResponse OpenAiApi::ListModels() const {
 }
 
 HttpResponse OpenAiApi::GetModel(const std::string& id) const {
-  if (id != model_.id) return ErrorResponse(UnknownModelError(id));
+  if (id != model_.id) return ErrorResponse(UnknownModelError(id, model_));
   return {.body = ModelJson(model_.id, model_.created, engine_->options().max_context)};
 }
 
@@ -137,22 +139,26 @@ uint64_t OpenAiApi::RandomSeed() {
   return high << 32 | random_();
 }
 
-ApiError OpenAiApi::ToApiError(const Error& error) const {
+ApiError OpenAiApi::ToApiError(const Error& error, int64_t num_choices) const {
   switch (error.code) {
     case ErrorCode::kInvalidArgument:
-      return {.message = error.message, .param = error.param, .code = "invalid_value"};
-    case ErrorCode::kResourceExhausted:
-    case ErrorCode::kUnavailable: {
-      // When the queue will have moved on by one, as fast as it moved lately.
-      const EngineStats stats = engine_->Stats();
-      const double rate = stats.finish_per_second;
-      const double wait = rate > 0 ? static_cast<double>(stats.waiting + 1) / rate : 5.0;
+      return InvalidArgumentError(error);
+    case ErrorCode::kResourceExhausted: {
+      // When the queue, as fast as it moved lately, will have that many places.
+      const double rate = engine_->Stats().finish_per_second;
+      const double wait = rate > 0 ? static_cast<double>(num_choices) / rate : kRetryAfter;
       return {.status = 503,
-              .message = "The server is overloaded or shutting down; try again later.",
+              .message = "The server is overloaded; try again later.",
               .type = "server_error",
               .code = "server_is_overloaded",
               .retry_after = static_cast<int64_t>(std::ceil(std::clamp(wait, 1.0, 60.0)))};
     }
+    case ErrorCode::kUnavailable:  // drains, or has lost its device
+      return {.status = 503,
+              .message = "The server is going out of service; try again later.",
+              .type = "server_error",
+              .code = "server_is_overloaded",
+              .retry_after = kRetryAfter};
     case ErrorCode::kNotFound:
     case ErrorCode::kCancelled:
     case ErrorCode::kDataLoss:
@@ -183,8 +189,9 @@ std::variant<std::vector<int32_t>, ApiError> OpenAiApi::Encode(const ApiRequest&
   } else {
     return std::get<std::vector<int32_t>>(*prompt);
   }
+  // Whatever the answer's length, for which counts are exact: encoding what could fit is cheap.
   const int64_t least = model_.tokenizer->MinTokens(segments);
-  if (auto refusal = CheckContext(api, least, /*at_least=*/true)) return std::move(*refusal);
+  if (least > engine_->options().max_context) return TooLongError(api, least, /*at_least=*/true);
   return EncodePrompt(segments, *model_.tokenizer, api.add_special_tokens);
 }
 
@@ -198,14 +205,13 @@ int64_t OpenAiApi::MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const
   return std::max<int64_t>(room, 1);
 }
 
-std::optional<ApiError> OpenAiApi::CheckContext(const ApiRequest& api, int64_t prompt_tokens,
-                                                bool at_least) const {
+ApiError OpenAiApi::TooLongError(const ApiRequest& api, int64_t prompt_tokens,
+                                 bool at_least) const {
   const int64_t context = engine_->options().max_context;
   const int64_t max_tokens = MaxTokens(api, prompt_tokens);
-  if (prompt_tokens + max_tokens <= context) return std::nullopt;
   const auto text = [](int64_t number) { return std::to_string(number); };
   const std::string least = at_least ? "at least " : "";
-  return ApiError{
+  return {
       .message = "This model's maximum context length is " + text(context) +
                  " tokens. However, you requested " + least + text(prompt_tokens + max_tokens) +
                  " tokens (" + least + text(prompt_tokens) + " in the messages, " +
@@ -221,10 +227,10 @@ std::variant<Request, ApiError> OpenAiApi::ToEngineRequest(const ApiRequest& api
   Request request;
   request.prompt = std::move(prompt);
   const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  if (auto refusal = CheckContext(api, prompt_tokens, /*at_least=*/false)) {
-    return std::move(*refusal);
-  }
   request.max_tokens = MaxTokens(api, prompt_tokens);
+  if (prompt_tokens + request.max_tokens > engine_->options().max_context) {
+    return TooLongError(api, prompt_tokens, /*at_least=*/false);
+  }
   request.min_tokens = api.min_tokens;
   request.sampling = api.sampling;
   request.cache_salt = api.cache_salt;
@@ -285,12 +291,14 @@ std::optional<ApiError> OpenAiApi::AddPrompt(const ApiRequest& api, const ApiPro
 
 std::variant<ApiRequest, ApiError> OpenAiApi::Prepare(const HttpRequest& http, bool chat,
                                                       Choices* choices) {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.text_slots, http.body.size());
   auto parsed = ParseApiRequest(http.body, chat);
   const auto* api = std::get_if<ApiRequest>(&parsed);
   if (api == nullptr) return parsed;
-  if (api->model != model_.id) return UnknownModelError(api->model);
-  if (auto refusal = CheckNumChoices(*api, engine_->options().max_queue)) return *refusal;
+  if (api->model != model_.id) return UnknownModelError(api->model, model_);
+  const int64_t max_queue = engine_->options().max_queue;
+  const std::string why = " (scheduler.max_queue is " + std::to_string(max_queue) + ")";
+  if (auto refusal = CheckNumChoices(*api, max_queue, why)) return *refusal;
   std::optional<ApiError> refusal;
   if (chat) refusal = AddPrompt(*api, nullptr, choices);
   for (size_t i = 0; i < api->prompts.size() && !refusal; ++i) {
@@ -305,8 +313,9 @@ HttpResponse OpenAiApi::Complete(const HttpRequest& http, bool chat) {
   const auto prepared = Prepare(http, chat, &choices);
   if (const auto* refusal = std::get_if<ApiError>(&prepared)) return ErrorResponse(*refusal);
   const ApiRequest& api = std::get<ApiRequest>(prepared);
+  const int64_t num_choices = std::ssize(choices.requests);
   auto group = engine_->SubmitGroup(std::move(choices.requests));
-  if (!group) return ErrorResponse(ToApiError(group.error()));
+  if (!group) return ErrorResponse(ToApiError(group.error(), num_choices));
   return Respond(http, api,
                  std::make_shared<Answer>(std::move(group).value(), model_.tokenizer.get(),
                                           metrics_, std::move(choices.options)));

@@ -24,6 +24,10 @@
 
 namespace innerq {
 
+// The most bytes of requests whose texts are worked on at once, of either kind; one larger request
+// is worked on alone.
+constexpr int64_t kMaxTextBytes = int64_t{8} << 20;
+
 // What the API serves. The model's own stop tokens are `stop_token_ids`.
 struct ApiModel {
   std::string id;
@@ -31,10 +35,13 @@ struct ApiModel {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  // null: the model cannot chat
   std::vector<int32_t> stop_token_ids;
-  // For requests with texts, read, rendered, encoded or decoded: that takes a core, and memory many
-  // times theirs. All copies share the slots.
+  // For requests with texts, read, rendered, encoded or decoded: that takes a core, and memory up
+  // to 250 times theirs. Those that want no answer of the model (utility_slots) do not hold up the
+  // others, and leave them cores. All copies share the slots.
   std::shared_ptr<WorkSlots> text_slots =
-      std::make_shared<WorkSlots>(std::max(1u, std::thread::hardware_concurrency()));
+      std::make_shared<WorkSlots>(std::max(1u, std::thread::hardware_concurrency()), kMaxTextBytes);
+  std::shared_ptr<WorkSlots> utility_slots = std::make_shared<WorkSlots>(
+      std::max(1u, std::thread::hardware_concurrency() / 2), kMaxTextBytes);
 };
 
 // The local time, for chat templates that write the date.
@@ -76,9 +83,9 @@ class OpenAiApi {
   // The most tokens of an answer to so many. Where the client leaves a chat's answer open: what
   // fits the context, and kMaxHeldLogprobs.
   int64_t MaxTokens(const ApiRequest& api, int64_t prompt_tokens) const;
-  // Refuses a prompt of so many tokens, or of `at_least` so many, that leaves the answer no room.
-  std::optional<ApiError> CheckContext(const ApiRequest& api, int64_t prompt_tokens,
-                                       bool at_least) const;
+  // The refusal of a prompt of so many tokens, or of `at_least` so many, that leaves the answer no
+  // room.
+  ApiError TooLongError(const ApiRequest& api, int64_t prompt_tokens, bool at_least) const;
   // Checks what the engine does not, and fills what the client left open, but for the seed.
   std::variant<Request, ApiError> ToEngineRequest(const ApiRequest& api,
                                                   std::vector<int32_t> prompt) const;
@@ -89,8 +96,8 @@ class OpenAiApi {
   HttpResponse Respond(const HttpRequest& http, const ApiRequest& api,
                        std::shared_ptr<Answer> answer) const;
   uint64_t RandomSeed();
-  // What an error of the engine is to a client.
-  ApiError ToApiError(const Error& error) const;
+  // What an error of the engine is to a client who asked for so many choices.
+  ApiError ToApiError(const Error& error, int64_t num_choices = 1) const;
   // The same for an answer that broke off, whose cause goes to the log.
   ApiError ReportFailure(const Error& error, const std::string& request_id) const;
 
@@ -105,7 +112,7 @@ class OpenAiApi {
 HttpResponse ErrorResponse(const ApiError& error);
 
 // Refusals that several endpoints give.
-ApiError UnknownModelError(const std::string& id);
+ApiError UnknownModelError(const std::string& id, const ApiModel& model);
 ApiError NoChatTemplateError(const ApiModel& model);
 
 }  // namespace innerq

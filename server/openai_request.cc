@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <charconv>
+#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <span>
+#include <utility>
 
 #include "server/request_parser.h"
 
@@ -42,6 +44,19 @@ constexpr std::string_view kOtherChat[] = {
     "web_search_options",
 };
 constexpr std::string_view kOtherCompletions[] = {"suffix"};
+
+// Of these, the values beside null that ask for nothing, as JSON.
+constexpr std::pair<std::string_view, std::string_view> kAskForNothing[] = {
+    {"metadata", "{}"},
+    {"modalities", R"(["text"])"},
+    {"response_format", R"({"type": "text"})"},
+    {"service_tier", R"("auto")"},
+    {"service_tier", R"("default")"},
+    {"store", "false"},
+    {"suffix", R"("")"},
+    {"tool_choice", R"("none")"},
+    {"tools", "[]"},
+};
 
 bool Contains(std::span<const std::string_view> names, std::string_view name) {
   return std::find(names.begin(), names.end(), name) != names.end();
@@ -128,9 +143,11 @@ class OpenAiParser : public RequestParser<Json> {
   // A parameter that is not implemented, with a value that is its absence.
   bool AsksForNothing(std::string_view name, const Json& value) const {
     if (out_.chat ? !Contains(kOtherChat, name) : !Contains(kOtherCompletions, name)) return false;
-    return value.is_null() || (name == "store" && value == false) ||
-           (name == "response_format" && value == Json{{"type", "text"}}) ||
-           (name == "modalities" && value == Json::array({"text"}));
+    return value.is_null() ||
+           std::any_of(std::begin(kAskForNothing), std::end(kAskForNothing),
+                       [&](const auto& entry) {
+                         return entry.first == name && value == Json::parse(entry.second);
+                       });
   }
 
   bool Model(const std::string& name, const Json& value) {
@@ -150,7 +167,8 @@ class OpenAiParser : public RequestParser<Json> {
   bool Prompt(const std::string& name, const Json& value) {
     const bool ids = value.is_array() && !value.empty() && value[0].is_number();
     if (value.is_string() || ids) return OnePrompt(name, value);
-    if (!value.is_array() || value.empty()) {
+    const bool list = value.is_array() && !value.empty();
+    if (!list || !(value[0].is_string() || value[0].is_array())) {
       return WrongType(name, "a string, token ids, or a list of either");
     }
     if (std::ssize(value) > kMaxChoices) {
@@ -224,7 +242,7 @@ class OpenAiParser : public RequestParser<Json> {
       const char* const end = key.data() + key.size();
       if (const auto [stop, error] = std::from_chars(key.data(), end, id);
           error != std::errc() || stop != end || id < 0 || std::to_string(id) != key) {
-        return WrongValue(name, "\"" + key + "\" is not a token id");
+        return WrongValue(name, "\"" + Quotable(key) + "\" is not a token id");
       }
       if (!Number(name, bias, &out_.sampling.logit_bias[id])) return false;
     }
@@ -309,7 +327,7 @@ class OpenAiParser : public RequestParser<Json> {
     if (stream_options_ && !out_.stream) {
       return WrongValue("stream_options", "only allowed with stream: true");
     }
-    if (top_logprobs_ && !logprobs_) {
+    if (top_logprobs_.value_or(0) > 0 && !logprobs_) {
       return WrongValue("top_logprobs", "only allowed with logprobs: true");
     }
     if (logprobs_) out_.sampling.num_logprobs = top_logprobs_.value_or(0);
@@ -345,13 +363,14 @@ std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool c
   return OpenAiParser(chat).Run(body);
 }
 
-std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most) {
+std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most,
+                                        const std::string& why) {
   const int64_t prompts = request.chat ? 1 : std::ssize(request.prompts);
   if (prompts * request.best_of <= most) return std::nullopt;
   return WrongValueError(prompts > most                ? "prompt"
                          : request.best_of > request.n ? "best_of"
                                                        : "n",
-                         "more than " + std::to_string(most) + " choices in all");
+                         "more than " + std::to_string(most) + " choices in all" + why);
 }
 
 std::vector<std::string_view> ApiParameterNames(bool chat) { return OpenAiParser::Names(chat); }

@@ -68,8 +68,9 @@ struct ApiRequest {
 std::variant<ApiRequest, ApiError> ParseApiRequest(std::string_view body, bool chat);
 
 // Refuses a request for more choices, of all prompts, than `most`, by the parameter that asks for
-// them.
-std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most);
+// them. `why`, if not empty, is put behind the limit: " (...)".
+std::optional<ApiError> CheckNumChoices(const ApiRequest& request, int64_t most,
+                                        const std::string& why = "");
 
 // The names that ParseApiRequest knows, those that pass with null alone included. The texts are
 // static.

@@ -137,16 +137,25 @@ class RequestParser {
   std::optional<ApiError> error_;
 
  private:
+  // What messages of OpenAI's and vLLM's have, in requests or answers, with a value that says that
+  // there is none.
+  static bool IsAbsent(std::string_view key, const Json& value) {
+    constexpr std::array<std::string_view, 7> kMembers = {
+        "audio", "content", "function_call", "name", "refusal", "role", "tool_call_id"};
+    constexpr std::array<std::string_view, 2> kLists = {"annotations", "tool_calls"};
+    constexpr std::array<std::string_view, 2> kTexts = {"reasoning", "reasoning_content"};
+    const auto is_one_of = [key](const auto& names) {
+      return std::find(names.begin(), names.end(), key) != names.end();
+    };
+    if (is_one_of(kLists)) return value.is_null() || value == Json::array();
+    if (is_one_of(kTexts)) return value.is_null() || value == "";
+    return value.is_null() && is_one_of(kMembers);
+  }
+
   bool Message(const std::string& path, const Json& value, ChatMessage* message) {
-    // What OpenAI's messages have, in requests or answers.
-    constexpr std::array<std::string_view, 9> kMembers = {
-        "annotations", "audio", "content",      "function_call", "name",
-        "refusal",     "role",  "tool_call_id", "tool_calls"};
     for (const auto& [key, member] : value.items()) {
       const std::string at = path + "." + key;
-      if (member.is_null() && std::find(kMembers.begin(), kMembers.end(), key) != kMembers.end()) {
-        continue;
-      }
+      if (IsAbsent(key, member)) continue;
       if (key == "role") {
         if (!String(at, member, &message->role)) return false;
       } else if (key == "content") {
@@ -169,7 +178,8 @@ class RequestParser {
       const std::string path = name + "[" + std::to_string(i) + "]";
       const Json& part = value[i];
       if (!part.is_object()) return WrongType(path, "an object");
-      if (!Has(part, "type") || part["type"] != "text") {
+      if (!Has(part, "type")) return Missing(path + ".type");
+      if (part["type"] != "text") {
         return Unsupported(path + ".type", ": only text parts are understood");
       }
       for (const auto& [key, member] : part.items()) {

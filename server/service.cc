@@ -11,6 +11,8 @@
 namespace innerq {
 namespace {
 
+constexpr const char* kLoading = "The model is still loading.";
+
 HttpResponse JsonResponse(std::string body, int status = 200) {
   return {.status = status, .body = std::move(body)};
 }
@@ -62,7 +64,7 @@ void Service::Open(Parts parts) {
 }
 
 HttpResponse Service::Ready() const {
-  if (!open_) return Unavailable("The model is still loading.");
+  if (!open_) return Unavailable(kLoading);
   if (!engine_->ready()) return Unavailable("The server takes no new requests.");
   return JsonResponse("{\"status\": \"ready\"}");
 }
@@ -75,14 +77,17 @@ std::vector<HttpRoute> Service::Routes() {
   // Handlers that need a model.
   const auto add_open = [this, &add](std::string method, std::string path, auto handle) {
     add(std::move(method), std::move(path), [this, handle](const HttpRequest& request) {
-      return open_ ? handle(request) : Unavailable("The model is still loading.");
+      return open_ ? handle(request) : Unavailable(kLoading);
     });
   };
-  // Likewise, for those who may: keys and their limits are checked before the body is read.
+  // Likewise, for those who may: keys and their limits are checked before the body is read. What
+  // comes too early does not count.
   const auto add_keyed = [this, &routes, &add_open](std::string method, std::string path,
                                                     auto handle) {
     add_open(std::move(method), std::move(path), std::move(handle));
-    routes.back().admit = [this](const HttpRequest& request) {
+    routes.back().admit = [this](const HttpRequest& request) -> HttpAdmission {
+      if (auto refusal = access_.CheckKey(request)) return {.refusal = std::move(refusal)};
+      if (!open_) return {.refusal = Unavailable(kLoading)};
       return access_.Admit(request, std::chrono::steady_clock::now());
     };
   };

@@ -14,8 +14,12 @@ class Signals {
  public:
   Signals();
 
+  // Supervisors send a signal to a process and to its group, or once more: the same signal within
+  // this time of the first one repeats it, and is ignored.
+  static constexpr std::chrono::milliseconds kRepeat{1000};
+
   // Until this call the first signal ends the process; from now on it is Wait that returns, and
-  // only a second one that ends the process.
+  // only a second one, no repetition, that ends the process, with a line on standard error.
   void Catch();
   // What the second signal does before it ends the process, on the thread of signals; empty:
   // nothing. Waits while one does, which is for ever.

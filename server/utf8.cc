@@ -81,6 +81,13 @@ std::string ReplaceInvalidUtf8(std::string_view bytes) {
   return text + decoder.Flush();
 }
 
+std::string ShortenUtf8(std::string_view text, size_t max_bytes) {
+  if (text.size() <= max_bytes) return std::string(text);
+  size_t end = max_bytes;
+  while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80) --end;
+  return std::string(text.substr(0, end)) + "...";
+}
+
 int64_t CountCharacters(std::string_view text) {
   int64_t count = 0;
   for (const char c : text) count += (static_cast<uint8_t>(c) & 0xC0) != 0x80;

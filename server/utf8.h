@@ -1,6 +1,7 @@
 // UTF-8: decoding of untrusted bytes, whole or in pieces.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -23,6 +24,9 @@ class Utf8Decoder {
 
 // `bytes` with every ill-formed part replaced by U+FFFD.
 std::string ReplaceInvalidUtf8(std::string_view bytes);
+
+// As many characters of valid UTF-8 as fit into `max_bytes`, with an ellipsis if some do not.
+std::string ShortenUtf8(std::string_view text, size_t max_bytes);
 
 // Number of characters (code points) of valid UTF-8.
 int64_t CountCharacters(std::string_view text);

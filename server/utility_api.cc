@@ -65,7 +65,8 @@ std::variant<UtilityRequest, ApiError> UtilityApi::Read(const HttpRequest& http,
                                                         UtilityEndpoint endpoint) const {
   auto parsed = ParseUtilityRequest(http.body, endpoint);
   if (const auto* request = std::get_if<UtilityRequest>(&parsed)) {
-    if (request->model && *request->model != model_.id) return UnknownModelError(*request->model);
+    if (request->model && *request->model != model_.id)
+      return UnknownModelError(*request->model, model_);
   }
   return parsed;
 }
@@ -77,13 +78,11 @@ std::variant<std::vector<TextSegment>, ApiError> UtilityApi::Render(
       request.messages,
       {.add_generation_prompt = request.add_generation_prompt, .now = LocalTime()});
   if (segments) return std::move(segments).value();
-  return ApiError{.message = segments.error().message,
-                  .param = segments.error().param,
-                  .code = "invalid_value"};
+  return InvalidArgumentError(segments.error());
 }
 
 HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.utility_slots, http.body.size());
   const auto parsed = Read(http, UtilityEndpoint::kTokenize);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto& request = std::get<UtilityRequest>(parsed);
@@ -116,7 +115,7 @@ HttpResponse UtilityApi::Tokenize(const HttpRequest& http) const {
 }
 
 HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.utility_slots, http.body.size());
   const auto parsed = Read(http, UtilityEndpoint::kDetokenize);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto& request = std::get<UtilityRequest>(parsed);
@@ -132,7 +131,7 @@ HttpResponse UtilityApi::Detokenize(const HttpRequest& http) const {
 }
 
 HttpResponse UtilityApi::ApplyTemplate(const HttpRequest& http) const {
-  const WorkSlots::Slot slot(*model_.text_slots);
+  const WorkSlots::Slot slot(*model_.utility_slots, http.body.size());
   const auto parsed = Read(http, UtilityEndpoint::kApplyTemplate);
   if (const auto* error = std::get_if<ApiError>(&parsed)) return ErrorResponse(*error);
   const auto rendered = Render(std::get<UtilityRequest>(parsed));

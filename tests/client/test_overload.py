@@ -175,6 +175,32 @@ def test_out_of_pages_preempts_and_answers_as_alone():
         asyncio.run(check(server))
 
 
+def test_long_texts_to_tokenize_take_bounded_memory_and_hold_up_no_completion():
+    """SentencePiece takes 250 bytes of memory for each of these."""
+    async def check(server):
+        def peak():
+            with open(f"/proc/{server.process.pid}/status", encoding="ascii") as status:
+                return next(int(line.split()[1]) << 10 for line in status if "VmHWM" in line)
+
+        async def tokenize():
+            async with connect(server.port) as connection:
+                await connection.send(encode("POST", "/tokenize", {"prompt": "a" * (2 << 20)}))
+                reply = await connection.head()
+                await connection.body(reply)
+                assert reply.status == 200, reply.status
+
+        before = peak()
+        texts = [asyncio.create_task(tokenize()) for _ in range(8)]
+        await asyncio.sleep(0.2)
+        await ask(server.port, "/v1/completions", long_request(server, 2))
+        assert not any(text.done() for text in texts), "the completion waited for a text"
+        await asyncio.gather(*texts)
+        assert peak() - before < 2.5e9, peak() - before  # all eight: 3.7e9
+
+    with start() as server:
+        asyncio.run(check(server))
+
+
 class Crowd:
     """Clients that ask on and on until the server refuses. A request that was there before the
     signal must be answered, a later one may be refused, and none may be cut."""

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 from server_process import Server, model_id, run_tests
 
@@ -322,13 +323,31 @@ def test_half_a_request_does_not_hold_the_process():
         assert idle.recv(4096) == b""
 
 
+def test_a_signal_that_is_repeated_at_once_is_one():
+    """coreutils' timeout signals the process and then its group."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with start() as server:
+            reply = stream(server, 600)
+            server.process.send_signal(number)
+            server.wait_until_draining()  # earlier the two signals could become one
+            server.process.send_signal(number)
+            text = reply.read().decode()
+            assert text.endswith("data: [DONE]\n\n"), text[-200:]
+            assert server.process.wait(timeout=30) == 0
+
+
 def test_a_second_signal_ends_the_process_at_once():
-    with start() as server:
-        reply = stream(server, 3900)  # kept: a dropped reply would cancel
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_until_draining()  # earlier the two signals could become one
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=5) == 128 + signal.SIGTERM
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with tempfile.TemporaryFile() as log, start(stderr=log) as server:
+            replies = [stream(server, 3900) for _ in range(8)]  # dropped ones would be cancelled
+            server.process.send_signal(number)
+            time.sleep(1.2)  # earlier it would be the same signal repeated
+            server.process.send_signal(number)
+            assert server.process.wait(timeout=5) == 128 + number
+            log.seek(0)
+            last = log.read().decode().splitlines()[-1]
+            assert last == f"innerq: a second {number.name}: ending at once", last
+            assert len(replies) == 8
 
 
 def test_it_works_as_process_1():

@@ -199,7 +199,7 @@ def test_a_second_signal_ends_it_at_once_and_leaves_nothing():
             assert stdout == "" and not list(parent.iterdir()), (stdout, stderr)
             codes.append(process.returncode)
             if process.returncode == 128 + signal.SIGTERM:
-                assert stderr == "", stderr
+                assert stderr == "innerq: a second SIGTERM: ending at once\n", stderr
                 return
     raise AssertionError(f"the first signal was always quicker: {codes}")
 

@@ -25,7 +25,8 @@ from server_process import metrics, model_id, serve
 SERVED = {"/completions": "post", "/chat/completions": "post", "/models": "get",
           "/models/{model}": "get"}
 # OpenAI's parameters that are honoured only with the value that asks for nothing.
-FOR_SHOW = {"modalities", "response_format", "store"}
+FOR_SHOW = {"metadata", "modalities", "response_format", "service_tier", "store", "suffix",
+            "tool_choice", "tools"}
 CHECKS = ["not_a_server_error", "content_type_conformance", "response_headers_conformance",
           "response_schema_conformance", "negative_data_rejection"]
 OWN_CHECKS = CHECKS + ["status_code_conformance", "unsupported_method", "allow_header_conformance"]

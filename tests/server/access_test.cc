@@ -57,7 +57,16 @@ TEST(Access, AKeyMustBeShownWhole) {
   EXPECT_EQ(Refused(access, request), 401);
   request.authorization = "bearer second";  // schemes have no case
   EXPECT_EQ(Refused(access, request), 0);
+  request.authorization = "Bearer   second";  // RFC 9110, 11.4: one space or more
+  EXPECT_EQ(Refused(access, request), 0);
+  request.authorization = "Bearersecond";
+  EXPECT_EQ(Refused(access, request), 401);
   request.api_key = "second";
+  EXPECT_EQ(Refused(access, request), 0);
+  request.authorization = "Bearer of-a-proxy";  // one known key is enough, in either place
+  EXPECT_EQ(Refused(access, request), 0);
+  request = Bearer("first-key");
+  request.api_key = "of-a-proxy";
   EXPECT_EQ(Refused(access, request), 0);
   const HttpAdmission refused = access.Admit(Bearer("third"), kStart);
   ASSERT_TRUE(refused.refusal.has_value());

@@ -115,7 +115,7 @@ class ApiTest : public testing::Test {
     return false;
   }
 
-  const std::shared_ptr<WorkSlots> text_slots_ = std::make_shared<WorkSlots>(1);
+  const std::shared_ptr<WorkSlots> text_slots_ = std::make_shared<WorkSlots>(1, kMaxTextBytes);
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<OpenAiApi> api_;

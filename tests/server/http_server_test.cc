@@ -53,6 +53,16 @@ TEST_F(HttpServerTest, UnknownPathsAndMethodsAreTold) {
   ExpectError(Ask(Get("/" + std::string(9000, 'a'))), 414, "bad_request");
 }
 
+TEST_F(HttpServerTest, AClientThatSpeaksTlsIsToldAtOnce) {
+  StartEcho();
+  Client client(server_->port());
+  client.Send(std::string("\x16\x03\x01\x02\x00\x01", 6));  // how a ClientHello begins
+  ASSERT_TRUE(client.Readable(milliseconds(5000)));
+  const Reply reply = client.Read();
+  ExpectError(reply, 400, "bad_request");
+  EXPECT_NE(reply.body.find("this port speaks plain HTTP"), std::string::npos) << reply.body;
+}
+
 TEST_F(HttpServerTest, MalformedRequestsGetAnErrorAndTheConnectionEnds) {
   StartEcho({.header_timeout = milliseconds(300)});
   for (const std::string request : {

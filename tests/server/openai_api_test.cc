@@ -1,6 +1,8 @@
 #include "server/openai_api.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <future>
 #include <set>
 #include <sstream>
@@ -209,22 +211,35 @@ TEST_F(ApiTest, TooLongIsSaidInOpenAisWords) {
       "");
 }
 
+TEST_F(ApiTest, TheCountsOfAPromptThatAloneWouldFitAreExact) {
+  const json error = Refusal(false, {{"prompt", "Hello"}, {"max_tokens", 99999}}, 400);
+  EXPECT_EQ(error["code"], "context_length_exceeded");
+  EXPECT_EQ(
+      error["message"],
+      "This model's maximum context length is 1024 tokens. However, you requested 100005 tokens "
+      "(6 in the messages, 99999 in the completion). Please reduce the length of the messages or "
+      "completion.");
+  EXPECT_EQ(error["n_prompt_tokens"], 6);
+  const json chat = Refusal(true, {{"messages", kUser}, {"max_tokens", 99999}}, 400);
+  EXPECT_EQ(chat["n_prompt_tokens"], 19);
+}
+
 TEST_F(ApiTest, WhatCannotFitIsRefusedBeforeItIsEncoded) {
-  const std::string text = "throw" + std::string(1005, 'a');
+  const std::string text = "throw" + std::string(1020, 'a');
   const json error = Refusal(false, {{"prompt", text}, {"max_tokens", 15}}, 400);
   EXPECT_EQ(error["code"], "context_length_exceeded");
   EXPECT_EQ(
       error["message"],
-      "This model's maximum context length is 1024 tokens. However, you requested at least 1025 "
-      "tokens (at least 1010 in the messages, 15 in the completion). Please reduce the length of "
+      "This model's maximum context length is 1024 tokens. However, you requested at least 1040 "
+      "tokens (at least 1025 in the messages, 15 in the completion). Please reduce the length of "
       "the messages or completion.");
-  EXPECT_EQ(error["n_prompt_tokens"], 1010);
+  EXPECT_EQ(error["n_prompt_tokens"], 1025);
   EXPECT_EQ(error["param"], "prompt");
-  EXPECT_THROW(Post(false, {{"prompt", text}, {"max_tokens", 14}}), std::runtime_error);
-  const json messages = {{{"role", "user"}, {"content", std::string(1008, 'a')}}};
+  EXPECT_THROW(Post(false, {{"prompt", text.substr(0, 1024)}}), std::runtime_error);
+  const json messages = {{{"role", "user"}, {"content", std::string(1009, 'a')}}};
   const json chat = Refusal(true, {{"messages", messages}}, 400);  // the template adds 16 bytes
   EXPECT_EQ(chat["param"], "messages");
-  EXPECT_EQ(chat["n_prompt_tokens"], 1024);
+  EXPECT_EQ(chat["n_prompt_tokens"], 1025);
 }
 
 TEST_F(ApiTest, ATextSpellsSpecialTokensIfItMay) {
@@ -256,7 +271,7 @@ TEST_F(ApiTest, ATextSpellsSpecialTokensIfItMay) {
 
 TEST_F(ApiTest, RequestsAreReadInASlotThatTheirAnswersDoNotHold) {
   Start(ScriptedEngine(milliseconds(1)));
-  auto slot = std::make_unique<WorkSlots::Slot>(*text_slots_);
+  auto slot = std::make_unique<WorkSlots::Slot>(*text_slots_, 1);
   HttpRequest request = Http({});
   request.body = "{";
   auto refused =
@@ -268,7 +283,7 @@ TEST_F(ApiTest, RequestsAreReadInASlotThatTheirAnswersDoNotHold) {
     return Answer(false, {{"prompt", "a"}, {"max_tokens", 500}, {"ignore_eos", true}});
   });
   while (engine_->Stats().accepted == 0) std::this_thread::yield();
-  slot = std::make_unique<WorkSlots::Slot>(*text_slots_);
+  slot = std::make_unique<WorkSlots::Slot>(*text_slots_, 1);
   EXPECT_EQ(answer.wait_for(milliseconds(0)), std::future_status::timeout);
   EXPECT_EQ(answer.get()["usage"]["completion_tokens"], 500);
 }
@@ -289,7 +304,10 @@ TEST_F(ApiTest, RangesOfSamplingAndTokenIdsAreChecked) {
 TEST_F(ApiTest, AnUnknownModelIsNotFound) {
   const HttpResponse response = api_->Complete(Http({{"model", "x"}, {"prompt", "a"}}), false);
   EXPECT_EQ(response.status, 404);
-  EXPECT_EQ(json::parse(response.body)["error"]["code"], "model_not_found");
+  const json error = json::parse(response.body)["error"];
+  EXPECT_EQ(error["code"], "model_not_found");
+  EXPECT_EQ(error["param"], "model");
+  EXPECT_EQ(error["message"], "The model 'x' does not exist; this server has 'm'.");
   EXPECT_EQ(api_->GetModel("x").status, 404);
   EXPECT_EQ(json::parse(api_->GetModel("m").body)["id"], "m");
   EXPECT_EQ(json::parse(api_->ListModels().body)["data"][0]["object"], "model");
@@ -313,7 +331,62 @@ TEST_F(ApiTest, AFullQueueAndADrainingServerSayWhenToComeBack) {
   EXPECT_GE(answered, 1);
   EXPECT_GE(overloaded, 1);
   EXPECT_TRUE(engine_->Drain(milliseconds(5000)));
-  EXPECT_EQ(Refusal(false, {{"prompt", "a"}}, 503)["code"], "server_is_overloaded");
+  const HttpResponse draining = Post(false, {{"prompt", "a"}});
+  EXPECT_EQ(draining.status, 503);
+  const json error = json::parse(draining.body)["error"];
+  EXPECT_EQ(error["code"], "server_is_overloaded");
+  EXPECT_EQ(error["message"], "The server is going out of service; try again later.");
+  ASSERT_EQ(draining.headers.size(), 1u);
+  EXPECT_EQ(draining.headers[0].second, "5");
+}
+
+TEST_F(ApiTest, AFullQueueIsWaitedForByPlacesNotAsAWhole) {
+  EngineOptions options{.max_sequences = 1, .max_queue = 100, .max_context = 1024};
+  Start(ScriptedEngine(milliseconds(10), options));
+  for (int i = 0; i < 60; ++i) Answer(false, {{"prompt", "a"}, {"max_tokens", 1}});
+  Request request;
+  request.prompt = {'a'};
+  request.max_tokens = 1000;
+  const auto crowd = engine_->SubmitGroup(std::vector<Request>(97, request));
+  ASSERT_TRUE(crowd.ok());
+  for (const int n : {5, 60}) {
+    const double before = engine_->Stats().finish_per_second;
+    const HttpResponse refused = Post(false, {{"prompt", "a"}, {"n", n}});
+    const double after = engine_->Stats().finish_per_second;  // less, if time has passed
+    EXPECT_EQ(refused.status, 503);
+    ASSERT_EQ(refused.headers.size(), 1u);
+    const double wait = std::stod(refused.headers[0].second);
+    EXPECT_GE(wait, std::ceil(std::clamp(n / before, 1.0, 60.0)));
+    EXPECT_LE(wait, std::ceil(std::clamp(n / after, 1.0, 60.0)));
+  }
+}
+
+TEST_F(ApiTest, AShortQueueSaysThatItLimitsTheChoices) {
+  Start(ScriptedEngine(milliseconds(0), {.max_queue = 4, .max_context = 1024}));
+  const json error = Refusal(false, {{"prompt", "a"}, {"n", 5}}, 400);
+  EXPECT_EQ(error["param"], "n");
+  EXPECT_EQ(error["message"],
+            "Invalid value for 'n': more than 4 choices in all (scheduler.max_queue is 4).");
+}
+
+TEST_F(ApiTest, ErrorsQuoteNoMoreOfARequestThanASentenceNeeds) {
+  const std::string much(5 << 20, 'x');
+  const json cases[] = {{{"model", much}, {"prompt", "a"}},
+                        {{"model", "m"}, {"prompt", "a"}, {much, 1}},
+                        {{"model", "m"}, {"prompt", "a"}, {"logit_bias", {{much, 1}}}},
+                        {{"model", "m"}, {"prompt", "a"}, {"stream_options", {{much, 1}}}}};
+  for (const json& body : cases) {
+    const HttpResponse response = api_->Complete(Http(body), false);
+    EXPECT_GE(response.status, 400);
+    EXPECT_LT(response.body.size(), 2000u);
+  }
+  HttpRequest twice = Http({});
+  twice.body = "{\"" + much + "\": 1, \"" + much + "\": 2}";
+  EXPECT_LT(api_->Complete(twice, false).body.size(), 2000u);
+  const json message = {{{"role", much}, {"content", "a"}}};
+  const HttpResponse role = api_->Complete(Http({{"model", "m"}, {"messages", message}}), true);
+  EXPECT_EQ(role.status, 400);
+  EXPECT_LT(role.body.size(), 2000u);
 }
 
 TEST_F(ApiTest, AClientThatLeavesCancelsItsRequestAlone) {

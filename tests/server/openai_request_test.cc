@@ -67,8 +67,14 @@ TEST(ApiRequest, UnknownAndUnsupportedParametersAreRefusedByName) {
   for (const char* name :
        {"tools", "tool_choice", "functions", "suffix", "temprature", "audio", "metadata",
         "reasoning_effort", "best_off", "prompt", "echo", "best_of", "add_special_tokens"}) {
-    ExpectRefused(With(true, name, json::array()), name, "unsupported_parameter");
+    ExpectRefused(With(true, name, {1}), name, "unsupported_parameter");
   }
+  ExpectRefused(With(true, "tool_choice", "auto"), "tool_choice", "unsupported_parameter");
+  ExpectRefused(With(true, "service_tier", "flex"), "service_tier", "unsupported_parameter");
+  ExpectRefused(With(true, "metadata", {{"a", "b"}}), "metadata", "unsupported_parameter");
+  ExpectRefused(With(true, "metadata", json::array()), "metadata", "unsupported_parameter");
+  ExpectRefused(With(true, "tools", {{{"type", "function"}}}), "tools", "unsupported_parameter");
+  ExpectRefused(With(false, "suffix", "."), "suffix", "unsupported_parameter");
   for (const char* name : {"messages", "top_logprobs", "max_completion_tokens", "suffix"}) {
     ExpectRefused(With(false, name, 1), name, "unsupported_parameter");
   }
@@ -177,6 +183,13 @@ TEST(ApiRequest, ParametersThatAskForNothingPass) {
   EXPECT_TRUE(accepted(With(true, "store", false)));
   EXPECT_TRUE(accepted(With(true, "response_format", {{"type", "text"}})));
   EXPECT_TRUE(accepted(With(true, "tools", nullptr)));
+  EXPECT_TRUE(accepted(With(true, "tools", json::array())));
+  EXPECT_TRUE(accepted(With(true, "tool_choice", "none")));
+  EXPECT_TRUE(accepted(With(true, "metadata", json::object())));
+  EXPECT_TRUE(accepted(With(true, "service_tier", "auto")));
+  EXPECT_TRUE(accepted(With(true, "service_tier", "default")));
+  EXPECT_TRUE(accepted(With(true, "top_logprobs", 0)));
+  EXPECT_TRUE(accepted(With(false, "suffix", "")));
   EXPECT_TRUE(accepted(With(true, "temperature", nullptr)));
   EXPECT_TRUE(accepted(With(false, "suffix", nullptr)));
   EXPECT_TRUE(accepted(With(true, "top_k", -1)));
@@ -189,6 +202,25 @@ TEST(ApiRequest, ParametersThatAskForNothingPass) {
       "annotations": null, "audio": null, "function_call": null, "tool_calls": null, "name": null,
       "tool_call_id": null}])");
   EXPECT_TRUE(accepted(With(true, "messages", message)));
+}
+
+TEST(ApiRequest, AnswersOfOtherServersPassAsHistory) {
+  const auto history = [](const char* name, const json& value) {
+    json message = {{"role", "assistant"}, {"content", "a"}};
+    message[name] = value;
+    return With(true, "messages", json::array({message}));
+  };
+  for (const char* name : {"annotations", "tool_calls"}) {
+    EXPECT_TRUE(std::holds_alternative<ApiRequest>(history(name, json::array()))) << name;
+  }
+  for (const char* name : {"reasoning", "reasoning_content"}) {
+    EXPECT_TRUE(std::holds_alternative<ApiRequest>(history(name, nullptr))) << name;
+    EXPECT_TRUE(std::holds_alternative<ApiRequest>(history(name, ""))) << name;
+    ExpectRefused(history(name, "so"), "messages[0]." + std::string(name), "unsupported_parameter");
+  }
+  ExpectRefused(history("tool_calls", {{{"type", "function"}}}), "messages[0].tool_calls",
+                "unsupported_parameter");
+  ExpectRefused(history("annotations", {1}), "messages[0].annotations", "unsupported_parameter");
 }
 
 TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
@@ -247,6 +279,10 @@ TEST(ApiRequest, WrongTypesAndValuesAreRefusedByName) {
   ExpectRefused(With(false, "prompt", json::array({{1}, "a"})), "prompt", "invalid_type");
   ExpectRefused(With(false, "prompt", json::array({{1}, {-1}})), "prompt", "invalid_value");
   ExpectRefused(With(false, "prompt", 3), "prompt", "invalid_type");
+  const auto list = With(false, "prompt", json::array({true}));
+  ExpectRefused(list, "prompt", "invalid_type");
+  EXPECT_EQ(std::get<ApiError>(list).message,
+            "Invalid type for 'prompt': expected a string, token ids, or a list of either.");
   ExpectRefused(With(false, "best_of", 0), "best_of", "invalid_value");
   ExpectRefused(With(false, "best_of", 129), "best_of", "invalid_value");
   ExpectRefused(With(false, "echo", 1), "echo", "invalid_type");
@@ -328,6 +364,8 @@ TEST(ApiRequest, MessagesTakeTextAndListsOfTextParts) {
                 "unsupported_parameter");
   ExpectRefused(parse(R"([{"role": "user", "content": [{"type": "image_url"}]}])"),
                 "messages[0].content[0].type", "unsupported_parameter");
+  ExpectRefused(parse(R"([{"role": "user", "content": [{"text": "a"}]}])"),
+                "messages[0].content[0].type", "missing_required_parameter");
   ExpectRefused(parse(R"([{"role": "user", "content": [{"type": "text", "text": 1}]}])"),
                 "messages[0].content[0].text", "invalid_type");
   ExpectRefused(parse(R"([{"role": "user"}])"), "messages[0].content",

@@ -55,6 +55,15 @@ TEST(Utf8, IllFormedPartsAreReplacedAsPythonDoes) {
   }
 }
 
+TEST(Utf8, ShortTextsStayAndLongOnesEndWithAWholeCharacter) {
+  EXPECT_EQ(ShortenUtf8("", 3), "");
+  EXPECT_EQ(ShortenUtf8("abc", 3), "abc");
+  EXPECT_EQ(ShortenUtf8("abcd", 3), "abc...");
+  EXPECT_EQ(ShortenUtf8("a\u00e9\u00e9", 3), "a\u00e9...");
+  EXPECT_EQ(ShortenUtf8("a\u00e9\u00e9", 4), "a\u00e9...");
+  EXPECT_EQ(ShortenUtf8("\U0001f600", 3), "...");
+}
+
 TEST(Utf8, JsonStringsEscapeWhatJsonForbids) {
   EXPECT_EQ(QuoteJson("a\"b\\c\n\x01\x7f\xFF"), "\"a\\\"b\\\\c\\n\\u0001\x7f\xEF\xBF\xBD\"");
 }

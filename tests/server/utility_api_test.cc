@@ -191,7 +191,7 @@ TEST_F(UtilityTest, WhatWouldNotBeHonouredIsRefusedByName) {
 }
 
 TEST_F(UtilityTest, TextsWaitForASlot) {
-  model_.text_slots = std::make_shared<WorkSlots>(1);
+  model_.utility_slots = std::make_shared<WorkSlots>(1, kMaxTextBytes);
   api_ = std::make_unique<UtilityApi>(model_, ServerProps{}, CacheInfo{}, engine_.get());
   const std::vector<std::function<void()>> requests = {
       [&] {
@@ -208,12 +208,21 @@ TEST_F(UtilityTest, TextsWaitForASlot) {
       [&] { ExpectRefused(&UtilityApi::Detokenize, "{", "", "invalid_json"); },
       [&] { ExpectRefused(&UtilityApi::ApplyTemplate, "{", "", "invalid_json"); }};
   for (const auto& request : requests) {
-    auto slot = std::make_unique<WorkSlots::Slot>(*model_.text_slots);
+    auto slot = std::make_unique<WorkSlots::Slot>(*model_.utility_slots, 1);
     auto answered = std::async(std::launch::async, request);
     EXPECT_EQ(answered.wait_for(std::chrono::milliseconds(20)), std::future_status::timeout);
     slot.reset();
     answered.get();
   }
+}
+
+TEST_F(UtilityTest, CompletionsDoNotWaitForTextsOfUtilities) {
+  model_.utility_slots = std::make_shared<WorkSlots>(1, kMaxTextBytes);
+  Metrics metrics("m", CacheInfo{});
+  OpenAiApi completions(model_, engine_.get(), &metrics);
+  const WorkSlots::Slot busy(*model_.utility_slots, 1);
+  const json body = {{"model", "m"}, {"prompt", "a"}, {"max_tokens", 2}};
+  EXPECT_EQ(completions.Complete(Http(body.dump()), false).status, 200);
 }
 
 TEST_F(UtilityTest, TheTokenizerIsDescribed) {
