@@ -434,7 +434,7 @@ Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptio
   return Error{
       ErrorCode::kResourceExhausted,
       "quantizing takes " + item(weights, "the float model, ") +
-          item(statistics, "statistics of the inputs of all matrices (8 K^2 for K inputs), ") +
+          item(statistics, "statistics of the inputs of all matrices (4 K^2 for K inputs), ") +
           item(encoding, "encoding " + largest) + "; " + std::to_string(available) +
           " are available"};
 }

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "kernels/cpu/low_bit_encoder.h"
+#include "kernels/cpu/lower_triangle.h"
 #include "models/files.h"
 #include "models/input_statistics.h"
 #include "models/layer_tensors.h"
@@ -114,9 +115,10 @@ InputStatistics NormalInputs(double sigma) {
   InputStatistics inputs;
   inputs.rows = kRows;
   inputs.cols = kCols;
-  auto* const gram = new double[kCols * kCols]();
-  for (int64_t i = 0; i < kCols; ++i) gram[i * kCols + i] = squares / kCols;
-  inputs.gram = Buffer(reinterpret_cast<std::byte*>(gram), kCols * kCols * 8,
+  constexpr int64_t kElements = TriangleElements(kCols);
+  auto* const gram = new double[kElements]();
+  for (int64_t i = 0; i < kCols; ++i) gram[TriangleElements(i) + i] = squares / kCols;
+  inputs.gram = Buffer(reinterpret_cast<std::byte*>(gram), kElements * 8,
                        [](std::byte* data) { delete[] reinterpret_cast<double*>(data); });
   inputs.magnitudes.Add(x);
   return inputs;
@@ -543,9 +545,10 @@ TEST_F(WeightQuantizerTest, LooksAtItsMemoryBeforeItTakesAny) {
                             " bytes for the float model, "),
             0u)
       << calibrated;
-  // K is 2^19 twice, 256 and 2^20.
-  const std::string statistics = std::to_string(8 * (2 * (1ll << 38) + 256 * 256 + (1ll << 40)));
-  EXPECT_NE(calibrated.find(statistics + " bytes for statistics of the inputs of all matrices (8 "
+  int64_t lower = 0;  // halves of squares, with their diagonals
+  for (const int64_t k : {1 << 19, 256, 1 << 19, 1 << 20}) lower += (k * k + k) / 2;
+  const std::string statistics = std::to_string(8 * lower);
+  EXPECT_NE(calibrated.find(statistics + " bytes for statistics of the inputs of all matrices (4 "
                                          "K^2 for K inputs), "),
             calibrated.npos)
       << calibrated;
