@@ -556,6 +556,33 @@ TEST_F(WeightQuantizerTest, LooksAtItsMemoryBeforeItTakesAny) {
   EXPECT_NEAR(encoding(calibrated), 4 + 0.5 + 10.0 / 32 + 2 * 2 * 2 + 1, 0.01);
 }
 
+TEST_F(WeightQuantizerTest, LooksAtTheMemoryOfMeasuringToo) {
+  const auto source = Open(source_);
+  const LowBitSpec head{.scheme = LowBitScheme::kUniform, .bits = 8, .group_size = 32};
+  for (const auto& coded_head : {std::optional<LowBitSpec>(), std::optional(head)}) {
+    const QuantizeOptions options{.spec = kSpec, .head = coded_head};
+    CalibrationPlan plan{.runs = true, .scored_rows = 2047};
+    EXPECT_TRUE(CheckMemoryToQuantize(*source, options, plan).ok());
+    plan.scored_rows = int64_t{1} << 40;
+    const auto fits = CheckMemoryToQuantize(*source, options, plan);
+    ASSERT_FALSE(fits.ok());
+    EXPECT_EQ(fits.error().code, ErrorCode::kResourceExhausted);
+    std::filesystem::remove_all(output_);
+    std::filesystem::create_directory(output_);
+    Quantized(options);
+    int64_t stored = 0, coded = 0;
+    for (const CheckpointTensor& tensor : source->tensors()) stored += tensor.view.bytes();
+    for (const CheckpointTensor& tensor : Open(output_)->tensors()) coded += tensor.view.bytes();
+    const int64_t logits = plan.scored_rows * source->config().vocab_size * 4;
+    EXPECT_EQ(fits.error().message.find("measuring takes " + std::to_string(stored) +
+                                        " bytes for the float model, " + std::to_string(coded) +
+                                        " bytes for the low-bit model, " + std::to_string(logits) +
+                                        " bytes for the logits of a text; "),
+              0u)
+        << fits.error().message;
+  }
+}
+
 TEST_F(WeightQuantizerTest, RefusesWhatItCannotQuantize) {
   const auto no_groups = Quantize({.spec = {.group_size = 64}});
   ASSERT_FALSE(no_groups.ok());
