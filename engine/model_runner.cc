@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/page_budget.h"
+#include "engine/sealed_group_counter.h"
 #include "kernels/backend.h"
 #include "models/llama.h"
 
@@ -103,24 +104,21 @@ ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_con
           .max_context = max_context};
 }
 
-bool HasHybridGroups(const KvLayerLayout& layer) {
-  return layer.key.mode == QuantMode::kHybrid || layer.value.mode == QuantMode::kHybrid;
-}
-
 // A cache on its device.
 struct CacheMemory {
   std::unique_ptr<KvCache> cache;
-  Buffer page;  // a sealed page of all layers, for the host; empty if it can read the cache
+  SealedGroupCounter sealed_groups;
 };
 
 Result<CacheMemory> AllocateCache(Backend* backend, ModelPlan* plan) {
-  CacheMemory memory;
-  ASSIGN_OR_RETURN(memory.cache, KvCache::Create(backend, std::move(plan->layout), plan->pools));
-  const KvLayout& layout = memory.cache->layout();
-  if (layout.quantized() && !backend->host_visible()) {
-    ASSIGN_OR_RETURN(memory.page, backend->AllocateForHost(layout.sealed_page_bytes()));
-  }
-  return memory;
+  ASSIGN_OR_RETURN(auto cache, KvCache::Create(backend, std::move(plan->layout), plan->pools));
+  // Rows of a step complete at most so many: a page that each sequence had begun, and whole ones.
+  const EngineOptions& engine = plan->engine;
+  const int64_t most_seals =
+      engine.max_sequences + engine.max_batch_tokens / cache->layout().page_tokens();
+  ASSIGN_OR_RETURN(SealedGroupCounter counter,
+                   SealedGroupCounter::Create(backend, cache->layers(), most_seals));
+  return CacheMemory{std::move(cache), std::move(counter)};
 }
 
 class LlamaRunner final : public ModelRunner {
@@ -128,7 +126,7 @@ class LlamaRunner final : public ModelRunner {
   LlamaRunner(std::shared_ptr<Weights> weights, CacheMemory memory, const EngineOptions& options)
       : weights_(std::move(weights)),
         cache_(std::move(memory.cache)),
-        page_(std::move(memory.page)),
+        sealed_groups_(std::move(memory.sealed_groups)),
         options_(options),
         report_(Report(*weights_, *cache_, options.max_context)) {}
 
@@ -140,7 +138,7 @@ class LlamaRunner final : public ModelRunner {
   int64_t max_logit_rows() const override {
     return std::min(weights_->max_logit_rows, options_.max_batch_tokens);
   }
-  std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
+  std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_.groups(); }
   std::span<const TopLogit> top_logits(int64_t row) const override {
     return weights_->model->top_logits(row);
   }
@@ -169,53 +167,16 @@ class LlamaRunner final : public ModelRunner {
     const Result<void> computed = weights_->backend->Synchronize();
     weights_->in_use = false;
     RETURN_IF_ERROR(computed);
-    RETURN_IF_ERROR(CountGroups(batch));
+    RETURN_IF_ERROR(sealed_groups_.Add(batch.seals));
     return std::span(logits.As<float>(), static_cast<size_t>(logits.shape.num_elements()));
   }
 
  private:
-  Result<void> CountGroups(const ForwardBatch& batch) {
-    const std::vector<PagedKvView>& layers = cache_->layers();
-    sealed_groups_.resize(layers.size());
-    for (const SealItem& seal : batch.seals) {
-      if (page_.bytes() > 0) RETURN_IF_ERROR(ReadPage(seal.sealed_id));
-      std::byte* read = page_.data();
-      for (size_t i = 0; i < layers.size(); ++i) {
-        PagedKvView view = layers[i];
-        int64_t id = seal.sealed_id;
-        if (page_.bytes() > 0) {
-          view.sealed_pages = read;
-          read += view.layout->sealed_page_bytes();
-          id = 0;
-        }
-        const LayerGroups page = CountSealedGroups(view, id);
-        sealed_groups_[i].key.Add(page.key);
-        sealed_groups_[i].value.Add(page.value);
-      }
-    }
-    return {};
-  }
-
-  // Copies a sealed page to host memory, layer after layer. Only hybrid layers have anything in it
-  // that must be counted.
-  Result<void> ReadPage(int64_t sealed_id) {
-    std::byte* to = page_.data();
-    for (const PagedKvView& layer : cache_->layers()) {
-      const int64_t bytes = layer.layout->sealed_page_bytes();
-      if (HasHybridGroups(*layer.layout)) {
-        weights_->backend->ReadToHost(layer.SealedHead(sealed_id, 0), bytes, to);
-      }
-      to += bytes;
-    }
-    return weights_->backend->Synchronize();
-  }
-
   const std::shared_ptr<Weights> weights_;  // first: their device outlives the cache
   const std::unique_ptr<KvCache> cache_;
-  Buffer page_;
+  SealedGroupCounter sealed_groups_;  // since the start
   const EngineOptions options_;
   const ModelReport report_;
-  std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
 };
 
 // All but the checkpoint.
