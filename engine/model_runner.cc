@@ -19,11 +19,15 @@ namespace {
 // cost more than reading the weights once.
 constexpr int64_t kScoreRows = 128;
 
-constexpr int64_t kLeastPageTokens = 32;  // of any layout
-constexpr int64_t kLeastContext = 2;      // tokens: one of a prompt, one of its answer
+constexpr int64_t kLeastContext = 2;  // tokens: one of a prompt, one of its answer
 
 int64_t MaxLogitRows(const EngineOptions& options) {
   return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
+}
+
+// Entries of all page tables of a step.
+int64_t MostPages(const EngineOptions& engine, const KvLayout& layout) {
+  return engine.max_sequences * CeilDiv(engine.max_context, layout.page_tokens());
 }
 
 // What runners share: a loaded model and the device that holds it.
@@ -153,6 +157,8 @@ class LlamaRunner final : public ModelRunner {
     RETURN_IF_ERROR(
         PlanNarrowCache(weights_->model->config(), kv_cache, limits, backend->code_order(), &plan));
     ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(backend, &plan));
+    // What is reserved is for the contexts that there were so far.
+    RETURN_IF_ERROR(weights_->model->ReservePages(MostPages(plan.engine, memory.cache->layout())));
     return std::unique_ptr<ModelRunner>(
         std::make_unique<LlamaRunner>(weights_, std::move(memory), plan.engine));
   }
@@ -210,15 +216,13 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
   weights->backend = std::move(plan.backend);
   ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
   weights->max_logit_rows = MaxLogitRows(engine);
-  // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
-  const int64_t most_pages = CeilDiv(config.max_positions, kLeastPageTokens);
-  ASSIGN_OR_RETURN(weights->model,
-                   make(weights->backend.get(), {.max_rows = engine.max_batch_tokens,
-                                                 .max_logit_rows = weights->max_logit_rows,
-                                                 .format = options.dtype,
-                                                 .progress = options.progress,
-                                                 .max_pages = engine.max_sequences * most_pages,
-                                                 .observe = options.observe}));
+  ASSIGN_OR_RETURN(weights->model, make(weights->backend.get(),
+                                        {.max_rows = engine.max_batch_tokens,
+                                         .max_logit_rows = weights->max_logit_rows,
+                                         .format = options.dtype,
+                                         .progress = options.progress,
+                                         .max_pages = MostPages(engine, memory.cache->layout()),
+                                         .observe = options.observe}));
   return std::unique_ptr<ModelRunner>(
       std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
 }

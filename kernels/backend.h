@@ -208,7 +208,8 @@ class Backend {
   // The same of low-bit parts, which share their spec and input_clip.
   Result<Weight> PackLowBitWeight(std::span<const LowBitMatrix> parts,
                                   std::span<const ConstTensorView> bias_parts);
-  // Readies scratch memory; must be called before the first step, and again before a larger one.
+  // Readies scratch memory; must be called before the first step, and again before a larger one,
+  // also when steps have run. What an earlier call reserved stays, at least.
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
   virtual Result<void> Synchronize() = 0;

@@ -148,6 +148,13 @@ class FusedLlama : public LlamaModel {
     return RunHead(batch, x);
   }
 
+  Result<void> ReservePages(int64_t max_pages) override {
+    if (max_pages <= max_pages_) return {};
+    RETURN_IF_ERROR(ReserveFor(max_pages));
+    max_pages_ = max_pages;
+    return {};
+  }
+
   std::span<const TopLogit> top_logits(int64_t row) const override {
     if (num_top_.empty()) return {};
     const auto* top = reinterpret_cast<const TopLogit*>(act_.top_for_host.data());
@@ -298,12 +305,16 @@ class FusedLlama : public LlamaModel {
 
   Result<void> ReadyStep() {
     RETURN_IF_ERROR(AllocateActivations());
+    return ReserveFor(max_pages_);
+  }
+
+  Result<void> ReserveFor(int64_t max_pages) {
     return backend_->Reserve(
         {.max_rows = std::max(options_.max_rows, options_.max_logit_rows),
          .max_features = std::max({hidden(), query_dim(), config_.intermediate_size}),
          .max_head_dim = config_.head_dim,
          .max_group = config_.num_heads / config_.num_kv_heads,
-         .max_pages = options_.max_pages,
+         .max_pages = max_pages,
          .max_logit_rows = options_.max_logit_rows,
          .max_vocab = config_.vocab_size});
   }
@@ -435,6 +446,7 @@ class FusedLlama : public LlamaModel {
   Backend* const backend_;
   const std::unique_ptr<TensorSource> source_;  // owns the memory of the embedding table
   const LoadOptions options_;
+  int64_t max_pages_ = options_.max_pages;      // of a step; grows
   const std::vector<float> inverse_frequency_;  // [D / 2]
 
   std::string embedding_name_;
