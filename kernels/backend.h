@@ -247,6 +247,10 @@ class Backend {
   void GatherRows(const GatherRowsArgs& args);
   void SelectTop(const SelectTopArgs& args);
 
+ protected:
+  // Makes the bias of a weight whose extents are set, in F32. Errors: resource exhausted.
+  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight);
+
  private:
   // Makes the data and the bias of a weight whose format and extents are set.
   virtual Result<void> DoPackWeight(std::span<const ConstTensorView> parts,

@@ -167,17 +167,6 @@ class CudaBackend final : public Backend {
     return PackBias(bias_parts, weight);
   }
 
-  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
-    if (bias_parts.empty()) return {};
-    std::vector<float> bias;
-    for (const ConstTensorView& part : bias_parts) {
-      for (int64_t i = 0; i < part.shape[0]; ++i) bias.push_back(ElementAsFloat(part, i));
-    }
-    ASSIGN_OR_RETURN(weight->bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
-                                           DType::kF32, Shape{weight->rows}}));
-    return {};
-  }
-
   // Only the operation right after RmsNorm or SwiGlu may rely on `rounded_`: later its F32 memory
   // may be written or be other memory.
   void ForgetRounded() { rounded_from_ = nullptr; }
