@@ -4,7 +4,9 @@
 #include <cmath>
 #include <deque>
 #include <string>
+#include <utility>
 
+#include "kernels/cpu/low_bit_decode.h"
 #include "models/layer_tensors.h"
 #include "models/tensor_source.h"
 
@@ -244,27 +246,15 @@ class FusedLlama : public LlamaModel {
       drop();
       return packed;
     }
-    std::vector<std::unique_ptr<float[]>> decoded;
+    std::vector<Buffer> decoded;
     std::vector<ConstTensorView> weights;
     for (const LowBitMatrix& part : parts) {
-      decoded.push_back(Decode(part));
-      weights.push_back({reinterpret_cast<const std::byte*>(decoded.back().get()), DType::kF32,
-                         Shape{part.rows, part.cols}});
+      ASSIGN_OR_RETURN(Buffer values, DecodeLowBit(part, backend_->threads()));
+      weights.push_back({values.data(), DType::kF32, Shape{part.rows, part.cols}});
+      decoded.push_back(std::move(values));
     }
     drop();
     return backend_->PackWeight(weights, biases, *options_.format);
-  }
-
-  // [N, K].
-  static std::unique_ptr<float[]> Decode(const LowBitMatrix& matrix) {
-    auto values =
-        std::make_unique_for_overwrite<float[]>(static_cast<size_t>(matrix.rows * matrix.cols));
-    for (int64_t n = 0; n < matrix.rows; ++n) {
-      for (int64_t k = 0; k < matrix.cols; ++k) {
-        values[static_cast<size_t>(n * matrix.cols + k)] = matrix.Value(n, k);
-      }
-    }
-    return values;
   }
 
   // The format that holds every part without loss.
