@@ -187,7 +187,8 @@ struct StepLimits {
 // Allocates memory and runs operations in the order of the calls. One thread at a time may call it.
 // Operations are checked at the door (CHECK), may run later, and report through Synchronize.
 // Only the packing of weights, Allocate, Import, Reserve, MeasureReadBandwidth and the default
-// SelectTop allocate.
+// SelectTop allocate; other operations do for what they keep of a shape that they meet first, plans
+// of products and graphs of launches, of which there is a bounded number.
 class Backend {
  public:
   virtual ~Backend() = default;

@@ -113,6 +113,8 @@ class CudaBackend final : public Backend {
     }
     plan_.Reserve(limits.max_rows, limits.max_group, kMaxItems);
     pages_.reserve(static_cast<size_t>(limits.max_pages));
+    norm_ids_.reserve(static_cast<size_t>(limits.max_pages));
+    norm_pages_.reserve(static_cast<size_t>(limits.max_pages));
     targets_.reserve(static_cast<size_t>(limits.max_rows));
     const int64_t tiles = limits.max_rows * limits.max_group;
     seals_.reserve(std::bit_ceil(static_cast<size_t>(limits.max_pages)));
