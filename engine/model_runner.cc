@@ -228,15 +228,20 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
 }
 
 // Bytes of a model's weights in a format, but for those that are held as codes; the table of
-// embeddings is held as BF16 and, where it is the last matrix as well, packed once more.
-int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format) {
+// embeddings is held as BF16 and, where it is the last matrix as well, packed once more, unless
+// that can serve for both.
+int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format,
+                         const Backend& backend) {
   const bool has_codes = config.low_bit && !format;
   const bool has_head_codes = config.low_bit_head && !format;
   const int64_t table = config.vocab_size * config.hidden_size;
   const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table) -
                          (has_codes ? config.num_layer_weights() : 0) -
                          (has_head_codes ? table : 0);
-  return table * DTypeBytes(DType::kBF16) + packed * (format == WeightFormat::kF32 ? 4 : 2) +
+  const bool shared = config.tie_word_embeddings && !config.low_bit_head &&
+                      backend.packs_row_major(config.hidden_size);
+  return (shared ? 0 : table * DTypeBytes(DType::kBF16)) +
+         packed * (format == WeightFormat::kF32 ? 4 : 2) +
          (has_codes ? config.low_bit_bytes() : 0) +
          (has_head_codes ? config.low_bit_head_bytes() : 0);
 }
@@ -252,7 +257,7 @@ Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptio
 Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
                          int64_t cache_bytes) {
   ASSIGN_OR_RETURN(const auto backend, CreateBackend(options.backend));
-  const int64_t weights = LeastWeightBytes(config, options.dtype);
+  const int64_t weights = LeastWeightBytes(config, options.dtype, *backend);
   const int64_t available = backend->available_bytes();
   if (cache_bytes <= available - weights) return {};
   return Error{ErrorCode::kResourceExhausted,

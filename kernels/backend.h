@@ -209,6 +209,9 @@ class Backend {
   // The same of low-bit parts, which share their spec and input_clip.
   Result<Weight> PackLowBitWeight(std::span<const LowBitMatrix> parts,
                                   std::span<const ConstTensorView> bias_parts);
+  // Whether PackWeight leaves rows of K columns as they are: the first N * K elements of its data
+  // are [N, K] row-major in its format, which Embed takes for a table.
+  virtual bool packs_row_major(int64_t /*cols*/) const { return false; }
   // Readies scratch memory; must be called before the first step, and again before a larger one,
   // also when steps have run. What an earlier call reserved stays, at least.
   virtual Result<void> Reserve(const StepLimits& limits) = 0;

@@ -174,16 +174,30 @@ class FusedLlama : public LlamaModel {
     const std::string table = TableName(config_, source_->Has(std::string(kTableName) + ".weight"));
     embedding_name_ = table + ".weight";
     ASSIGN_OR_RETURN(embedding_, source_->Get(embedding_name_, {config_.vocab_size, hidden()}));
-    ASSIGN_OR_RETURN(embedding_buffer_, backend_->Import(embedding_));
-    embedding_.data = embedding_buffer_.data();
-    weight_bytes_ += embedding_buffer_.bytes();
+    const bool shared = IsPackedTable();
+    if (!shared) {
+      ASSIGN_OR_RETURN(embedding_buffer_, backend_->Import(embedding_));
+      embedding_.data = embedding_buffer_.data();
+      weight_bytes_ += embedding_buffer_.bytes();
+    }
     RETURN_IF_ERROR(ReportProgress(1));
 
     layers_.resize(static_cast<size_t>(config_.num_layers));
     for (size_t i = 0; i < layers_.size(); ++i) RETURN_IF_ERROR(BuildLayer(i));
     ASSIGN_OR_RETURN(final_norm_, BuildNorm(kFinalNorm));
     ASSIGN_OR_RETURN(lm_head_, BuildMatrix(HeadOf(config_, table)));
+    if (shared) {
+      embedding_.data = lm_head_.weight.data.data();
+      source_->Drop(embedding_name_);
+    }
     return {};
+  }
+
+  // Whether the head will hold the table as it is stored.
+  bool IsPackedTable() const {
+    const WeightFormat stored = StoredFormat({embedding_});
+    return config_.tie_word_embeddings && !config_.low_bit_head &&
+           options_.format.value_or(stored) == stored && backend_->packs_row_major(hidden());
   }
 
   Result<void> BuildLayer(size_t index) {
@@ -440,8 +454,8 @@ class FusedLlama : public LlamaModel {
   const std::vector<float> inverse_frequency_;  // [D / 2]
 
   std::string embedding_name_;
-  Buffer embedding_buffer_;
-  ConstTensorView embedding_;             // [V, C] over embedding_buffer_
+  Buffer embedding_buffer_;               // empty where the head holds the table
+  ConstTensorView embedding_;             // [V, C] over one of the two
   std::deque<std::vector<float>> norms_;  // memory that the norms' buffers may borrow
   std::vector<Layer> layers_;
   Buffer final_norm_;  // [C]

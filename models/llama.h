@@ -62,7 +62,7 @@ class LlamaModel {
   // Bytes of packed weights.
   virtual int64_t weight_bytes() const = 0;
   // Bytes of those that a step with logits reads: all but the table of embeddings, of which it
-  // reads a row for each token.
+  // reads a row for each token, unless the last matrix holds that.
   virtual int64_t step_weight_bytes() const = 0;
 
   // Runs one step: appends, computes norms, seals and attends in every layer of `layers`

@@ -57,6 +57,7 @@ class CudaBackend final : public Backend {
   CodeOrder code_order() const override { return CodeOrder::kMmaFragment; }
   bool deterministic() const override { return cublas_ == nullptr; }
   bool host_visible() const override { return false; }
+  bool packs_row_major(int64_t cols) const override { return cols % kMatMulUnit == 0; }
   int64_t available_bytes() const override {
     size_t available = 0, total = 0;
     if (cudaMemGetInfo(&available, &total) != cudaSuccess) return Backend::available_bytes();

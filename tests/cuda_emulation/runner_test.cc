@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -13,7 +14,8 @@ namespace {
 
 constexpr int64_t kLongContext = 512, kShortContext = 64;
 
-std::unique_ptr<ModelRunner> CudaRunner(int64_t max_context) {
+std::unique_ptr<ModelRunner> CudaRunner(int64_t max_context, bool tied = false,
+                                        std::optional<WeightFormat> format = {}) {
   ModelConfig config;
   config.hidden_size = 32;
   config.intermediate_size = 48;
@@ -23,7 +25,9 @@ std::unique_ptr<ModelRunner> CudaRunner(int64_t max_context) {
   config.head_dim = 64;
   config.vocab_size = 50;
   config.max_positions = kLongContext;
+  config.tie_word_embeddings = tied;
   ModelRunnerOptions options;
+  options.dtype = format;
   options.backend.device = "cuda";
   options.kv_cache.memory_bytes = int64_t{8} << 20;
   options.engine.max_context = max_context;
@@ -61,6 +65,23 @@ TEST(CudaRunner, GrowsWithALongerContext) {
   EXPECT_EQ(LastLogits(*runner, kShortContext), before);
   EXPECT_EQ(LastLogits(*CudaRunner(kLongContext), kLongContext), grown);
   EXPECT_EQ(LastLogits(*longer, kLongContext), grown);
+}
+
+// Logits of a tied model are held to other implementations' by GoldenTest.
+TEST(CudaRunner, ATiedTableLiesInMemoryOnce) {
+  constexpr int64_t kTable = 50 * 32;
+  const auto bytes = [](bool tied, std::optional<WeightFormat> format) {
+    const auto runner = CudaRunner(kShortContext, tied, format);
+    LastLogits(*runner, kShortContext);
+    EXPECT_EQ(runner->report().weight_bytes - runner->report().step_weight_bytes,
+              tied && format != WeightFormat::kF32 ? 0 : kTable * 2);
+    return runner->report().weight_bytes;
+  };
+  for (const auto& format : {std::optional<WeightFormat>(), std::optional(WeightFormat::kBF16)}) {
+    EXPECT_EQ(bytes(false, format) - bytes(true, format), kTable * 2);
+  }
+  EXPECT_EQ(bytes(false, WeightFormat::kF32), bytes(true, WeightFormat::kF32))
+      << "the head is another format than the table";
 }
 
 }  // namespace
