@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/page_budget.h"
+#include "engine/sealed_group_counter.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/host_threads.h"
 #include "models/llama.h"
@@ -20,11 +21,15 @@ namespace {
 // cost more than reading the weights once.
 constexpr int64_t kScoreRows = 128;
 
-constexpr int64_t kLeastPageTokens = 32;  // of any layout
-constexpr int64_t kLeastContext = 2;      // tokens: one of a prompt, one of its answer
+constexpr int64_t kLeastContext = 2;  // tokens: one of a prompt, one of its answer
 
 int64_t MaxLogitRows(const EngineOptions& options) {
   return std::min(options.max_sequences + kScoreRows, options.max_batch_tokens);
+}
+
+// Entries of all page tables of a step.
+int64_t MostPages(const EngineOptions& engine, const KvLayout& layout) {
+  return engine.max_sequences * CeilDiv(engine.max_context, layout.page_tokens());
 }
 
 // What runners share: a loaded model and the device that holds it.
@@ -115,24 +120,21 @@ ModelReport Report(const Weights& weights, const KvCache& cache, int64_t max_con
           .max_context = max_context};
 }
 
-bool HasHybridGroups(const KvLayerLayout& layer) {
-  return layer.key.mode == QuantMode::kHybrid || layer.value.mode == QuantMode::kHybrid;
-}
-
 // A cache on its device.
 struct CacheMemory {
   std::unique_ptr<KvCache> cache;
-  Buffer page;  // a sealed page of all layers, for the host; empty if it can read the cache
+  SealedGroupCounter sealed_groups;
 };
 
 Result<CacheMemory> AllocateCache(Backend* backend, ModelPlan* plan) {
-  CacheMemory memory;
-  ASSIGN_OR_RETURN(memory.cache, KvCache::Create(backend, std::move(plan->layout), plan->pools));
-  const KvLayout& layout = memory.cache->layout();
-  if (layout.quantized() && !backend->host_visible()) {
-    ASSIGN_OR_RETURN(memory.page, backend->AllocateForHost(layout.sealed_page_bytes()));
-  }
-  return memory;
+  ASSIGN_OR_RETURN(auto cache, KvCache::Create(backend, std::move(plan->layout), plan->pools));
+  // Rows of a step complete at most so many: a page that each sequence had begun, and whole ones.
+  const EngineOptions& engine = plan->engine;
+  const int64_t most_seals =
+      engine.max_sequences + engine.max_batch_tokens / cache->layout().page_tokens();
+  ASSIGN_OR_RETURN(SealedGroupCounter counter,
+                   SealedGroupCounter::Create(backend, cache->layers(), most_seals));
+  return CacheMemory{std::move(cache), std::move(counter)};
 }
 
 class LlamaRunner final : public ModelRunner {
@@ -140,7 +142,7 @@ class LlamaRunner final : public ModelRunner {
   LlamaRunner(std::shared_ptr<Weights> weights, CacheMemory memory, const EngineOptions& options)
       : weights_(std::move(weights)),
         cache_(std::move(memory.cache)),
-        page_(std::move(memory.page)),
+        sealed_groups_(std::move(memory.sealed_groups)),
         options_(options),
         report_(Report(*weights_, *cache_, options.max_context)) {}
 
@@ -156,7 +158,7 @@ class LlamaRunner final : public ModelRunner {
     const Backend& backend = *weights_->backend;
     return backend.host_visible() ? backend.threads() : UsableCores();
   }
-  std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_; }
+  std::vector<LayerGroups> sealed_groups() const override { return sealed_groups_.groups(); }
   std::span<const TopLogit> top_logits(int64_t row) const override {
     return weights_->model->top_logits(row);
   }
@@ -171,6 +173,8 @@ class LlamaRunner final : public ModelRunner {
     RETURN_IF_ERROR(
         PlanNarrowCache(weights_->model->config(), kv_cache, limits, backend->code_order(), &plan));
     ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(backend, &plan));
+    // What is reserved is for the contexts that there were so far.
+    RETURN_IF_ERROR(weights_->model->ReservePages(MostPages(plan.engine, memory.cache->layout())));
     return std::unique_ptr<ModelRunner>(
         std::make_unique<LlamaRunner>(weights_, std::move(memory), plan.engine));
   }
@@ -185,65 +189,33 @@ class LlamaRunner final : public ModelRunner {
     const Result<void> computed = weights_->backend->Synchronize();
     weights_->in_use = false;
     RETURN_IF_ERROR(computed);
-    RETURN_IF_ERROR(CountGroups(batch));
+    RETURN_IF_ERROR(sealed_groups_.Add(batch.seals));
     return std::span(logits.As<float>(), static_cast<size_t>(logits.shape.num_elements()));
   }
 
  private:
-  Result<void> CountGroups(const ForwardBatch& batch) {
-    const std::vector<PagedKvView>& layers = cache_->layers();
-    sealed_groups_.resize(layers.size());
-    for (const SealItem& seal : batch.seals) {
-      if (page_.bytes() > 0) RETURN_IF_ERROR(ReadPage(seal.sealed_id));
-      std::byte* read = page_.data();
-      for (size_t i = 0; i < layers.size(); ++i) {
-        PagedKvView view = layers[i];
-        int64_t id = seal.sealed_id;
-        if (page_.bytes() > 0) {
-          view.sealed_pages = read;
-          read += view.layout->sealed_page_bytes();
-          id = 0;
-        }
-        const LayerGroups page = CountSealedGroups(view, id);
-        sealed_groups_[i].key.Add(page.key);
-        sealed_groups_[i].value.Add(page.value);
-      }
-    }
-    return {};
-  }
-
-  // Copies a sealed page to host memory, layer after layer. Only hybrid layers have anything in it
-  // that must be counted.
-  Result<void> ReadPage(int64_t sealed_id) {
-    std::byte* to = page_.data();
-    for (const PagedKvView& layer : cache_->layers()) {
-      const int64_t bytes = layer.layout->sealed_page_bytes();
-      if (HasHybridGroups(*layer.layout)) {
-        weights_->backend->ReadToHost(layer.SealedHead(sealed_id, 0), bytes, to);
-      }
-      to += bytes;
-    }
-    return weights_->backend->Synchronize();
-  }
-
   const std::shared_ptr<Weights> weights_;  // first: their device outlives the cache
   const std::unique_ptr<KvCache> cache_;
-  Buffer page_;
+  SealedGroupCounter sealed_groups_;  // since the start
   const EngineOptions options_;
   const ModelReport report_;
-  std::vector<LayerGroups> sealed_groups_;  // since the start, per layer
 };
 
 // Bytes of a model's weights in a format, but for those that are held as codes; the table of
-// embeddings is held as BF16 and, where it is the last matrix as well, packed once more.
-int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format) {
+// embeddings is held as BF16 and, where it is the last matrix as well, packed once more, unless
+// that can serve for both.
+int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> format,
+                         const Backend& backend) {
   const bool has_codes = config.low_bit && !format;
   const bool has_head_codes = config.low_bit_head && !format;
   const int64_t table = config.vocab_size * config.hidden_size;
   const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table) -
                          (has_codes ? config.num_layer_weights() : 0) -
                          (has_head_codes ? table : 0);
-  return table * DTypeBytes(DType::kBF16) + packed * (format == WeightFormat::kF32 ? 4 : 2) +
+  const bool shared = config.tie_word_embeddings && !config.low_bit_head &&
+                      backend.packs_row_major(config.hidden_size);
+  return (shared ? 0 : table * DTypeBytes(DType::kBF16)) +
+         packed * (format == WeightFormat::kF32 ? 4 : 2) +
          (has_codes ? config.low_bit_bytes() : 0) +
          (has_head_codes ? config.low_bit_head_bytes() : 0);
 }
@@ -255,7 +227,7 @@ Result<int64_t> FreeForCache(const ModelConfig& config, const ModelRunnerOptions
                              const Backend& backend) {
   constexpr int64_t kLeastForSteps = int64_t{512} << 20;
   const int64_t available = backend.available_bytes();
-  const int64_t weights = LeastWeightBytes(config, options.dtype);
+  const int64_t weights = LeastWeightBytes(config, options.dtype, backend);
   const int64_t left = available - weights;
   if (left > 0) {
     if (backend.host_visible()) return left / 2;
@@ -305,15 +277,13 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
   weights->backend = std::move(plan.backend);
   ASSIGN_OR_RETURN(CacheMemory memory, AllocateCache(weights->backend.get(), &plan));
   weights->max_logit_rows = MaxLogitRows(engine);
-  // Of any cache that the weights may meet: WithCache can have other pages and a longer context.
-  const int64_t most_pages = CeilDiv(config.max_positions, kLeastPageTokens);
-  ASSIGN_OR_RETURN(weights->model,
-                   make(weights->backend.get(), {.max_rows = engine.max_batch_tokens,
-                                                 .max_logit_rows = weights->max_logit_rows,
-                                                 .format = options.dtype,
-                                                 .progress = options.progress,
-                                                 .max_pages = engine.max_sequences * most_pages,
-                                                 .observe = options.observe}));
+  ASSIGN_OR_RETURN(weights->model, make(weights->backend.get(),
+                                        {.max_rows = engine.max_batch_tokens,
+                                         .max_logit_rows = weights->max_logit_rows,
+                                         .format = options.dtype,
+                                         .progress = options.progress,
+                                         .max_pages = MostPages(engine, memory.cache->layout()),
+                                         .observe = options.observe}));
   return std::unique_ptr<ModelRunner>(
       std::make_unique<LlamaRunner>(weights, std::move(memory), engine));
 }
@@ -329,7 +299,7 @@ Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptio
 Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
                          int64_t cache_bytes) {
   ASSIGN_OR_RETURN(const auto backend, CreateBackend(options.backend));
-  const int64_t weights = LeastWeightBytes(config, options.dtype);
+  const int64_t weights = LeastWeightBytes(config, options.dtype, *backend);
   const int64_t available = backend->available_bytes();
   if (cache_bytes <= available - weights) return {};
   return Error{ErrorCode::kResourceExhausted,

@@ -90,6 +90,24 @@ Result<Weight> Backend::PackWeight(std::span<const ConstTensorView> parts,
   return weight;
 }
 
+Result<void> Backend::PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
+  if (bias_parts.empty()) return {};
+  std::vector<float> bias;
+  for (const ConstTensorView& part : bias_parts) {
+    for (int64_t i = 0; i < part.shape[0]; ++i) bias.push_back(ElementAsFloat(part, i));
+  }
+  const ConstTensorView host{reinterpret_cast<const std::byte*>(bias.data()), DType::kF32,
+                             Shape{weight->rows}};
+  if (!host_visible()) {
+    ASSIGN_OR_RETURN(weight->bias, Import(host));
+    return {};
+  }
+  // Import may borrow.
+  ASSIGN_OR_RETURN(weight->bias, Allocate(host.bytes()));
+  std::memcpy(weight->bias.data(), host.data, static_cast<size_t>(host.bytes()));
+  return {};
+}
+
 Result<Weight> Backend::PackLowBitWeight(std::span<const LowBitMatrix> parts,
                                          std::span<const ConstTensorView> bias_parts) {
   CHECK(!parts.empty(), "PackLowBitWeight: no parts");

@@ -187,7 +187,8 @@ struct StepLimits {
 // Allocates memory and runs operations in the order of the calls. One thread at a time may call it.
 // Operations are checked at the door (CHECK), may run later, and report through Synchronize.
 // Only the packing of weights, Allocate, Import, Reserve, MeasureReadBandwidth and the default
-// SelectTop allocate.
+// SelectTop allocate; other operations do for what they keep of a shape that they meet first, plans
+// of products and graphs of launches, of which there is a bounded number.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -208,7 +209,11 @@ class Backend {
   // The same of low-bit parts, which share their spec and input_clip.
   Result<Weight> PackLowBitWeight(std::span<const LowBitMatrix> parts,
                                   std::span<const ConstTensorView> bias_parts);
-  // Readies scratch memory; must be called before the first step, and again before a larger one.
+  // Whether PackWeight leaves rows of K columns as they are: the first N * K elements of its data
+  // are [N, K] row-major in its format, which Embed takes for a table.
+  virtual bool packs_row_major(int64_t /*cols*/) const { return false; }
+  // Readies scratch memory; must be called before the first step, and again before a larger one,
+  // also when steps have run. What an earlier call reserved stays, at least.
   virtual Result<void> Reserve(const StepLimits& limits) = 0;
   // Waits for all operations; returns the first error since the last call, and clears it.
   virtual Result<void> Synchronize() = 0;
@@ -245,6 +250,10 @@ class Backend {
   void SwiGlu(const SwiGluArgs& args);
   void GatherRows(const GatherRowsArgs& args);
   void SelectTop(const SelectTopArgs& args);
+
+ protected:
+  // Makes the bias of a weight whose extents are set, in F32. Errors: resource exhausted.
+  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight);
 
  private:
   // Makes the data and the bias of a weight whose format and extents are set.

@@ -66,16 +66,6 @@ class ReferenceBackend final : public Backend {
     return PackBias(bias_parts, weight);
   }
 
-  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
-    if (bias_parts.empty()) return {};
-    ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
-    float* bias = reinterpret_cast<float*>(weight->bias.data());
-    for (const ConstTensorView& part : bias_parts) {
-      for (int64_t i = 0; i < part.shape.num_elements(); ++i) *bias++ = ElementAsFloat(part, i);
-    }
-    return {};
-  }
-
   // [N, K] F32: T * l, exact.
   Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
                                   std::span<const ConstTensorView> bias_parts,

@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/gram.h"
 #include "kernels/cpu/host_memory.h"
+#include "kernels/cpu/lower_triangle.h"
 #include "models/layer_tensors.h"
 
 namespace innerq {
@@ -21,7 +22,9 @@ double BinEnd(size_t bin) {
 }
 double BinMiddle(size_t bin) { return bin == 0 ? 0 : (BinEnd(bin) + BinEnd(bin + 1)) / 2; }
 
-int64_t GramBytes(int64_t cols) { return cols * cols * static_cast<int64_t>(sizeof(double)); }
+int64_t GramBytes(int64_t cols) {
+  return TriangleElements(cols) * static_cast<int64_t>(sizeof(double));
+}
 
 }  // namespace
 
@@ -56,7 +59,7 @@ double MagnitudeHistogram::largest() const {
 
 double InputStatistics::sigma() const {
   double squares = 0;
-  for (int64_t i = 0; i < cols; ++i) squares += hessian()[i * cols + i];
+  for (int64_t i = 0; i < cols; ++i) squares += hessian()[TriangleElements(i) + i];
   return std::sqrt(squares / static_cast<double>(std::max<int64_t>(rows * cols, 1)));
 }
 

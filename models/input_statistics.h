@@ -33,7 +33,7 @@ class MagnitudeHistogram {
 struct InputStatistics {
   int64_t rows = 0;  // M
   int64_t cols = 0;  // K
-  Buffer gram;       // X^T X [K][K] double
+  Buffer gram;       // the lower triangle of X^T X [K][K], double, as AddGram has it
   MagnitudeHistogram magnitudes;
 
   const double* hessian() const { return reinterpret_cast<const double*>(gram.data()); }
@@ -52,7 +52,7 @@ Result<InputClip> LearnInputClip(const InputStatistics& inputs, const LowBitSpec
 // Gathers the statistics of all layers' matrices. One thread.
 class InputCollector {
  public:
-  // Bytes that it takes: 8 K^2 for each stack.
+  // Bytes that it takes: 4 K (K + 1) for each stack.
   static int64_t Bytes(const ModelConfig& config);
   // Errors: resource exhausted.
   static Result<std::unique_ptr<InputCollector>> Create(const ModelConfig& config, int threads);

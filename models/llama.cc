@@ -4,7 +4,9 @@
 #include <cmath>
 #include <deque>
 #include <string>
+#include <utility>
 
+#include "kernels/cpu/low_bit_decode.h"
 #include "models/layer_tensors.h"
 #include "models/tensor_source.h"
 
@@ -148,6 +150,13 @@ class FusedLlama : public LlamaModel {
     return RunHead(batch, x);
   }
 
+  Result<void> ReservePages(int64_t max_pages) override {
+    if (max_pages <= max_pages_) return {};
+    RETURN_IF_ERROR(ReserveFor(max_pages));
+    max_pages_ = max_pages;
+    return {};
+  }
+
   std::span<const TopLogit> top_logits(int64_t row) const override {
     if (num_top_.empty()) return {};
     const auto* top = reinterpret_cast<const TopLogit*>(act_.top_for_host.data());
@@ -165,16 +174,30 @@ class FusedLlama : public LlamaModel {
     const std::string table = TableName(config_, source_->Has(std::string(kTableName) + ".weight"));
     embedding_name_ = table + ".weight";
     ASSIGN_OR_RETURN(embedding_, source_->Get(embedding_name_, {config_.vocab_size, hidden()}));
-    ASSIGN_OR_RETURN(embedding_buffer_, backend_->Import(embedding_));
-    embedding_.data = embedding_buffer_.data();
-    weight_bytes_ += embedding_buffer_.bytes();
+    const bool shared = IsPackedTable();
+    if (!shared) {
+      ASSIGN_OR_RETURN(embedding_buffer_, backend_->Import(embedding_));
+      embedding_.data = embedding_buffer_.data();
+      weight_bytes_ += embedding_buffer_.bytes();
+    }
     RETURN_IF_ERROR(ReportProgress(1));
 
     layers_.resize(static_cast<size_t>(config_.num_layers));
     for (size_t i = 0; i < layers_.size(); ++i) RETURN_IF_ERROR(BuildLayer(i));
     ASSIGN_OR_RETURN(final_norm_, BuildNorm(kFinalNorm));
     ASSIGN_OR_RETURN(lm_head_, BuildMatrix(HeadOf(config_, table)));
+    if (shared) {
+      embedding_.data = lm_head_.weight.data.data();
+      source_->Drop(embedding_name_);
+    }
     return {};
+  }
+
+  // Whether the head will hold the table as it is stored.
+  bool IsPackedTable() const {
+    const WeightFormat stored = StoredFormat({embedding_});
+    return config_.tie_word_embeddings && !config_.low_bit_head &&
+           options_.format.value_or(stored) == stored && backend_->packs_row_major(hidden());
   }
 
   Result<void> BuildLayer(size_t index) {
@@ -237,27 +260,15 @@ class FusedLlama : public LlamaModel {
       drop();
       return packed;
     }
-    std::vector<std::unique_ptr<float[]>> decoded;
+    std::vector<Buffer> decoded;
     std::vector<ConstTensorView> weights;
     for (const LowBitMatrix& part : parts) {
-      decoded.push_back(Decode(part));
-      weights.push_back({reinterpret_cast<const std::byte*>(decoded.back().get()), DType::kF32,
-                         Shape{part.rows, part.cols}});
+      ASSIGN_OR_RETURN(Buffer values, DecodeLowBit(part, backend_->threads()));
+      weights.push_back({values.data(), DType::kF32, Shape{part.rows, part.cols}});
+      decoded.push_back(std::move(values));
     }
     drop();
     return backend_->PackWeight(weights, biases, *options_.format);
-  }
-
-  // [N, K].
-  static std::unique_ptr<float[]> Decode(const LowBitMatrix& matrix) {
-    auto values =
-        std::make_unique_for_overwrite<float[]>(static_cast<size_t>(matrix.rows * matrix.cols));
-    for (int64_t n = 0; n < matrix.rows; ++n) {
-      for (int64_t k = 0; k < matrix.cols; ++k) {
-        values[static_cast<size_t>(n * matrix.cols + k)] = matrix.Value(n, k);
-      }
-    }
-    return values;
   }
 
   // The format that holds every part without loss.
@@ -298,12 +309,16 @@ class FusedLlama : public LlamaModel {
 
   Result<void> ReadyStep() {
     RETURN_IF_ERROR(AllocateActivations());
+    return ReserveFor(max_pages_);
+  }
+
+  Result<void> ReserveFor(int64_t max_pages) {
     return backend_->Reserve(
         {.max_rows = std::max(options_.max_rows, options_.max_logit_rows),
          .max_features = std::max({hidden(), query_dim(), config_.intermediate_size}),
          .max_head_dim = config_.head_dim,
          .max_group = config_.num_heads / config_.num_kv_heads,
-         .max_pages = options_.max_pages,
+         .max_pages = max_pages,
          .max_logit_rows = options_.max_logit_rows,
          .max_vocab = config_.vocab_size});
   }
@@ -435,11 +450,12 @@ class FusedLlama : public LlamaModel {
   Backend* const backend_;
   const std::unique_ptr<TensorSource> source_;  // owns the memory of the embedding table
   const LoadOptions options_;
+  int64_t max_pages_ = options_.max_pages;      // of a step; grows
   const std::vector<float> inverse_frequency_;  // [D / 2]
 
   std::string embedding_name_;
-  Buffer embedding_buffer_;
-  ConstTensorView embedding_;             // [V, C] over embedding_buffer_
+  Buffer embedding_buffer_;               // empty where the head holds the table
+  ConstTensorView embedding_;             // [V, C] over one of the two
   std::deque<std::vector<float>> norms_;  // memory that the norms' buffers may borrow
   std::vector<Layer> layers_;
   Buffer final_norm_;  // [C]

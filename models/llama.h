@@ -25,7 +25,8 @@ struct LoadOptions {
   // Called with (tensors done, tensors in all) as weights are packed; false ends it with the error
   // "cancelled". May be empty.
   std::function<bool(int64_t, int64_t)> progress;
-  int64_t max_pages = StepLimits{}.max_pages;  // of a step, of all sequences together
+  // Of a step, of all sequences together, unless ReservePages makes it more.
+  int64_t max_pages = StepLimits{}.max_pages;
   // Is shown the inputs x [M, K] F32 of each product with matrices of the layers, named as in
   // "<name>.weight" (those that are stacked share their inputs), before it runs, where the host
   // sees the backend's memory. May be empty.
@@ -61,7 +62,7 @@ class LlamaModel {
   // Bytes of packed weights.
   virtual int64_t weight_bytes() const = 0;
   // Bytes of those that a step with logits reads: all but the table of embeddings, of which it
-  // reads a row for each token.
+  // reads a row for each token, unless the last matrix holds that.
   virtual int64_t step_weight_bytes() const = 0;
 
   // Runs one step: appends, computes norms, seals and attends in every layer of `layers`
@@ -70,6 +71,9 @@ class LlamaModel {
   // call Backend::Synchronize before reading.
   virtual ConstTensorView Forward(const ForwardBatch& batch, const KvLayout& layout,
                                   std::span<const PagedKvView> layers) = 0;
+  // Readies the backend for steps of so many pages, of all sequences together, where it was not
+  // yet. Errors: resource exhausted; steps as before are still possible.
+  virtual Result<void> ReservePages(int64_t max_pages) = 0;
   // The batch.num_top[row] largest of the last step's logits `row`, as SelectTop orders them; empty
   // if Forward returned all. Valid as long as that.
   virtual std::span<const TopLogit> top_logits(int64_t row) const = 0;

@@ -11,6 +11,7 @@
 #include <iterator>
 #include <map>
 #include <optional>
+#include <set>
 #include <span>
 #include <system_error>
 
@@ -134,6 +135,44 @@ int64_t EncodingBytes(const EncodeLowBitArgs& args, bool has_hessian) {
   const int64_t encoding = floats + EncodeLowBitBytes(args, has_hessian);
   if (!has_hessian) return encoding;
   return std::max(FactorHessianBytes(cols), FeedbackFactorBytes(cols) + encoding);
+}
+
+// Bytes of all tensors as the low-bit model has them.
+int64_t LowBitModelBytes(const Checkpoint& source, const QuantizeOptions& options) {
+  ModelConfig config = source.config();
+  config.low_bit = options.spec;
+  config.low_bit_head = options.head;
+  int64_t bytes = config.low_bit_bytes() + (options.head ? config.low_bit_head_bytes() : 0);
+  std::set<std::string> coded;  // and held as nothing else
+  for (const Stack& stack : LayerStacks(config)) {
+    for (const Part& part : stack.parts) coded.insert(part.name + ".weight");
+  }
+  if (options.head && !config.tie_word_embeddings) coded.insert(std::string(kHeadName) + ".weight");
+  for (const CheckpointTensor& tensor : source.tensors()) {
+    if (!coded.contains(tensor.name)) bytes += tensor.view.bytes();
+  }
+  return bytes;
+}
+
+// Something that takes memory.
+struct MemoryItem {
+  int64_t bytes = 0;
+  std::string what;
+};
+
+int64_t TotalBytes(std::span<const MemoryItem> items) {
+  int64_t bytes = 0;
+  for (const MemoryItem& item : items) bytes += item.bytes;
+  return bytes;
+}
+
+std::string DescribeItems(std::span<const MemoryItem> items) {
+  std::string text;
+  for (const MemoryItem& item : items) {
+    if (item.bytes == 0) continue;
+    text += (text.empty() ? "" : ", ") + std::to_string(item.bytes) + " bytes for " + item.what;
+  }
+  return text;
 }
 
 // Reads a checkpoint's tensors in the order of their names and writes what becomes of them.
@@ -428,17 +467,24 @@ Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptio
   // q, k and v are not encoded one after the other: their factor may be there as well.
   if (plan.calibrates) encoding += FeedbackFactorBytes(config.hidden_size);
   const int64_t statistics = plan.calibrates ? InputCollector::Bytes(config) : 0;
-  const int64_t needed = weights + statistics + encoding, available = AvailableHostBytes();
-  if (needed <= available) return {};
-  const auto item = [](int64_t bytes, const std::string& what) {
-    return bytes == 0 ? "" : std::to_string(bytes) + " bytes for " + what;
-  };
-  return Error{
-      ErrorCode::kResourceExhausted,
-      "quantizing takes " + item(weights, "the float model, ") +
-          item(statistics, "statistics of the inputs of all matrices (8 K^2 for K inputs), ") +
-          item(encoding, "encoding " + largest) + "; " + std::to_string(available) +
-          " are available"};
+  const std::vector<MemoryItem> quantizing = {
+      {weights, "the float model"},
+      {statistics, "statistics of the inputs of all matrices (4 K^2 for K inputs)"},
+      {encoding, "encoding " + largest}};
+  std::vector<MemoryItem> measuring;
+  if (plan.scored_rows > 0) {
+    measuring = {
+        {weights, "the float model"},
+        {LowBitModelBytes(source, options), "the low-bit model"},
+        {plan.scored_rows * config.vocab_size * DTypeBytes(DType::kF32), "the logits of a text"}};
+  }
+  const int64_t available = AvailableHostBytes();
+  const bool measuring_is_more = TotalBytes(measuring) > TotalBytes(quantizing);
+  const std::vector<MemoryItem>& most = measuring_is_more ? measuring : quantizing;
+  if (TotalBytes(most) <= available) return {};
+  return Error{ErrorCode::kResourceExhausted,
+               std::string(measuring_is_more ? "measuring" : "quantizing") + " takes " +
+                   DescribeItems(most) + "; " + std::to_string(available) + " are available"};
 }
 
 Result<QuantizedCheckpoint> QuantizeCheckpoint(const Checkpoint& source,

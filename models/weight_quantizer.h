@@ -70,13 +70,17 @@ struct QuantizedCheckpoint {
 // a rule that matches no matrix (param "prune_matrices"); as of LlamaModel::CheckTensors.
 Result<void> CheckQuantizable(const Checkpoint& source, const QuantizeOptions& options);
 
-// Whether the float model runs as well.
+// What happens beside encoding.
 struct CalibrationPlan {
-  bool runs = false;        // the model itself, to calibrate or to measure
+  bool runs = false;        // the float model itself, to calibrate or to measure
   bool calibrates = false;  // so that there will be `inputs`
+  int64_t scored_rows = 0;  // logits of the longest text by which both models are measured after
+                            // it; 0: they are not
 };
-// Looks whether there is memory for the float model, the statistics of its inputs and the encoding
-// of any matrix, before any of it is taken. Errors: resource exhausted, with the sizes.
+// Looks whether there is memory for what is there at once, before any of it is taken: the float
+// model, the statistics of its inputs and the encoding of any matrix; then the float model, the
+// low-bit one and the logits of a text. Errors: resource exhausted, with the sizes of the two that
+// takes more.
 Result<void> CheckMemoryToQuantize(const Checkpoint& source, const QuantizeOptions& options,
                                    const CalibrationPlan& plan);
 

@@ -165,13 +165,17 @@ Result<Material> ReadMaterial(const QuantizeArgs& args, const ModelConfig& confi
 
 Result<void> CheckQuantizeMemory(const Checkpoint& source, const QuantizeOptions& options,
                                  const Material& material) {
-  const bool calibrates = !material.calibration.texts.empty();
-  const Result<void> fits = CheckMemoryToQuantize(
-      source, options, {.runs = !material.evaluation.texts.empty(), .calibrates = calibrates});
-  if (fits || !calibrates) return fits;
-  return Error{
-      fits.error().code,
-      fits.error().message + "; do without --calibration, or use a machine with more memory"};
+  CalibrationPlan plan{.runs = !material.evaluation.texts.empty(),
+                       .calibrates = !material.calibration.texts.empty()};
+  for (const EvalText& text : material.evaluation.texts) {
+    const int64_t scored = std::ssize(text.tokens) - text.first_scored;
+    plan.scored_rows = std::max<int64_t>(plan.scored_rows, scored);
+  }
+  const Result<void> fits = CheckMemoryToQuantize(source, options, plan);
+  if (fits || !plan.runs) return fits;
+  return Error{fits.error().code, fits.error().message +
+                                      "; do without --calibration and --evaluate, or use a machine "
+                                      "with more memory"};
 }
 
 // A runner on loaded weights for one sequence of a window, with a cache of F16.

@@ -7,25 +7,16 @@
 #include "hwy/foreach_target.h"
 // After foreach_target.h.
 #include "kernels/cpu/attention_simd_inl.h"
+#include "kernels/cpu/float16_simd_inl.h"
 #include "kernels/float16.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace innerq {
 namespace HWY_NAMESPACE {
 
-template <class D>
-HWY_INLINE hn::Vec<D> LoadHalf(D d, const uint16_t* x) {
-#if HWY_TARGET == HWY_SCALAR  // Highway's scalar conversion loses infinity and NaN
-  return hn::Set(d, F16ToF32(*x));
-#else
-  const hn::Rebind<hwy::float16_t, D> d16;
-  return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(x)));
-#endif
-}
-
 void HalfToFloat(const uint16_t* x, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) hn::StoreU(LoadHalf(kF32, x + i), kF32, out + i);
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(LoadF16(kF32, x + i), kF32, out + i);
   for (; i < n; ++i) out[i] = F16ToF32(x[i]);
 }
 
@@ -84,7 +75,7 @@ HWY_INLINE void HalfScoresBlock(const HalfScoresArgs& args, int64_t row, int64_t
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at =
             (v / kPanelVectors * dim + d + parity) * kPanelWidth + v % kPanelVectors * kLanes;
-        const Vector k = LoadHalf(kF32, keys + at);
+        const Vector k = LoadF16(kF32, keys + at);
         HWY_UNROLL(8)
         for (int r = 0; r < kRows; ++r) {
           sums[parity][r][v] =
@@ -127,7 +118,7 @@ HWY_INLINE void HalfValuesBlock(const HalfValuesArgs& args, int64_t row, int64_t
   for (int64_t t = 0; t < args.num_tokens; ++t) {
     HWY_UNROLL(8)
     for (int v = 0; v < kVectors; ++v) {
-      const Vector value = LoadHalf(kF32, values + t * args.padded_dim + v * kLanes);
+      const Vector value = LoadF16(kF32, values + t * args.padded_dim + v * kLanes);
       HWY_UNROLL(8)
       for (int r = 0; r < kRows; ++r) {
         sums[r][v] = hn::MulAdd(hn::Set(kF32, p[r * args.p_stride + t]), value, sums[r][v]);

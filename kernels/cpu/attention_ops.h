@@ -93,7 +93,7 @@ struct UnpackArgs {
   int bits = 0;
   int64_t inner = 0;         // extent of the inner axis
   int64_t outer = 0;         // a multiple of 16
-  int64_t group_size = 0;    // N, divides inner, a multiple of 4
+  int64_t group_size = 0;    // N, divides inner, a multiple of 8
   int32_t offset = 0;        // the code that stands for zero where zeros are implied, else 0
   int64_t num_rows = 0;      // R of the products to come
   uint8_t* codes = nullptr;  // memory for [kCodeBytes * outer * inner], readable for a panel more

@@ -237,13 +237,6 @@ HWY_INLINE void JoinBytes(const IntegerRows& rows, int64_t row, int64_t inner, i
   const int8_t* low = rows.Row(row);
   const int64_t block = rows.block;
   for (int64_t begin = 0; begin < inner; begin += block, low += 2 * block) {
-    if (block < 8) {
-      for (int64_t i = 0; i < 4; ++i) {
-        joined[begin + kOrder[i * 2] / 2] =
-            static_cast<int16_t>(low[i] + low[block + i] * (1 << rows.high_shift));
-      }
-      continue;
-    }
     for (int64_t i = 0; i < block; i += 8) {
       const auto high = hn::PromoteTo(d16, hn::LoadU(d8, low + block + i));
       const auto x = hn::Add(hn::PromoteTo(d16, hn::LoadU(d8, low + i)),

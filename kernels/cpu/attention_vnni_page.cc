@@ -14,6 +14,7 @@
 
 #include "kernels/cpu/attention_avx512.h"
 #include "kernels/cpu/attention_weights.h"
+#include "kernels/cpu/vnni_dot.h"
 
 #define INNERQ_TARGET \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")))
@@ -26,14 +27,6 @@ constexpr int64_t kBlockVectors = kMaxBlock / 4;  // of codes of a block of a pa
 constexpr int64_t kRowBytes = 2 * kMaxBlock;      // of a block of a row
 constexpr int64_t kCacheLine = 64;
 constexpr int kQuadRows = 4;  // rows that take a vector of codes one after the other
-
-// sum += codes * x, four bytes a lane, x one quad for all lanes. As an instruction in place: around
-// the intrinsic g++ 12 copies every accumulator twice.
-INNERQ_TARGET inline void AddDot(__m512i& sum, __m512i codes, const int8_t* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sum)
-      : "v"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
-}
 
 INNERQ_TARGET inline __m512 LoadHalves(const std::byte* halves) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));

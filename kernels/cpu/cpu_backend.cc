@@ -124,17 +124,6 @@ class CpuBackend final : public Backend {
     return PackBias(bias_parts, weight);
   }
 
-  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
-    if (bias_parts.empty()) return {};
-    ASSIGN_OR_RETURN(weight->bias, Allocate(weight->rows * 4));
-    float* bias = reinterpret_cast<float*>(weight->bias.data());
-    for (const ConstTensorView& part : bias_parts) {
-      ReadFloats(part, 0, part.shape[0], ops_, bias);
-      bias += part.shape[0];
-    }
-    return {};
-  }
-
   bool UsesDnnl(WeightFormat format) const { return dnnl_ != nullptr && dnnl_->Handles(format); }
 
   // Keeps the first error until Synchronize.

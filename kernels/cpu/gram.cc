@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels/cpu/host_memory.h"
+#include "kernels/cpu/lower_triangle.h"
 
 namespace innerq {
 namespace {
@@ -41,7 +42,8 @@ Result<void> AddGram(const AddGramArgs& args) {
 #pragma omp parallel for num_threads(args.threads)
       for (int64_t i = begin; i < end; ++i) {
         const float* const sums = panel + (i - begin) * end;
-        for (int64_t j = 0; j <= i; ++j) args.gram[i * cols + j] += static_cast<double>(sums[j]);
+        double* const to = args.gram + TriangleElements(i);
+        for (int64_t j = 0; j <= i; ++j) to[j] += static_cast<double>(sums[j]);
       }
     }
   }

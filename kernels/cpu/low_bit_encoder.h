@@ -18,8 +18,8 @@ struct EncodeLowBitArgs {
   int64_t rows = 0;                // N
   int64_t cols = 0;                // K, which spec divides
   const float* weights = nullptr;  // [N][K], finite
-  // H = X^T X [K][K] of inputs X seen in use, to minimize |X W^T - X Q^T|^2; null: the identity.
-  // Only the lower triangle is read.
+  // The lower triangle (lower_triangle.h) of H = X^T X [K][K] of inputs X seen in use, to minimize
+  // |X W^T - X Q^T|^2; null: the identity.
   const double* hessian = nullptr;
   // Of `hessian`, where several matrices share it (low_bit_hessian.h); null: made here.
   const FeedbackFactor* factor = nullptr;

@@ -15,9 +15,12 @@ constexpr int64_t kStrip = 32;  // rows updated by one thread
 constexpr double kDamping = 0.01;
 constexpr int kDampingTries = 4;
 
+// Row k of the lower triangle that a Hessian is given as.
+const double* HessianRow(const double* hessian, int64_t k) { return hessian + TriangleElements(k); }
+
 double MeanDiagonal(const double* hessian, int64_t cols) {
   double sum = 0;
-  for (int64_t k = 0; k < cols; ++k) sum += hessian[k * cols + k];
+  for (int64_t k = 0; k < cols; ++k) sum += HessianRow(hessian, k)[k];
   return sum / static_cast<double>(cols);
 }
 
@@ -82,8 +85,9 @@ Result<FeedbackFactor> FactorOrThrow(const double* hessian, int64_t cols, int th
   LowerTriangle<double> rows(cols);
   for (int attempt = 0; attempt < kDampingTries; ++attempt, damping *= 10) {
     for (int64_t k = 0; k < cols; ++k) {
+      const double* from = HessianRow(hessian, k);
       double* row = rows.Row(k);
-      for (int64_t j = 0; j <= k; ++j) row[j] = hessian[k * cols + j] / scale;
+      for (int64_t j = 0; j <= k; ++j) row[j] = from[j] / scale;
       row[k] += damping;
     }
     if (!Factor(rows, cols, threads)) continue;
@@ -92,7 +96,7 @@ Result<FeedbackFactor> FactorOrThrow(const double* hessian, int64_t cols, int th
       const double* from = rows.Row(k);
       float* to = factor.feedback.Row(k);
       for (int64_t j = 0; j <= k; ++j) to[j] = static_cast<float>(from[j] / from[k]);
-      factor.diagonal.push_back(static_cast<float>(hessian[k * cols + k] / scale + damping));
+      factor.diagonal.push_back(static_cast<float>(HessianRow(hessian, k)[k] / scale + damping));
     }
     return factor;
   }
@@ -133,10 +137,9 @@ ScaledHessian ScaleHessian(const double* hessian, int64_t cols) {
   const double mean = MeanDiagonal(hessian, cols);
   ScaledHessian scaled{mean > 0 ? mean : 1, LowerTriangle<float>(cols)};
   for (int64_t k = 0; k < cols; ++k) {
+    const double* from = HessianRow(hessian, k);
     float* row = scaled.values.Row(k);
-    for (int64_t j = 0; j <= k; ++j) {
-      row[j] = static_cast<float>(hessian[k * cols + j] / scaled.mean);
-    }
+    for (int64_t j = 0; j <= k; ++j) row[j] = static_cast<float>(from[j] / scaled.mean);
   }
   return scaled;
 }

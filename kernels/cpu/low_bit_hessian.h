@@ -1,8 +1,8 @@
 // What a Hessian of inputs says about errors of weights: how one column's error is taken up by the
 // columns after it, and what errors cost.
 //
-// H = X^T X [K][K]. As H = M D M^T with M upper triangular with a diagonal of ones and D diagonal,
-// an error E = W - Q of one output costs
+// H = X^T X [K][K], given as its lower triangle (lower_triangle.h). As H = M D M^T with M upper
+// triangular with a diagonal of ones and D diagonal, an error E = W - Q of one output costs
 //   E H E^T = sum over k of D_k * (E_k + sum over j < k of E_j M_jk)^2.
 // So a column encoded after others aims at w_k + sum over j < k of E_j M_jk. This is the rule of
 // GPTQ (arXiv 2210.17323) as QuIP (arXiv 2307.13304) writes it and proves equal to it; unlike
@@ -14,21 +14,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cpu/lower_triangle.h"
 #include "kernels/result.h"
 
 namespace innerq {
-
-// The rows of a lower triangle, one after the other: row k has columns 0 to k.
-template <typename T>
-class LowerTriangle {
- public:
-  explicit LowerTriangle(int64_t size) : values_(static_cast<size_t>(size * (size + 1) / 2)) {}
-  T* Row(int64_t k) { return values_.data() + k * (k + 1) / 2; }
-  const T* Row(int64_t k) const { return values_.data() + k * (k + 1) / 2; }
-
- private:
-  std::vector<T> values_;
-};
 
 // Outputs that are treated together, each in a lane.
 constexpr int64_t kFeedbackLanes = 16;
@@ -42,7 +31,7 @@ struct ScaledHessian {
   LowerTriangle<float> values;
 };
 
-// Copies the lower triangle of `hessian` [K][K].
+// Copies the lower triangle `hessian`.
 ScaledHessian ScaleHessian(const double* hessian, int64_t cols);
 
 // Adds x H x^T of each lane of `x` [K][kFeedbackLanes] to `costs` [kFeedbackLanes], H scaled.
@@ -55,12 +44,14 @@ struct FeedbackFactor {
 };
 
 // Bytes of a factor of K inputs, and of it and all else that FactorHessian takes.
-constexpr int64_t FeedbackFactorBytes(int64_t cols) { return 2 * cols * (cols + 1) + 4 * cols; }
+constexpr int64_t FeedbackFactorBytes(int64_t cols) {
+  return 4 * TriangleElements(cols) + 4 * cols;
+}
 constexpr int64_t FactorHessianBytes(int64_t cols) {
-  return FeedbackFactorBytes(cols) + 4 * cols * (cols + 1);
+  return FeedbackFactorBytes(cols) + 8 * TriangleElements(cols);
 }
 
-// Factors `hessian` [K][K], of which the lower triangle is read, in F64. Its diagonal is dampened
+// Factors the lower triangle `hessian` in F64. Its diagonal is dampened
 // by 1 % of its mean, or ten, a hundred or a thousand times that, the first that leaves it positive
 // definite; so an input that was always zero neither gives nor takes feedback. A Hessian of zeros
 // counts as the identity. Errors: invalid argument if none does; resource exhausted. Costs K^3 / 6

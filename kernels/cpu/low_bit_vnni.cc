@@ -12,6 +12,8 @@
 
 #include <array>
 
+#include "kernels/cpu/vnni_dot.h"
+
 #define INNERQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 namespace innerq {
@@ -38,14 +40,6 @@ INNERQ_TARGET void ArrangeBytes(const int16_t* q, int64_t count, int activation_
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(low));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm512_cvtepi16_epi8(high));
   }
-}
-
-// sum += levels * x, four bytes a lane, x one quad for all lanes. As an instruction in place:
-// around the intrinsic g++ 12 copies every accumulator twice.
-INNERQ_TARGET inline void AddDot(__m512i& sum, __m512i levels, const std::byte* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sum)
-      : "v"(levels), "m"(*reinterpret_cast<const std::byte(*)[4]>(x)));
 }
 
 // Level + L of the codes of a block, a quad of half a panel at a time.

@@ -11,6 +11,7 @@
 // After foreach_target.h.
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
+#include "kernels/cpu/float16_simd_inl.h"
 #include "kernels/cpu/op_table.h"
 #include "kernels/float16.h"
 
@@ -35,16 +36,6 @@ constexpr int kMaxBlockRows = kLanes >= 16 ? 8 : kLanes >= 8 ? 4 : 1;
 // Vectors of outputs in a block: enough independent chains to hide the latency of multiply-add.
 constexpr int BlockVectors(int rows) {
   return rows > 1 ? 2 : kPanelVectors < 8 ? kPanelVectors : 8;
-}
-
-template <class D>
-HWY_INLINE hn::Vec<D> LoadF16(D d, const uint16_t* x) {
-#if HWY_TARGET == HWY_SCALAR  // Highway's scalar conversion loses infinity and NaN
-  return hn::Set(d, F16ToF32(*x));
-#else
-  const hn::Rebind<hwy::float16_t, D> d16;
-  return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(x)));
-#endif
 }
 
 template <class D>

@@ -6,6 +6,9 @@
 namespace innerq::cuda {
 namespace {
 
+// Every M has plans of its own, so chunks of changing length would add to them without end: beyond
+// this many all are dropped, and those in use made anew.
+constexpr size_t kMaxPlans = 64;
 constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;  // what NVIDIA advises for sm_90
 
 #define RETURN_IF_CUBLAS_ERROR(expression, what)                                         \
@@ -46,8 +49,8 @@ CublasMatMul::~CublasMatMul() {
 // In cuBLAS's column order a row-major [M, N] is [N, M]: out^T = (weight^T)^T x^T.
 Result<const CublasMatMul::Plan*> CublasMatMul::PlanFor(const MatMulLaunch& launch,
                                                         int64_t x_stride) {
-  std::unique_ptr<Plan>& known = plans_[Key{launch.format, launch.m, launch.n, launch.k}];
-  if (known != nullptr) return known.get();
+  const Key key{launch.format, launch.m, launch.n, launch.k};
+  if (const auto known = plans_.find(key); known != plans_.end()) return known->second.get();
   const std::string what = Describe(launch);
   const cudaDataType_t type = launch.format == WeightFormat::kBF16 ? CUDA_R_16BF : CUDA_R_32F;
   const auto m = static_cast<uint64_t>(launch.m), n = static_cast<uint64_t>(launch.n),
@@ -78,8 +81,8 @@ Result<const CublasMatMul::Plan*> CublasMatMul::PlanFor(const MatMulLaunch& laun
   RETURN_IF_CUBLAS_ERROR(status, what);
   if (num_found == 0) return Error{ErrorCode::kInternal, what + ": no algorithm"};
   plan->algorithm = found.algo;
-  known = std::move(plan);
-  return known.get();
+  if (plans_.size() >= kMaxPlans) plans_.clear();
+  return plans_.emplace(key, std::move(plan)).first->second.get();
 }
 
 Result<void> CublasMatMul::Run(const MatMulLaunch& launch, int64_t x_stride, cudaStream_t stream) {

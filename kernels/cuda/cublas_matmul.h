@@ -39,11 +39,12 @@ class CublasMatMul {
   using Key = std::tuple<WeightFormat, int64_t, int64_t, int64_t>;  // format, M, N, K
 
   CublasMatMul() = default;
+  // Valid until the next call.
   Result<const Plan*> PlanFor(const MatMulLaunch& launch, int64_t x_stride);
 
   cublasLtHandle_t handle_ = nullptr;
   Buffer workspace_;
-  std::map<Key, std::unique_ptr<Plan>> plans_;
+  std::map<Key, std::unique_ptr<Plan>> plans_;  // a bounded number
 };
 
 }  // namespace innerq::cuda

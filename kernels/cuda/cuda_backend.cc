@@ -57,6 +57,7 @@ class CudaBackend final : public Backend {
   CodeOrder code_order() const override { return CodeOrder::kMmaFragment; }
   bool deterministic() const override { return cublas_ == nullptr; }
   bool host_visible() const override { return false; }
+  bool packs_row_major(int64_t cols) const override { return cols % kMatMulUnit == 0; }
   int64_t available_bytes() const override {
     size_t available = 0, total = 0;
     if (cudaMemGetInfo(&available, &total) != cudaSuccess) return Backend::available_bytes();
@@ -113,6 +114,8 @@ class CudaBackend final : public Backend {
     }
     plan_.Reserve(limits.max_rows, limits.max_group, kMaxItems);
     pages_.reserve(static_cast<size_t>(limits.max_pages));
+    norm_ids_.reserve(static_cast<size_t>(limits.max_pages));
+    norm_pages_.reserve(static_cast<size_t>(limits.max_pages));
     targets_.reserve(static_cast<size_t>(limits.max_rows));
     const int64_t tiles = limits.max_rows * limits.max_group;
     seals_.reserve(std::bit_ceil(static_cast<size_t>(limits.max_pages)));
@@ -165,17 +168,6 @@ class CudaBackend final : public Backend {
     has_codes_ = true;
     ASSIGN_OR_RETURN(weight->data, PackCodes(parts, *weight, queue_->stream()));
     return PackBias(bias_parts, weight);
-  }
-
-  Result<void> PackBias(std::span<const ConstTensorView> bias_parts, Weight* weight) {
-    if (bias_parts.empty()) return {};
-    std::vector<float> bias;
-    for (const ConstTensorView& part : bias_parts) {
-      for (int64_t i = 0; i < part.shape[0]; ++i) bias.push_back(ElementAsFloat(part, i));
-    }
-    ASSIGN_OR_RETURN(weight->bias, Import({reinterpret_cast<const std::byte*>(bias.data()),
-                                           DType::kF32, Shape{weight->rows}}));
-    return {};
   }
 
   // Only the operation right after RmsNorm or SwiGlu may rely on `rounded_`: later its F32 memory

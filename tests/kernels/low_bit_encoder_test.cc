@@ -16,6 +16,7 @@
 
 #include "kernels/cpu/low_bit_clip.h"
 #include "kernels/cpu/low_bit_hessian.h"
+#include "kernels/cpu/lower_triangle.h"
 #include "tests/kernels/low_bit_case.h"
 
 namespace innerq {
@@ -44,6 +45,16 @@ std::vector<double> CorrelatedHessian(int64_t cols) {
     for (size_t i = 0; i < hessian.size(); ++i) hessian[i] += x[i / x.size()] * x[i % x.size()];
   }
   return hessian;
+}
+
+// The lower triangle of a square, row after row.
+std::vector<double> LowerOf(const std::vector<double>& square, int64_t cols) {
+  std::vector<double> lower;
+  for (int64_t k = 0; k < cols; ++k) {
+    const auto row = square.begin() + k * cols;
+    lower.insert(lower.end(), row, row + k + 1);
+  }
+  return lower;
 }
 
 std::vector<LowBitSpec> EncoderSpecs() { return LowBitSpecs({0, 32, 64, 128}, {16}); }
@@ -285,7 +296,7 @@ TEST(LowBitEncoder, PowerOfTwoClipsStayWithinF16) {
 TEST(LowBitEncoder, PruningHitsItsTargetWithTheSmallestWeights) {
   constexpr int64_t kRows = 16, kCols = 256, kWeights = kRows * kCols;
   const std::vector<float> weights = EncoderWeights(kRows, kCols);
-  const std::vector<double> hessian = CorrelatedHessian(kCols);
+  const std::vector<double> hessian = LowerOf(CorrelatedHessian(kCols), kCols);
   for (const LowBitSpec& spec :
        {LowBitSpec{kEncoderUniform, 4, 64}, LowBitSpec{kEncoderPow2, 4, 128},
         LowBitSpec{kEncoderPow2, 3, 0}}) {
@@ -353,11 +364,12 @@ TEST(LowBitEncoder, ErrorFeedbackLowersTheErrorOfOutputs) {
   constexpr int64_t kRows = 20, kCols = 128;
   const std::vector<float> weights = EncoderWeights(kRows, kCols);
   const std::vector<double> hessian = CorrelatedHessian(kCols);
+  const std::vector<double> lower = LowerOf(hessian, kCols);
   for (const LowBitSpec& spec : EncoderSpecs()) {
     SCOPED_TRACE(EncoderSpecName(spec));
     EncodeLowBitArgs args{.spec = spec, .rows = kRows, .cols = kCols, .weights = weights.data()};
     const double without = OutputError(args, MustEncodeLowBit(args), hessian);
-    args.hessian = hessian.data();
+    args.hessian = lower.data();
     const EncodedLowBit encoded = MustEncodeLowBit(args);
     const double with = OutputError(args, encoded, hessian);
     EXPECT_NEAR(encoded.error, with, 1e-3 * with);
@@ -374,7 +386,7 @@ TEST(LowBitEncoder, ErrorFeedbackLowersTheErrorOfOutputs) {
 TEST(LowBitEncoder, AFactorThatMatricesShareGivesTheSameCodes) {
   constexpr int64_t kRows = 20, kCols = 128;
   const std::vector<float> weights = EncoderWeights(kRows, kCols);
-  const std::vector<double> hessian = CorrelatedHessian(kCols);
+  const std::vector<double> hessian = LowerOf(CorrelatedHessian(kCols), kCols);
   const Result<FeedbackFactor> factor = FactorHessian(hessian.data(), kCols, 1);
   ASSERT_TRUE(factor.ok());
   EncodeLowBitArgs args{.spec = {kEncoderUniform, 3, 64},
@@ -468,6 +480,7 @@ TEST(LowBitEncoder, ErrorFeedbackIsThatOfGptq) {
   double mean = 0;
   for (int64_t k = 0; k < kCols; ++k) mean += hessian[static_cast<size_t>(k * (kCols + 1))] / kCols;
   for (double& value : hessian) value /= mean;
+  const std::vector<double> lower = LowerOf(hessian, kCols);
   for (const LowBitSpec& spec :
        {LowBitSpec{kEncoderUniform, 4, 0}, LowBitSpec{kEncoderUniform, 4, 32},
         LowBitSpec{kEncoderPow2, 4, 32}}) {
@@ -475,7 +488,7 @@ TEST(LowBitEncoder, ErrorFeedbackIsThatOfGptq) {
                           .rows = kRows,
                           .cols = kCols,
                           .weights = weights.data(),
-                          .hessian = hessian.data()};
+                          .hessian = lower.data()};
     if (spec.scheme == kEncoderPow2) args.scale = LowBitScale::kPow2;
     const EncodedLowBit encoded = MustEncodeLowBit(args);
     const LowBitMatrix matrix = EncodedMatrix(args, encoded);
@@ -500,11 +513,12 @@ TEST(LowBitEncoder, InputsThatWereAlwaysZeroTakeNoFeedback) {
     hessian[static_cast<size_t>(kDead * kCols + k)] = 0;
     hessian[static_cast<size_t>(k * kCols + kDead)] = 0;
   }
+  const std::vector<double> lower = LowerOf(hessian, kCols);
   EncodeLowBitArgs args{.spec = {kEncoderUniform, 4, 0},
                         .rows = kRows,
                         .cols = kCols,
                         .weights = weights.data(),
-                        .hessian = hessian.data()};
+                        .hessian = lower.data()};
   const EncodedLowBit encoded = MustEncodeLowBit(args);
   const LowBitMatrix matrix = EncodedMatrix(args, encoded);
   for (int64_t n = 0; n < kRows; ++n) {
@@ -525,10 +539,10 @@ TEST(LowBitEncoder, HessiansThatCannotBeAreErrors) {
   const std::vector<float> weights = EncoderWeights(1, kCols);
   EncodeLowBitArgs args{
       .spec = {kEncoderPow2, 4, 32}, .rows = 1, .cols = kCols, .weights = weights.data()};
-  const std::vector<double> good = CorrelatedHessian(kCols);
+  const std::vector<double> good = LowerOf(CorrelatedHessian(kCols), kCols);
   const auto code_with = [&](double value) {
     std::vector<double> hessian = good;
-    hessian[20 * kCols + 5] = value;
+    hessian[TriangleElements(20) + 5] = value;
     args.hessian = hessian.data();
     const Result<EncodedLowBit> encoded = EncodeLowBit(args);
     return encoded.ok() ? "ok" : encoded.error().code == ErrorCode::kInvalidArgument ? "bad" : "?";
@@ -545,7 +559,7 @@ TEST(LowBitEncoder, HessiansThatCannotBeAreErrors) {
 
 TEST(LowBitEncoder, GroupsOfZerosAreZero) {
   constexpr int64_t kRows = 2, kCols = 128;
-  const std::vector<double> hessian = CorrelatedHessian(kCols);
+  const std::vector<double> hessian = LowerOf(CorrelatedHessian(kCols), kCols);
   for (const bool all : {false, true}) {
     std::vector<float> weights = EncoderWeights(kRows, kCols);
     std::fill(weights.begin() + (all ? 0 : 64), weights.end(), 0.0f);
@@ -609,7 +623,7 @@ TEST(LowBitEncoder, WeightsThatF16CannotHoldAreErrors) {
 TEST(LowBitEncoder, ThreadsDoNotChangeTheResult) {
   constexpr int64_t kRows = 37, kCols = 256;
   const std::vector<float> weights = EncoderWeights(kRows, kCols);
-  const std::vector<double> hessian = CorrelatedHessian(kCols);
+  const std::vector<double> hessian = LowerOf(CorrelatedHessian(kCols), kCols);
   for (const int64_t group_size : {0, 64}) {
     for (const bool feedback : {false, true}) {
       EncodeLowBitArgs args{.spec = {kEncoderPow2, 3, group_size},

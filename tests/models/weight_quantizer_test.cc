@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "kernels/cpu/low_bit_encoder.h"
+#include "kernels/cpu/lower_triangle.h"
 #include "models/files.h"
 #include "models/input_statistics.h"
 #include "models/layer_tensors.h"
@@ -114,9 +115,10 @@ InputStatistics NormalInputs(double sigma) {
   InputStatistics inputs;
   inputs.rows = kRows;
   inputs.cols = kCols;
-  auto* const gram = new double[kCols * kCols]();
-  for (int64_t i = 0; i < kCols; ++i) gram[i * kCols + i] = squares / kCols;
-  inputs.gram = Buffer(reinterpret_cast<std::byte*>(gram), kCols * kCols * 8,
+  constexpr int64_t kElements = TriangleElements(kCols);
+  auto* const gram = new double[kElements]();
+  for (int64_t i = 0; i < kCols; ++i) gram[TriangleElements(i) + i] = squares / kCols;
+  inputs.gram = Buffer(reinterpret_cast<std::byte*>(gram), kElements * 8,
                        [](std::byte* data) { delete[] reinterpret_cast<double*>(data); });
   inputs.magnitudes.Add(x);
   return inputs;
@@ -557,14 +559,42 @@ TEST_F(WeightQuantizerTest, LooksAtItsMemoryBeforeItTakesAny) {
                             " bytes for the float model, "),
             0u)
       << calibrated;
-  // K is 2^19 twice, 256 and 2^20.
-  const std::string statistics = std::to_string(8 * (2 * (1ll << 38) + 256 * 256 + (1ll << 40)));
-  EXPECT_NE(calibrated.find(statistics + " bytes for statistics of the inputs of all matrices (8 "
+  int64_t lower = 0;  // halves of squares, with their diagonals
+  for (const int64_t k : {1 << 19, 256, 1 << 19, 1 << 20}) lower += (k * k + k) / 2;
+  const std::string statistics = std::to_string(8 * lower);
+  EXPECT_NE(calibrated.find(statistics + " bytes for statistics of the inputs of all matrices (4 "
                                          "K^2 for K inputs), "),
             calibrated.npos)
       << calibrated;
   // The factor and H for down_proj of K = 2 N, 2 K^2 each, and a factor of q, k and v.
   EXPECT_NEAR(encoding(calibrated), 4 + 0.5 + 10.0 / 32 + 2 * 2 * 2 + 1, 0.01);
+}
+
+TEST_F(WeightQuantizerTest, LooksAtTheMemoryOfMeasuringToo) {
+  const auto source = Open(source_);
+  const LowBitSpec head{.scheme = LowBitScheme::kUniform, .bits = 8, .group_size = 32};
+  for (const auto& coded_head : {std::optional<LowBitSpec>(), std::optional(head)}) {
+    const QuantizeOptions options{.spec = kSpec, .head = coded_head};
+    CalibrationPlan plan{.runs = true, .scored_rows = 2047};
+    EXPECT_TRUE(CheckMemoryToQuantize(*source, options, plan).ok());
+    plan.scored_rows = int64_t{1} << 40;
+    const auto fits = CheckMemoryToQuantize(*source, options, plan);
+    ASSERT_FALSE(fits.ok());
+    EXPECT_EQ(fits.error().code, ErrorCode::kResourceExhausted);
+    std::filesystem::remove_all(output_);
+    std::filesystem::create_directory(output_);
+    Quantized(options);
+    int64_t stored = 0, coded = 0;
+    for (const CheckpointTensor& tensor : source->tensors()) stored += tensor.view.bytes();
+    for (const CheckpointTensor& tensor : Open(output_)->tensors()) coded += tensor.view.bytes();
+    const int64_t logits = plan.scored_rows * source->config().vocab_size * 4;
+    EXPECT_EQ(fits.error().message.find("measuring takes " + std::to_string(stored) +
+                                        " bytes for the float model, " + std::to_string(coded) +
+                                        " bytes for the low-bit model, " + std::to_string(logits) +
+                                        " bytes for the logits of a text; "),
+              0u)
+        << fits.error().message;
+  }
 }
 
 TEST_F(WeightQuantizerTest, RefusesWhatItCannotQuantize) {
