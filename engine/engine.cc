@@ -4,8 +4,7 @@
 
 #include <algorithm>
 #include <condition_variable>
-#include <deque>
-#include <iterator>
+#include <list>
 #include <mutex>
 #include <stop_token>
 #include <string>
@@ -115,7 +114,7 @@ class ThreadedEngine final : public Engine {
   // Guarded by mutex_.
   std::condition_variable_any work_;  // the queue has a sequence
   std::condition_variable idle_;      // all accepted requests have finished
-  std::deque<std::unique_ptr<Sequence>> queue_;
+  std::list<std::unique_ptr<Sequence>> queue_;
   State state_ = State::kServing;
   EngineStats stats_;  // `waiting` is the scheduler's part; the queue comes on top
   std::vector<RunningRequest> running_;
@@ -135,7 +134,7 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
     RETURN_IF_ERROR(ValidateRequest(request, vocab_size_, options_.max_context));
   }
   ResponseGroup group{.readers = {}, .signal = std::make_shared<ResponseSignal>()};
-  std::vector<std::unique_ptr<Sequence>> sequences;
+  std::list<std::unique_ptr<Sequence>> sequences;  // so that joining the queue cannot fail
   for (Request& request : requests) {
     const int64_t capacity = MaxEvents(request);
     auto stream = std::make_shared<ResponseStream>(capacity, group.signal);
@@ -158,8 +157,8 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
                        " more: " + std::to_string(waiting) + " requests wait, at most " +
                        std::to_string(options_.max_queue) + " may"};
     }
+    queue_.splice(queue_.end(), sequences);
     stats_.accepted += count;
-    std::move(sequences.begin(), sequences.end(), std::back_inserter(queue_));
   }
   work_.notify_one();
   return group;
