@@ -7,11 +7,14 @@
 namespace innerq {
 namespace {
 
-bool Decodes(const Sequence& sequence) { return sequence.num_uncomputed() == 1; }
+// The reserve follows SGLang's new_token_ratio (schedule_batch.py, retract_decode): a preemption
+// raises it to what running answers have used of their max_tokens, steps let it decay. It differs
+// in that it starts at 0 and ends there, for most answers stop long before max_tokens; and in
+// taking half, for some end while others grow.
+constexpr int64_t kWholeReserve = 1 << 16;  // all that is yet to come
+constexpr int64_t kReserveSteps = 32;       // from one decay to the next, to 15/16
 
-PageCounts KnownNeed(const KvLayout& layout, const Sequence& sequence) {
-  return PeakPages(layout, sequence.num_to_compute(), sequence.exact_before);
-}
+bool Decodes(const Sequence& sequence) { return sequence.num_uncomputed() == 1; }
 
 // The first position of the sequence's next chunk that scores.
 int64_t FirstScore(const Sequence& sequence) {
@@ -47,6 +50,7 @@ void Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
 
 ScheduledBatch Scheduler::Schedule() {
   ScheduledBatch batch;
+  if (++num_steps_ % kReserveSteps == 0) reserve_ = reserve_ * 15 / 16;
   const int64_t num_decodes = std::count_if(
       running_.begin(), running_.end(), [](const auto& sequence) { return Decodes(*sequence); });
   int64_t decode_rows = std::min(num_decodes, limits_.max_batch_tokens);
@@ -223,6 +227,12 @@ void Scheduler::GiveUpPages(Sequence* sequence) {
 }
 
 void Scheduler::PreemptYoungest() {
+  int64_t generated = 0, at_most = 1;
+  for (const auto& sequence : running_) {
+    generated += sequence->num_generated();
+    at_most += sequence->request.max_tokens;
+  }
+  reserve_ = std::max(reserve_, kWholeReserve / 2 * generated / at_most);
   GiveUpPages(running_.back().get());
   waiting_.push_front(std::move(running_.back()));
   running_.pop_back();
@@ -244,6 +254,13 @@ void Scheduler::KeepCheckpoints(const ScheduledChunk& chunk) {
   sequence.passing_pages = last;
 }
 
+PageCounts Scheduler::ExpectedNeed(const Sequence& sequence) const {
+  const int64_t known = sequence.num_to_compute();
+  const int64_t most = NumPositions(sequence.prompt_length(), sequence.request.max_tokens);
+  return PeakPages(layout_, known + (most - known) * reserve_ / kWholeReserve,
+                   sequence.exact_before);
+}
+
 PageCounts Scheduler::CommittedPages(const Sequence& newcomer) const {
   // Today's pages, shared ones once, and what each sequence will take in addition. But windows are
   // shared for a while only: of those everyone needs its own.
@@ -252,7 +269,7 @@ PageCounts Scheduler::CommittedPages(const Sequence& newcomer) const {
   std::set<int32_t> sinks;
   const auto add = [&](const Sequence& sequence) {
     const BlockTable& pages = sequence.pages;
-    const PageCounts need = KnownNeed(layout_, sequence);
+    const PageCounts need = ExpectedNeed(sequence);
     sum = sum + need - PageCounts{0, pages.num_sealed(), sequence.norm ? 1 : 0};
     if (!layout_.quantized()) sum.open -= pages.num_pages();
     for (int64_t i = 0; layout_.quantized() && i < layout_.sink_pages(); ++i) {

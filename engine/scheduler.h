@@ -51,10 +51,11 @@ struct ScheduledBatch {
 //     token, the youngest running sequence is preempted: it gives up all pages, becomes the first
 //     of the waiting and computes its tokens again later.
 //   - A waiting sequence starts if rows are left, no chunk had to shrink, and the pools hold the
-//     tokens known today of all running ones and its own. So only the youngest running one can be
-//     in the middle of a prefill. It starts where its longest cached prefix ends, in the state of
-//     a sequence that has computed as much: with its last token and all that it has yet to score
-//     before it.
+//     tokens known today of all running ones and its own, and the reserve: a share of the tokens
+//     that each of them may still take, 0 unless sequences have been preempted lately. So only the
+//     youngest running one can be in the middle of a prefill. It starts where its longest cached
+//     prefix ends, in the state of a sequence that has computed as much: with its last token and
+//     all that it has yet to score before it.
 //   - A running sequence without a token to compute keeps its pages and is passed over.
 //   - Pages that only the index of prefixes holds are free pages: whoever needs one takes it.
 // Hence the oldest sequence computes at least one token in every step, provided that each sequence
@@ -114,8 +115,9 @@ class Scheduler {
   void PreemptYoungest();
   // Lets the index keep what the sequence has computed, to the end of its chunk.
   void KeepCheckpoints(const ScheduledChunk& chunk);
-  // What the tokens known today of all running sequences and of `newcomer`, which holds its prefix
-  // already, will need.
+  // What a sequence will need for its tokens known today and the reserve.
+  PageCounts ExpectedNeed(const Sequence& sequence) const;
+  // The sum over all running sequences and `newcomer`, which holds its prefix already.
   PageCounts CommittedPages(const Sequence& newcomer) const;
 
   const SchedulerLimits limits_;
@@ -124,6 +126,8 @@ class Scheduler {
   PrefixIndex prefixes_;                  // empty without a prefix cache
   std::deque<std::unique_ptr<Sequence>> running_;  // by arrival
   std::deque<std::unique_ptr<Sequence>> waiting_;  // by arrival; all younger than the running
+  int64_t reserve_ = 0;                            // share of tokens to come, times kWholeReserve
+  int64_t num_steps_ = 0;                          // planned
   int64_t num_preemptions_ = 0;
   int64_t num_prefix_queries_ = 0;
   int64_t num_prefix_hits_ = 0;

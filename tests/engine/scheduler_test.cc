@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <map>
 #include <random>
 #include <set>
@@ -371,6 +372,73 @@ TEST(SchedulerDeathTest, RefusesASequenceThatCanNeverFit) {
   Simulation simulation({16, 64, WorstPeakPages(layout, 400, false)}, layout);
   simulation.Add(300, 101);
   EXPECT_DEATH(simulation.Add(400, 33), "never fit");
+}
+
+// What a crowd cost: steps, tokens computed and sequences pushed out.
+struct Cost {
+  int64_t steps = 0;
+  int64_t computed = 0;
+  int64_t preemptions = 0;
+};
+
+// Runs requests that all come at once, each with a prompt of 200 tokens and as many for the answer
+// as `max_tokens`, and stops each after as many as `answers` says.
+Cost RunCrowd(PageCounts pools, int64_t max_tokens, const std::vector<int64_t>& answers) {
+  const KvLayout layout = TestLayout();
+  Scheduler scheduler(WithoutPrefixes({.pools = pools}), layout);
+  for (size_t i = 0; i < answers.size(); ++i) {
+    Request request;
+    request.prompt.assign(200, 7);
+    request.max_tokens = max_tokens;
+    auto sequence = std::make_unique<Sequence>(std::move(request), nullptr, int64_t{0});
+    sequence->number = static_cast<int64_t>(i);
+    scheduler.Admit(std::move(sequence));
+  }
+  Cost cost;
+  for (; !scheduler.empty(); ++cost.steps) {
+    const ScheduledBatch batch = scheduler.Schedule();
+    scheduler.Commit(batch);
+    for (const ScheduledChunk& chunk : batch.chunks) {
+      cost.computed += chunk.num_tokens;
+      if (!chunk.samples) continue;
+      Sequence& sequence = *chunk.sequence;
+      sequence.Append(8);
+      if (sequence.num_generated() == answers[static_cast<size_t>(sequence.number)]) {
+        sequence.End(FinishReason::kLength);
+      }
+    }
+    scheduler.TakeFinished();
+  }
+  cost.preemptions = scheduler.num_preemptions();
+  return cost;
+}
+
+// Prints what the decision log in CONTRIBUTING.md says of the reserve.
+TEST(Scheduler, ReservesForAnswersThatPushEachOtherOut) {
+  const auto print = [](const char* what, const Cost& cost, int64_t useful) {
+    std::printf("%s: %ld steps, %ld tokens computed, %ld useful, %ld preemptions\n", what,
+                static_cast<long>(cost.steps), static_cast<long>(cost.computed),
+                static_cast<long>(useful), static_cast<long>(cost.preemptions));
+  };
+  constexpr PageCounts kPools{38, 175, 64};  // of the demo model in 6 MiB
+  const Cost full = RunCrowd(kPools, 2500, std::vector<int64_t>(16, 2500));
+  print("answers as long as they may be", full, 16 * 2699);
+  EXPECT_LT(full.computed, 70000);
+  EXPECT_LT(full.preemptions, 25);
+  EXPECT_LT(full.steps, 12000);
+
+  // Most answers are shorter than they may be.
+  std::mt19937 random(1);
+  std::vector<int64_t> answers(128);
+  int64_t useful = 0;
+  for (int64_t& answer : answers) {
+    answer = static_cast<int64_t>(100 + random() % 800);
+    useful += 200 + answer - 1;
+  }
+  const Cost crowd = RunCrowd({400, 175, 64}, 5000, answers);
+  print("answers of up to 900 of 5000 tokens", crowd, useful);
+  EXPECT_LT(crowd.computed, 2 * useful);
+  EXPECT_LT(crowd.steps, 5000);
 }
 
 struct Population {
