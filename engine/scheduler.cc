@@ -150,9 +150,11 @@ int64_t Scheduler::LongestChunk(const Sequence& sequence, int64_t wanted) const 
   const int64_t begin = sequence.num_computed;
   const PageCounts room = free_pages();
   int64_t end = begin + wanted;
-  // Needs change only where a row enters a page: try the end, then each page boundary before it.
+  // Needs change only where a row enters a page, or is the first of an exact prompt's sequence to
+  // see sealed ones, all at once: try the end, then each such place before it.
   while (end > begin && !ChunkPages(layout_, begin, end, sequence.exact_before).FitsIn(room)) {
-    end = (end - 1) / layout_.page_tokens() * layout_.page_tokens();
+    const int64_t boundary = (end - 1) / layout_.page_tokens() * layout_.page_tokens();
+    end = sequence.exact_before < end ? std::max(boundary, sequence.exact_before) : boundary;
   }
   return std::max<int64_t>(end - begin, 0);
 }

@@ -367,6 +367,50 @@ TEST(Scheduler, PassesOverASequenceWithoutATokenToCompute) {
   EXPECT_EQ(sequences[0]->pages.num_pages(), 1);
 }
 
+// The row that first sees sealed pages wants them all at once; those before it want none.
+TEST(Scheduler, ComputesAnExactPromptWhileSealedPagesAreLacking) {
+  const KvLayout layout = TestLayout();
+  const auto sealed = [&](int64_t tokens, int64_t exact_before) {
+    return PeakPages(layout, tokens, exact_before).sealed;
+  };
+  Scheduler scheduler(WithoutPrefixes({.max_batch_tokens = 33,
+                                       .pools = {100, sealed(250, 0) + sealed(510, 500), 8}}),
+                      layout);
+  const auto add = [&](int64_t prompt_length, int64_t exact_before) {
+    Request request;
+    request.prompt.assign(static_cast<size_t>(prompt_length), 7);
+    request.max_tokens = 60;
+    scheduler.Admit(std::make_unique<Sequence>(std::move(request), nullptr, exact_before));
+    return scheduler.waiting().back().get();
+  };
+  const auto step = [&] {
+    const ScheduledBatch batch = scheduler.Schedule();
+    scheduler.Commit(batch);
+    for (const ScheduledChunk& chunk : batch.chunks) {
+      if (chunk.samples) chunk.sequence->Append(8);
+    }
+  };
+  const Sequence* const elder = add(245, 0);
+  while (elder->num_generated() == 0) step();
+  Sequence* const exact = add(500, 500);
+  for (int i = 0; i < 10; ++i) exact->Append(8);  // of an answer that it began before
+  while (exact->num_computed < 480) step();
+  ASSERT_EQ(exact->num_computed, 480);
+  EXPECT_GT(elder->pages.num_sealed(), sealed(250, 0)) << "pages were to be lacking by now";
+  step();
+  EXPECT_EQ(exact->num_computed, 500);
+  step();
+  EXPECT_EQ(exact->num_computed, 500);
+  EXPECT_EQ(scheduler.num_preemptions(), 0);
+  while (!scheduler.waiting().empty() || exact->num_generated() < 11) {
+    for (const auto& sequence : scheduler.running()) {
+      if (sequence->num_generated() == 60) sequence->End(FinishReason::kLength);
+    }
+    scheduler.TakeFinished();
+    step();
+  }
+}
+
 TEST(SchedulerDeathTest, RefusesASequenceThatCanNeverFit) {
   const KvLayout layout = TestLayout();
   Simulation simulation({16, 64, WorstPeakPages(layout, 400, false)}, layout);
