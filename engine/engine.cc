@@ -116,7 +116,8 @@ class ThreadedEngine final : public Engine {
   std::condition_variable idle_;      // all accepted requests have finished
   std::list<std::unique_ptr<Sequence>> queue_;
   State state_ = State::kServing;
-  EngineStats stats_;  // `waiting` is the scheduler's part; the queue comes on top
+  EngineStats stats_;          // `waiting` is the scheduler's part; the queue comes on top
+  int64_t num_unstarted_ = 0;  // of the scheduler's part, those that have never been in a step
   std::vector<RunningRequest> running_;
   RateWindow finish_rate_;
 
@@ -150,11 +151,11 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
       return Unavailable(state_ == State::kDraining ? "the engine is draining"
                                                     : "the engine has stopped");
     }
-    const int64_t waiting = static_cast<int64_t>(queue_.size()) + stats_.waiting;
+    const int64_t waiting = static_cast<int64_t>(queue_.size()) + num_unstarted_;
     if (waiting + count > options_.max_queue) {
       return Error{ErrorCode::kResourceExhausted,
                    "the queue has no room for " + std::to_string(count) +
-                       " more: " + std::to_string(waiting) + " requests wait, at most " +
+                       " more: " + std::to_string(waiting) + " requests wait to start, at most " +
                        std::to_string(options_.max_queue) + " may"};
     }
     queue_.splice(queue_.end(), sequences);
@@ -390,7 +391,11 @@ void ThreadedEngine::PublishGauges(const Lock&) {
   const PageCounts used = scheduler_.used();
   const PageCounts cached = scheduler_.cached();
   stats_.running = static_cast<int64_t>(scheduler_.running().size());
-  stats_.waiting = static_cast<int64_t>(scheduler_.waiting().size());
+  const auto& waiting = scheduler_.waiting();  // preempted ones first, which are the eldest
+  stats_.waiting = static_cast<int64_t>(waiting.size());
+  num_unstarted_ = waiting.end() - std::find_if(waiting.begin(), waiting.end(), [](const auto& s) {
+                     return !s->started_at.has_value();
+                   });
   stats_.preemptions = scheduler_.num_preemptions();
   stats_.open_pages_used = used.open;
   stats_.sealed_pages_used = used.sealed;

@@ -19,7 +19,7 @@ namespace innerq {
 struct EngineOptions {
   int64_t max_sequences = 64;      // running at once
   int64_t max_batch_tokens = 512;  // rows of one step
-  int64_t max_queue = 256;         // accepted but not yet running
+  int64_t max_queue = 256;         // accepted and never run; preempted ones are not in it
   int64_t max_context = 0;         // prompt + answer, tokens; must be positive here
   bool exact_prefill = false;      // prompts attend to unquantized K and V; nothing is shared
   bool prefix_cache = true;        // prompts begin with what is cached of them
@@ -31,7 +31,7 @@ struct EngineStats {
   int64_t finished = 0;  // of those, ended; accepted - finished are in flight
   std::map<FinishReason, int64_t> finished_by_reason;
   int64_t running = 0;
-  int64_t waiting = 0;
+  int64_t waiting = 0;  // to start, or to go on after a preemption
   int64_t preemptions = 0;
   int64_t prompt_tokens = 0;           // of prompts, once each when it is complete, cached or not
   int64_t prompt_tokens_computed = 0;  // not cached, and again after a preemption
