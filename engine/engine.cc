@@ -397,6 +397,7 @@ void ThreadedEngine::PublishGauges(const Lock&) {
                      return !s->started_at.has_value();
                    });
   stats_.preemptions = scheduler_.num_preemptions();
+  stats_.recomputed_tokens = scheduler_.num_recomputed();
   stats_.open_pages_used = used.open;
   stats_.sealed_pages_used = used.sealed;
   stats_.open_pages_cached = cached.open;

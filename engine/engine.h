@@ -33,6 +33,7 @@ struct EngineStats {
   int64_t running = 0;
   int64_t waiting = 0;  // to start, or to go on after a preemption
   int64_t preemptions = 0;
+  int64_t recomputed_tokens = 0;       // of prompts and answers, lost by preemption and not cached
   int64_t prompt_tokens = 0;           // of prompts, once each when it is complete, cached or not
   int64_t prompt_tokens_computed = 0;  // not cached, and again after a preemption
   int64_t prefix_cache_queries = 0;    // prompt tokens looked up

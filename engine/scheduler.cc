@@ -110,7 +110,10 @@ void Scheduler::Commit(const ScheduledBatch& batch) {
   for (const ScheduledChunk& chunk : batch.chunks) {
     Sequence& sequence = *chunk.sequence;
     if (Shares(sequence)) KeepCheckpoints(chunk);
+    num_recomputed_ +=
+        std::clamp<int64_t>(sequence.max_computed - sequence.num_computed, 0, chunk.num_tokens);
     sequence.num_computed += chunk.num_tokens;
+    sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
     for (int64_t page = chunk.seals.begin; page < chunk.seals.end; ++page) {
       sequence.pages.ReleaseOpen(page);
     }

@@ -86,6 +86,9 @@ class Scheduler {
   const std::deque<std::unique_ptr<Sequence>>& running() const { return running_; }
   const std::deque<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
   int64_t num_preemptions() const { return num_preemptions_; }
+  // Tokens, of prompts and answers, computed by committed steps though their sequence had been past
+  // them before.
+  int64_t num_recomputed() const { return num_recomputed_; }
   PageCounts used() const;    // held by sequences; what several share counts once
   PageCounts cached() const;  // held by the index alone
   // Prompt tokens of sequences that looked for a prefix at their first start, and those found.
@@ -129,6 +132,7 @@ class Scheduler {
   int64_t reserve_ = 0;                            // share of tokens to come, times kWholeReserve
   int64_t num_steps_ = 0;                          // planned
   int64_t num_preemptions_ = 0;
+  int64_t num_recomputed_ = 0;
   int64_t num_prefix_queries_ = 0;
   int64_t num_prefix_hits_ = 0;
   int64_t num_prefix_evictions_ = 0;

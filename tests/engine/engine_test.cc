@@ -116,6 +116,7 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
     EXPECT_EQ(engine->Stats().prompt_tokens, prompt_tokens) << "also of those computed again";
     if (schedule.tiny_pools && schedule.num_neighbours == 16) {
       EXPECT_GT(engine->Stats().preemptions, 0) << "the pools were too large";
+      EXPECT_GT(engine->Stats().recomputed_tokens, 0);
     }
   }
 }
