@@ -45,12 +45,16 @@ void Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
   const int64_t positions = NumPositions(sequence->prompt_length(), sequence->request.max_tokens);
   CHECK(PeakPages(layout_, positions, sequence->exact_before).FitsIn(limits_.pools),
         "a sequence that can never fit must be refused");
+  if (waiting_.empty()) blocked_ = false;
   waiting_.push_back(std::move(sequence));
 }
 
 ScheduledBatch Scheduler::Schedule() {
   ScheduledBatch batch;
-  if (++num_steps_ % kReserveSteps == 0) reserve_ = reserve_ * 15 / 16;
+  if (++num_steps_ % kReserveSteps == 0 && reserve_ > 0) {
+    reserve_ = reserve_ * 15 / 16;
+    blocked_ = false;
+  }
   const int64_t num_decodes = std::count_if(
       running_.begin(), running_.end(), [](const auto& sequence) { return Decodes(*sequence); });
   int64_t decode_rows = std::min(num_decodes, limits_.max_batch_tokens);
@@ -82,9 +86,10 @@ ScheduledBatch Scheduler::Schedule() {
 
   int64_t rows = decode_rows + prefill_rows;
   logit_rows += decode_rows;
-  while (!waiting_.empty() && rows > 0 && whole &&
+  while (!waiting_.empty() && !blocked_ && rows > 0 && whole &&
          static_cast<int64_t>(running_.size()) < limits_.max_sequences) {
     Sequence* sequence = waiting_.front().get();
+    ++num_start_attempts_;
     const PrefixIndex::Match prefix = FindPrefix(*sequence);
     prefixes_.Restore(prefix, &sequence->pages, &sequence->norm);
     sequence->num_computed = prefix.num_pages() * layout_.page_tokens();
@@ -94,6 +99,7 @@ ScheduledBatch Scheduler::Schedule() {
     const int64_t num_tokens = fits ? LongestChunk(*sequence, wanted) : 0;
     if (num_tokens == 0) {
       GiveUpPages(sequence);
+      blocked_ = wanted > 0;  // rows with logits may be there in the next step
       break;
     }
     Start(prefix);
@@ -116,6 +122,7 @@ void Scheduler::Commit(const ScheduledBatch& batch) {
     sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
     for (int64_t page = chunk.seals.begin; page < chunk.seals.end; ++page) {
       sequence.pages.ReleaseOpen(page);
+      blocked_ = false;
     }
   }
 }
@@ -128,6 +135,7 @@ std::vector<std::unique_ptr<Sequence>> Scheduler::TakeFinished() {
       sequence->pages.Clear();
       sequence->norm.Reset();
       finished.push_back(std::move(sequence));
+      blocked_ = false;
     }
     std::erase(*line, nullptr);
   }
@@ -241,6 +249,7 @@ void Scheduler::PreemptYoungest() {
   GiveUpPages(running_.back().get());
   waiting_.push_front(std::move(running_.back()));
   running_.pop_back();
+  blocked_ = false;
   ++num_preemptions_;
 }
 
@@ -257,6 +266,7 @@ void Scheduler::KeepCheckpoints(const ScheduledChunk& chunk) {
   }
   prefixes_.KeepPassing(progress, last, sequence.passing_pages);
   sequence.passing_pages = last;
+  blocked_ = false;
 }
 
 PageCounts Scheduler::ExpectedNeed(const Sequence& sequence) const {

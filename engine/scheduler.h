@@ -95,6 +95,7 @@ class Scheduler {
   int64_t num_prefix_queries() const { return num_prefix_queries_; }
   int64_t num_prefix_hits() const { return num_prefix_hits_; }
   int64_t num_prefix_evictions() const { return num_prefix_evictions_; }  // of checkpoints
+  int64_t num_start_attempts() const { return num_start_attempts_; }      // of waiting sequences
   // CHECKs the three allocators and the index.
   void CheckIntegrity() const;
 
@@ -129,10 +130,15 @@ class Scheduler {
   PrefixIndex prefixes_;                  // empty without a prefix cache
   std::deque<std::unique_ptr<Sequence>> running_;  // by arrival
   std::deque<std::unique_ptr<Sequence>> waiting_;  // by arrival; all younger than the running
-  int64_t reserve_ = 0;                            // share of tokens to come, times kWholeReserve
-  int64_t num_steps_ = 0;                          // planned
+  // The first of the waiting cannot start before a sequence leaves or is preempted, a page is
+  // freed, the reserve falls or the index learns. All else that happens makes the room for it no
+  // larger.
+  bool blocked_ = false;
+  int64_t reserve_ = 0;    // share of tokens to come, times kWholeReserve
+  int64_t num_steps_ = 0;  // planned
   int64_t num_preemptions_ = 0;
   int64_t num_recomputed_ = 0;
+  int64_t num_start_attempts_ = 0;
   int64_t num_prefix_queries_ = 0;
   int64_t num_prefix_hits_ = 0;
   int64_t num_prefix_evictions_ = 0;

@@ -315,6 +315,22 @@ TEST(Scheduler, SequenceThatWaitsForAPageIsNotOvertaken) {
   EXPECT_EQ(simulation.finish_order(), (std::vector<int64_t>{0, 1, 2}));
 }
 
+TEST(Scheduler, TriesAWaitingSequenceAgainOnlyWhenSomethingHasChanged) {
+  Simulation simulation({8, 256, {5, 0, 0}}, TestLayout(/*quantized=*/false));
+  simulation.Add(60, 60);
+  simulation.Step();
+  simulation.Add(100, 5);  // has four pages where three are free
+  for (int i = 0; i < 30; ++i) EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 1}}));
+  EXPECT_EQ(simulation.scheduler().num_start_attempts(), 2) << "one of each";
+  simulation.Cancel(0);
+  EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{1, 100}}));
+  simulation.Add(100, 5);
+  simulation.Step();
+  simulation.Cancel(2);  // the one that was tried
+  simulation.Add(10, 5);
+  EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{1, 1}, {3, 10}}));
+}
+
 TEST(Scheduler, ShrinksAChunkToThePagesThereAre) {
   // Open pages for one window and two more; a chunk of 512 would need 16.
   const KvLayout layout = TestLayout();
