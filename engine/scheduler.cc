@@ -305,6 +305,7 @@ ForwardBatch BuildForwardBatch(const ScheduledBatch& batch, const KvLayout& layo
     const int64_t begin = sequence.num_computed;
     const int64_t end = begin + chunk.num_tokens;
     std::vector<PageRef>& pages = forward.page_tables.emplace_back();
+    pages.reserve(static_cast<size_t>(sequence.pages.num_pages()));
     for (int64_t page = 0; page < sequence.pages.num_pages(); ++page) {
       pages.push_back(sequence.pages.page(page));
     }
