@@ -32,35 +32,6 @@ int64_t MaxEvents(const Request& request) {
   return request.max_tokens + (request.prompt_logprobs >= 0 ? prompt_length - 1 : 0);
 }
 
-EngineStats EmptyStats(const PageCounts& pools) {
-  EngineStats stats;
-  stats.open_pages = pools.open;
-  stats.sealed_pages = pools.sealed;
-  return stats;
-}
-
-// Adds a finished request's lengths, and the phases that it went through.
-void ObserveFinished(const Sequence& sequence, EngineStats* stats) {
-  const auto observe = [](Histogram* histogram, Clock::time_point from, Clock::time_point to) {
-    histogram->Observe(std::chrono::duration<double>(to - from).count());
-  };
-  if (sequence.started_at) {
-    observe(&stats->queue_seconds, sequence.accepted_at, *sequence.started_at);
-  }
-  if (sequence.first_token_at) {
-    observe(&stats->prefill_seconds, *sequence.started_at, *sequence.first_token_at);
-    observe(&stats->decode_seconds, *sequence.first_token_at, *sequence.last_token_at);
-  }
-  stats->request_prompt_tokens.Observe(static_cast<double>(sequence.prompt_length()));
-  stats->request_generation_tokens.Observe(static_cast<double>(sequence.num_generated()));
-}
-
-// The length of a prompt that needs no more computing for the first time, else 0.
-int64_t NewlyComplete(Sequence& sequence) {
-  if (sequence.num_uncomputed() > 0 || std::exchange(sequence.prompt_counted, true)) return 0;
-  return sequence.prompt_length();
-}
-
 // Three kinds of state: what the engine thread owns (model, scheduler, scratch), what the mutex
 // guards (queue, state, statistics), and what never changes (options).
 class ThreadedEngine final : public Engine {
@@ -214,7 +185,7 @@ bool ThreadedEngine::WaitForWork(const std::stop_token& stop) {
   work_.wait(lock, stop, [this] { return !queue_.empty() || !scheduler_.empty(); });
   for (auto& sequence : queue_) {
     sequence->number = ++num_admitted_;
-    stats_.prompt_tokens += NewlyComplete(*sequence);
+    stats_.prompt_tokens += NewlyComplete(sequence.get());
     scheduler_.Admit(std::move(sequence));
   }
   queue_.clear();
@@ -263,7 +234,7 @@ Result<void> ThreadedEngine::Step() {
     computed += std::clamp<int64_t>(left, 0, chunk.num_tokens);
   }
   scheduler_.Commit(batch);
-  for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(*chunk.sequence);
+  for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(chunk.sequence);
   int64_t generated = 0;
   int64_t row = 0;  // that comes next
   const auto next_rows = [&](int64_t count) {
@@ -388,32 +359,12 @@ void ThreadedEngine::Stop(const Error& error) {
 }
 
 void ThreadedEngine::PublishGauges(const Lock&) {
-  const PageCounts used = scheduler_.used();
-  const PageCounts cached = scheduler_.cached();
-  stats_.running = static_cast<int64_t>(scheduler_.running().size());
+  ReadScheduler(scheduler_, &stats_);
+  running_ = RunningRequestsOf(scheduler_);
   const auto& waiting = scheduler_.waiting();  // preempted ones first, which are the eldest
-  stats_.waiting = static_cast<int64_t>(waiting.size());
   num_unstarted_ = waiting.end() - std::find_if(waiting.begin(), waiting.end(), [](const auto& s) {
                      return !s->started_at.has_value();
                    });
-  stats_.preemptions = scheduler_.num_preemptions();
-  stats_.recomputed_tokens = scheduler_.num_recomputed();
-  stats_.open_pages_used = used.open;
-  stats_.sealed_pages_used = used.sealed;
-  stats_.open_pages_cached = cached.open;
-  stats_.sealed_pages_cached = cached.sealed;
-  stats_.prefix_cache_queries = scheduler_.num_prefix_queries();
-  stats_.prefix_cache_hits = scheduler_.num_prefix_hits();
-  stats_.prefix_cache_evictions = scheduler_.num_prefix_evictions();
-  running_.clear();
-  for (const auto& sequence : scheduler_.running()) {
-    running_.push_back({.number = sequence->number,
-                        .prompt_tokens = sequence->prompt_length(),
-                        .computed_tokens = sequence->num_computed,
-                        .generated_tokens = sequence->num_generated(),
-                        .max_tokens = sequence->request.max_tokens,
-                        .pages = sequence->pages.num_pages()});
-  }
 }
 
 }  // namespace
