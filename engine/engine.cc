@@ -4,8 +4,7 @@
 
 #include <algorithm>
 #include <condition_variable>
-#include <deque>
-#include <iterator>
+#include <list>
 #include <mutex>
 #include <stop_token>
 #include <string>
@@ -31,35 +30,6 @@ Error Unavailable(std::string message) { return {ErrorCode::kUnavailable, std::m
 int64_t MaxEvents(const Request& request) {
   const auto prompt_length = static_cast<int64_t>(request.prompt.size());
   return request.max_tokens + (request.prompt_logprobs >= 0 ? prompt_length - 1 : 0);
-}
-
-EngineStats EmptyStats(const PageCounts& pools) {
-  EngineStats stats;
-  stats.open_pages = pools.open;
-  stats.sealed_pages = pools.sealed;
-  return stats;
-}
-
-// Adds a finished request's lengths, and the phases that it went through.
-void ObserveFinished(const Sequence& sequence, EngineStats* stats) {
-  const auto observe = [](Histogram* histogram, Clock::time_point from, Clock::time_point to) {
-    histogram->Observe(std::chrono::duration<double>(to - from).count());
-  };
-  if (sequence.started_at) {
-    observe(&stats->queue_seconds, sequence.accepted_at, *sequence.started_at);
-  }
-  if (sequence.first_token_at) {
-    observe(&stats->prefill_seconds, *sequence.started_at, *sequence.first_token_at);
-    observe(&stats->decode_seconds, *sequence.first_token_at, *sequence.last_token_at);
-  }
-  stats->request_prompt_tokens.Observe(static_cast<double>(sequence.prompt_length()));
-  stats->request_generation_tokens.Observe(static_cast<double>(sequence.num_generated()));
-}
-
-// The length of a prompt that needs no more computing for the first time, else 0.
-int64_t NewlyComplete(Sequence& sequence) {
-  if (sequence.num_uncomputed() > 0 || std::exchange(sequence.prompt_counted, true)) return 0;
-  return sequence.prompt_length();
 }
 
 // Three kinds of state: what the engine thread owns (model, scheduler, sampler), what the mutex
@@ -117,9 +87,10 @@ class ThreadedEngine final : public Engine {
   // Guarded by mutex_.
   std::condition_variable_any work_;  // the queue has a sequence
   std::condition_variable idle_;      // all accepted requests have finished
-  std::deque<std::unique_ptr<Sequence>> queue_;
+  std::list<std::unique_ptr<Sequence>> queue_;
   State state_ = State::kServing;
-  EngineStats stats_;  // `waiting` is the scheduler's part; the queue comes on top
+  EngineStats stats_;          // `waiting` is the scheduler's part; the queue comes on top
+  int64_t num_unstarted_ = 0;  // of the scheduler's part, those that have never been in a step
   std::vector<RunningRequest> running_;
   RateWindow finish_rate_;
 
@@ -137,7 +108,7 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
     RETURN_IF_ERROR(ValidateRequest(request, vocab_size_, options_.max_context));
   }
   ResponseGroup group{.readers = {}, .signal = std::make_shared<ResponseSignal>()};
-  std::vector<std::unique_ptr<Sequence>> sequences;
+  std::list<std::unique_ptr<Sequence>> sequences;  // so that joining the queue cannot fail
   for (Request& request : requests) {
     const int64_t capacity = MaxEvents(request);
     auto stream = std::make_shared<ResponseStream>(capacity, group.signal);
@@ -153,15 +124,15 @@ Result<ResponseGroup> ThreadedEngine::SubmitGroup(std::vector<Request> requests)
       return Unavailable(state_ == State::kDraining ? "the engine is draining"
                                                     : "the engine has stopped");
     }
-    const int64_t waiting = static_cast<int64_t>(queue_.size()) + stats_.waiting;
+    const int64_t waiting = static_cast<int64_t>(queue_.size()) + num_unstarted_;
     if (waiting + count > options_.max_queue) {
       return Error{ErrorCode::kResourceExhausted,
                    "the queue has no room for " + std::to_string(count) +
-                       " more: " + std::to_string(waiting) + " requests wait, at most " +
+                       " more: " + std::to_string(waiting) + " requests wait to start, at most " +
                        std::to_string(options_.max_queue) + " may"};
     }
+    queue_.splice(queue_.end(), sequences);
     stats_.accepted += count;
-    std::move(sequences.begin(), sequences.end(), std::back_inserter(queue_));
   }
   work_.notify_one();
   return group;
@@ -216,7 +187,7 @@ bool ThreadedEngine::WaitForWork(const std::stop_token& stop) {
   work_.wait(lock, stop, [this] { return !queue_.empty() || !scheduler_.empty(); });
   for (auto& sequence : queue_) {
     sequence->number = ++num_admitted_;
-    stats_.prompt_tokens += NewlyComplete(*sequence);
+    stats_.prompt_tokens += NewlyComplete(sequence.get());
     scheduler_.Admit(std::move(sequence));
   }
   queue_.clear();
@@ -265,7 +236,7 @@ Result<void> ThreadedEngine::Step() {
     computed += std::clamp<int64_t>(left, 0, chunk.num_tokens);
   }
   scheduler_.Commit(batch);
-  for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(*chunk.sequence);
+  for (const ScheduledChunk& chunk : batch.chunks) prompt_tokens += NewlyComplete(chunk.sequence);
   int64_t generated = 0;
   std::span<Result<TokenEvent>> events = sampler_.Run(RowsOf(batch, *logits));
   for (const ScheduledChunk& chunk : batch.chunks) {
@@ -399,27 +370,12 @@ void ThreadedEngine::Stop(const Error& error) {
 }
 
 void ThreadedEngine::PublishGauges(const Lock&) {
-  const PageCounts used = scheduler_.used();
-  const PageCounts cached = scheduler_.cached();
-  stats_.running = static_cast<int64_t>(scheduler_.running().size());
-  stats_.waiting = static_cast<int64_t>(scheduler_.waiting().size());
-  stats_.preemptions = scheduler_.num_preemptions();
-  stats_.open_pages_used = used.open;
-  stats_.sealed_pages_used = used.sealed;
-  stats_.open_pages_cached = cached.open;
-  stats_.sealed_pages_cached = cached.sealed;
-  stats_.prefix_cache_queries = scheduler_.num_prefix_queries();
-  stats_.prefix_cache_hits = scheduler_.num_prefix_hits();
-  stats_.prefix_cache_evictions = scheduler_.num_prefix_evictions();
-  running_.clear();
-  for (const auto& sequence : scheduler_.running()) {
-    running_.push_back({.number = sequence->number,
-                        .prompt_tokens = sequence->prompt_length(),
-                        .computed_tokens = sequence->num_computed,
-                        .generated_tokens = sequence->num_generated(),
-                        .max_tokens = sequence->request.max_tokens,
-                        .pages = sequence->pages.num_pages()});
-  }
+  ReadScheduler(scheduler_, &stats_);
+  running_ = RunningRequestsOf(scheduler_);
+  const auto& waiting = scheduler_.waiting();  // preempted ones first, which are the eldest
+  num_unstarted_ = waiting.end() - std::find_if(waiting.begin(), waiting.end(), [](const auto& s) {
+                     return !s->started_at.has_value();
+                   });
 }
 
 }  // namespace

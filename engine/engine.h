@@ -3,12 +3,10 @@
 
 #include <chrono>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <string>
 #include <vector>
 
-#include "engine/histogram.h"
+#include "engine/engine_stats.h"
 #include "engine/request.h"
 #include "engine/step_model.h"
 
@@ -19,53 +17,10 @@ namespace innerq {
 struct EngineOptions {
   int64_t max_sequences = 64;      // running at once
   int64_t max_batch_tokens = 512;  // rows of one step
-  int64_t max_queue = 256;         // accepted but not yet running
+  int64_t max_queue = 256;         // accepted and never run; preempted ones are not in it
   int64_t max_context = 0;         // prompt + answer, tokens; must be positive here
   bool exact_prefill = false;      // prompts attend to unquantized K and V; nothing is shared
   bool prefix_cache = true;        // prompts begin with what is cached of them
-};
-
-// Counters since start and gauges of now; a consistent-enough snapshot for metrics.
-struct EngineStats {
-  int64_t accepted = 0;  // requests taken by Submit
-  int64_t finished = 0;  // of those, ended; accepted - finished are in flight
-  std::map<FinishReason, int64_t> finished_by_reason;
-  int64_t running = 0;
-  int64_t waiting = 0;
-  int64_t preemptions = 0;
-  int64_t prompt_tokens = 0;           // of prompts, once each when it is complete, cached or not
-  int64_t prompt_tokens_computed = 0;  // not cached, and again after a preemption
-  int64_t prefix_cache_queries = 0;    // prompt tokens looked up
-  int64_t prefix_cache_hits = 0;       // of those, found
-  int64_t prefix_cache_evictions = 0;  // states given up for others' pages
-  int64_t generation_tokens = 0;
-  int64_t steps = 0;
-  int64_t open_pages_used = 0;    // by requests
-  int64_t open_pages_cached = 0;  // kept for their tokens alone, free for whoever needs them
-  int64_t open_pages = 0;
-  int64_t sealed_pages_used = 0;
-  int64_t sealed_pages_cached = 0;
-  int64_t sealed_pages = 0;
-  double finish_per_second = 0;  // requests, over the last minute: for Retry-After
-
-  // Of finished requests: the phases that each went through, time lost to preemption included.
-  Histogram queue_seconds = RequestSeconds();    // accepted, to the first step with it
-  Histogram prefill_seconds = RequestSeconds();  // from there to its first token
-  Histogram decode_seconds = RequestSeconds();   // from there to its last one
-  Histogram request_prompt_tokens = RequestTokens();
-  Histogram request_generation_tokens = RequestTokens();
-  Histogram step_tokens = StepTokens();      // computed by a step
-  std::vector<LayerGroups> sealed_groups{};  // per layer; empty if nothing was sealed
-};
-
-// How far a running request has come. Nothing of what it says.
-struct RunningRequest {
-  int64_t number = 0;  // by arrival, from 1
-  int64_t prompt_tokens = 0;
-  int64_t computed_tokens = 0;  // of prompt and answer, in the cache
-  int64_t generated_tokens = 0;
-  int64_t max_tokens = 0;  // of the answer
-  int64_t pages = 0;       // of the cache, F16 or quantized
 };
 
 // Runs requests by continuous batching on one thread of its own. If the device is lost, every

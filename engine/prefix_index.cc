@@ -1,6 +1,7 @@
 #include "engine/prefix_index.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 namespace innerq {
@@ -28,7 +29,6 @@ std::vector<PrefixIndex::Node*> PrefixIndex::PathTo(Node* node) {
 PrefixIndex::Slot& PrefixIndex::SealedSlot(std::span<Node* const> path, int64_t page) const {
   if (page >= norm_end_) return path[static_cast<size_t>(page)]->sealed;
   Node& last = *path[static_cast<size_t>(norm_end_ - 1)];
-  last.span_sealed.resize(static_cast<size_t>(layout_.KeyNormPages().size()));
   return last.span_sealed[static_cast<size_t>(page - layout_.KeyNormPages().begin)];
 }
 
@@ -127,6 +127,9 @@ PrefixIndex::Node* PrefixIndex::Insert(const Progress& progress, int64_t num_pag
       child->second->parent = node;
       child->second->tokens = &child->first;
       child->second->num_pages = node->num_pages + 1;
+      if (child->second->num_pages == norm_end_) {
+        child->second->span_sealed.resize(static_cast<size_t>(layout_.KeyNormPages().size()));
+      }
     }
     node = child->second.get();
     path.push_back(node);
@@ -255,6 +258,9 @@ void PrefixIndex::CheckIntegrity() const {
     check(node.norm);
     for (const Slot& slot : node.span_sealed) check(slot);
     for (const auto& [tokens, child] : node.children) nodes.push_back(child.get());
+    const bool has_span = norm_end_ > 0 && node.num_pages == norm_end_;
+    CHECK(std::ssize(node.span_sealed) == (has_span ? layout_.KeyNormPages().size() : 0),
+          "the span's sealed pages hang at another node than its last");
     if (node.parent == nullptr) continue;
     CHECK(node.num_checkpoints > 0 && checkpoints[&node] == node.num_checkpoints,
           "a node has other checkpoints than it counts");

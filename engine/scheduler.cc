@@ -7,11 +7,14 @@
 namespace innerq {
 namespace {
 
-bool Decodes(const Sequence& sequence) { return sequence.num_uncomputed() == 1; }
+// The reserve follows SGLang's new_token_ratio (schedule_batch.py, retract_decode): a preemption
+// raises it to what running answers have used of their max_tokens, steps let it decay. It differs
+// in that it starts at 0 and ends there, for most answers stop long before max_tokens; and in
+// taking half, for some end while others grow.
+constexpr int64_t kWholeReserve = 1 << 16;  // all that is yet to come
+constexpr int64_t kReserveSteps = 32;       // from one decay to the next, to 15/16
 
-PageCounts KnownNeed(const KvLayout& layout, const Sequence& sequence) {
-  return PeakPages(layout, sequence.num_to_compute(), sequence.exact_before);
-}
+bool Decodes(const Sequence& sequence) { return sequence.num_uncomputed() == 1; }
 
 // The first position of the sequence's next chunk that scores.
 int64_t FirstScore(const Sequence& sequence) {
@@ -42,11 +45,16 @@ void Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
   const int64_t positions = NumPositions(sequence->prompt_length(), sequence->request.max_tokens);
   CHECK(PeakPages(layout_, positions, sequence->exact_before).FitsIn(limits_.pools),
         "a sequence that can never fit must be refused");
+  if (waiting_.empty()) blocked_ = false;
   waiting_.push_back(std::move(sequence));
 }
 
 ScheduledBatch Scheduler::Schedule() {
   ScheduledBatch batch;
+  if (++num_steps_ % kReserveSteps == 0 && reserve_ > 0) {
+    reserve_ = reserve_ * 15 / 16;
+    blocked_ = false;
+  }
   const int64_t num_decodes = std::count_if(
       running_.begin(), running_.end(), [](const auto& sequence) { return Decodes(*sequence); });
   int64_t decode_rows = std::min(num_decodes, limits_.max_batch_tokens);
@@ -78,9 +86,10 @@ ScheduledBatch Scheduler::Schedule() {
 
   int64_t rows = decode_rows + prefill_rows;
   logit_rows += decode_rows;
-  while (!waiting_.empty() && rows > 0 && whole &&
+  while (!waiting_.empty() && !blocked_ && rows > 0 && whole &&
          static_cast<int64_t>(running_.size()) < limits_.max_sequences) {
     Sequence* sequence = waiting_.front().get();
+    ++num_start_attempts_;
     const PrefixIndex::Match prefix = FindPrefix(*sequence);
     prefixes_.Restore(prefix, &sequence->pages, &sequence->norm);
     sequence->num_computed = prefix.num_pages() * layout_.page_tokens();
@@ -90,6 +99,7 @@ ScheduledBatch Scheduler::Schedule() {
     const int64_t num_tokens = fits ? LongestChunk(*sequence, wanted) : 0;
     if (num_tokens == 0) {
       GiveUpPages(sequence);
+      blocked_ = wanted > 0;  // rows with logits may be there in the next step
       break;
     }
     Start(prefix);
@@ -106,9 +116,13 @@ void Scheduler::Commit(const ScheduledBatch& batch) {
   for (const ScheduledChunk& chunk : batch.chunks) {
     Sequence& sequence = *chunk.sequence;
     if (Shares(sequence)) KeepCheckpoints(chunk);
+    num_recomputed_ +=
+        std::clamp<int64_t>(sequence.max_computed - sequence.num_computed, 0, chunk.num_tokens);
     sequence.num_computed += chunk.num_tokens;
+    sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
     for (int64_t page = chunk.seals.begin; page < chunk.seals.end; ++page) {
       sequence.pages.ReleaseOpen(page);
+      blocked_ = false;
     }
   }
 }
@@ -121,6 +135,7 @@ std::vector<std::unique_ptr<Sequence>> Scheduler::TakeFinished() {
       sequence->pages.Clear();
       sequence->norm.Reset();
       finished.push_back(std::move(sequence));
+      blocked_ = false;
     }
     std::erase(*line, nullptr);
   }
@@ -146,9 +161,11 @@ int64_t Scheduler::LongestChunk(const Sequence& sequence, int64_t wanted) const 
   const int64_t begin = sequence.num_computed;
   const PageCounts room = free_pages();
   int64_t end = begin + wanted;
-  // Needs change only where a row enters a page: try the end, then each page boundary before it.
+  // Needs change only where a row enters a page, or is the first of an exact prompt's sequence to
+  // see sealed ones, all at once: try the end, then each such place before it.
   while (end > begin && !ChunkPages(layout_, begin, end, sequence.exact_before).FitsIn(room)) {
-    end = (end - 1) / layout_.page_tokens() * layout_.page_tokens();
+    const int64_t boundary = (end - 1) / layout_.page_tokens() * layout_.page_tokens();
+    end = sequence.exact_before < end ? std::max(boundary, sequence.exact_before) : boundary;
   }
   return std::max<int64_t>(end - begin, 0);
 }
@@ -223,9 +240,16 @@ void Scheduler::GiveUpPages(Sequence* sequence) {
 }
 
 void Scheduler::PreemptYoungest() {
+  int64_t generated = 0, at_most = 1;
+  for (const auto& sequence : running_) {
+    generated += sequence->num_generated();
+    at_most += sequence->request.max_tokens;
+  }
+  reserve_ = std::max(reserve_, kWholeReserve / 2 * generated / at_most);
   GiveUpPages(running_.back().get());
   waiting_.push_front(std::move(running_.back()));
   running_.pop_back();
+  blocked_ = false;
   ++num_preemptions_;
 }
 
@@ -242,6 +266,14 @@ void Scheduler::KeepCheckpoints(const ScheduledChunk& chunk) {
   }
   prefixes_.KeepPassing(progress, last, sequence.passing_pages);
   sequence.passing_pages = last;
+  blocked_ = false;
+}
+
+PageCounts Scheduler::ExpectedNeed(const Sequence& sequence) const {
+  const int64_t known = sequence.num_to_compute();
+  const int64_t most = NumPositions(sequence.prompt_length(), sequence.request.max_tokens);
+  return PeakPages(layout_, known + (most - known) * reserve_ / kWholeReserve,
+                   sequence.exact_before);
 }
 
 PageCounts Scheduler::CommittedPages(const Sequence& newcomer) const {
@@ -252,7 +284,7 @@ PageCounts Scheduler::CommittedPages(const Sequence& newcomer) const {
   std::set<int32_t> sinks;
   const auto add = [&](const Sequence& sequence) {
     const BlockTable& pages = sequence.pages;
-    const PageCounts need = KnownNeed(layout_, sequence);
+    const PageCounts need = ExpectedNeed(sequence);
     sum = sum + need - PageCounts{0, pages.num_sealed(), sequence.norm ? 1 : 0};
     if (!layout_.quantized()) sum.open -= pages.num_pages();
     for (int64_t i = 0; layout_.quantized() && i < layout_.sink_pages(); ++i) {
@@ -273,6 +305,7 @@ ForwardBatch BuildForwardBatch(const ScheduledBatch& batch, const KvLayout& layo
     const int64_t begin = sequence.num_computed;
     const int64_t end = begin + chunk.num_tokens;
     std::vector<PageRef>& pages = forward.page_tables.emplace_back();
+    pages.reserve(static_cast<size_t>(sequence.pages.num_pages()));
     for (int64_t page = 0; page < sequence.pages.num_pages(); ++page) {
       pages.push_back(sequence.pages.page(page));
     }

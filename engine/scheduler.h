@@ -51,10 +51,11 @@ struct ScheduledBatch {
 //     token, the youngest running sequence is preempted: it gives up all pages, becomes the first
 //     of the waiting and computes its tokens again later.
 //   - A waiting sequence starts if rows are left, no chunk had to shrink, and the pools hold the
-//     tokens known today of all running ones and its own. So only the youngest running one can be
-//     in the middle of a prefill. It starts where its longest cached prefix ends, in the state of
-//     a sequence that has computed as much: with its last token and all that it has yet to score
-//     before it.
+//     tokens known today of all running ones and its own, and the reserve: a share of the tokens
+//     that each of them may still take, 0 unless sequences have been preempted lately. So only the
+//     youngest running one can be in the middle of a prefill. It starts where its longest cached
+//     prefix ends, in the state of a sequence that has computed as much: with its last token and
+//     all that it has yet to score before it.
 //   - A running sequence without a token to compute keeps its pages and is passed over.
 //   - Pages that only the index of prefixes holds are free pages: whoever needs one takes it.
 // Hence the oldest sequence computes at least one token in every step, provided that each sequence
@@ -85,12 +86,16 @@ class Scheduler {
   const std::deque<std::unique_ptr<Sequence>>& running() const { return running_; }
   const std::deque<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
   int64_t num_preemptions() const { return num_preemptions_; }
+  // Tokens, of prompts and answers, computed by committed steps though their sequence had been past
+  // them before.
+  int64_t num_recomputed() const { return num_recomputed_; }
   PageCounts used() const;    // held by sequences; what several share counts once
   PageCounts cached() const;  // held by the index alone
   // Prompt tokens of sequences that looked for a prefix at their first start, and those found.
   int64_t num_prefix_queries() const { return num_prefix_queries_; }
   int64_t num_prefix_hits() const { return num_prefix_hits_; }
   int64_t num_prefix_evictions() const { return num_prefix_evictions_; }  // of checkpoints
+  int64_t num_start_attempts() const { return num_start_attempts_; }      // of waiting sequences
   // CHECKs the three allocators and the index.
   void CheckIntegrity() const;
 
@@ -114,8 +119,9 @@ class Scheduler {
   void PreemptYoungest();
   // Lets the index keep what the sequence has computed, to the end of its chunk.
   void KeepCheckpoints(const ScheduledChunk& chunk);
-  // What the tokens known today of all running sequences and of `newcomer`, which holds its prefix
-  // already, will need.
+  // What a sequence will need for its tokens known today and the reserve.
+  PageCounts ExpectedNeed(const Sequence& sequence) const;
+  // The sum over all running sequences and `newcomer`, which holds its prefix already.
   PageCounts CommittedPages(const Sequence& newcomer) const;
 
   const SchedulerLimits limits_;
@@ -124,7 +130,15 @@ class Scheduler {
   PrefixIndex prefixes_;                  // empty without a prefix cache
   std::deque<std::unique_ptr<Sequence>> running_;  // by arrival
   std::deque<std::unique_ptr<Sequence>> waiting_;  // by arrival; all younger than the running
+  // The first of the waiting cannot start before a sequence leaves or is preempted, a page is
+  // freed, the reserve falls or the index learns. All else that happens makes the room for it no
+  // larger.
+  bool blocked_ = false;
+  int64_t reserve_ = 0;    // share of tokens to come, times kWholeReserve
+  int64_t num_steps_ = 0;  // planned
   int64_t num_preemptions_ = 0;
+  int64_t num_recomputed_ = 0;
+  int64_t num_start_attempts_ = 0;
   int64_t num_prefix_queries_ = 0;
   int64_t num_prefix_hits_ = 0;
   int64_t num_prefix_evictions_ = 0;

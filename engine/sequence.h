@@ -30,6 +30,7 @@ struct Sequence {
   int64_t number = 0;           // by arrival at the engine thread, from 1
   std::vector<int32_t> tokens;  // prompt, then answer
   int64_t num_computed = 0;     // positions [0, num_computed) are in the cache
+  int64_t max_computed = 0;     // the most that it ever was; survives preemption
   int64_t num_scored = 0;  // positions [0, num_scored) have scored the prompt token after them;
                            // survives preemption
   BlockTable pages;

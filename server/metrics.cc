@@ -85,6 +85,9 @@ void RenderEngine(const EngineStats& stats, Writer* out) {
                       Share(stats.sealed_pages_used, stats.sealed_pages)));
   out->Counter("vllm:num_preemptions_total", "Sequences pushed out to be recomputed.",
                stats.preemptions);
+  out->Counter("innerq:recomputed_tokens_total",
+               "Tokens of prompts and answers computed again after preemptions.",
+               stats.recomputed_tokens);
   out->Counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.",
                stats.prefix_cache_queries);
   out->Counter("vllm:prefix_cache_hits_total", "Prompt tokens found there.",

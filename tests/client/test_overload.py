@@ -166,6 +166,7 @@ def test_out_of_pages_preempts_and_answers_as_alone():
                                        for body in requests))
         now = metrics(server.url)
         assert now["vllm:num_preemptions_total"] > 0, "there were pages enough"
+        assert now["innerq:recomputed_tokens_total"] > 0
         assert now['vllm:request_success_total{finished_reason="error"}'] == 0
         for body, answer in list(zip(requests, crowd))[::3]:
             alone = await ask(server.port, "/v1/completions", body)

@@ -62,6 +62,26 @@ TEST(EngineStats, PhasesAreThoseThatARequestWentThrough) {
   EXPECT_TRUE(stats.sealed_groups.empty()) << "this model does not count";
 }
 
+// Of answers, too: what steps compute is what the requests need and what preemptions lost.
+TEST(EngineStats, TokensComputedAgainAreCounted) {
+  EngineOptions options;
+  options.max_context = 130;
+  options.prefix_cache = false;
+  const auto engine =
+      Engine::Create(options, std::make_unique<HashModel>(TestLayout(/*quantized=*/false),
+                                                          PageCounts{5, 0, 0}))
+          .value();
+  const ResponseGroup group =
+      engine->SubmitGroup({RequestOf(60, 60, 1), RequestOf(60, 60, 2)}).value();
+  for (const ResponseReader& reader : group.readers) ReadAll(reader);
+  const EngineStats stats = engine->Stats();
+  EXPECT_GT(stats.preemptions, 0);
+  const double needed = 2 * (60 + 60 - 1);
+  EXPECT_EQ(stats.step_tokens.sum(), needed + static_cast<double>(stats.recomputed_tokens));
+  EXPECT_GT(stats.recomputed_tokens, stats.prompt_tokens_computed - stats.prompt_tokens)
+      << "tokens of the answer were lost as well";
+}
+
 TEST(EngineStats, GroupsOfEverySealedPageAreCountedPerLayer) {
   const auto checkpoint = TinyCheckpoint();
   for (const QuantCodec codec : {QuantCodec::kPaper, QuantCodec::kFitted}) {

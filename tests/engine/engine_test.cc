@@ -116,6 +116,7 @@ TEST_P(EngineExactness, AnswerDoesNotDependOnBatchChunksOrPreemption) {
     EXPECT_EQ(engine->Stats().prompt_tokens, prompt_tokens) << "also of those computed again";
     if (schedule.tiny_pools && schedule.num_neighbours == 16) {
       EXPECT_GT(engine->Stats().preemptions, 0) << "the pools were too large";
+      EXPECT_GT(engine->Stats().recomputed_tokens, 0);
     }
   }
 }
@@ -510,6 +511,48 @@ TEST(Engine, RefusesWhatDoesNotFitTheQueueExactly) {
   for (const ResponseReader& reader : readers) EXPECT_EQ(ReadAll(reader).events.size(), 3u);
   ExpectAtRest(*engine);
   EXPECT_TRUE(engine->Submit(RequestOf(5, 3)).ok()) << "there is room again";
+}
+
+// Memory pressure must not turn requests away that the queue has room for.
+TEST(Engine, APreemptedRequestTakesNoPlaceInTheQueue) {
+  Gate gate;
+  EngineOptions options = OptionsOf(512, /*max_queue=*/1);
+  options.max_context = 130;
+  const KvLayout layout = TestLayout(/*quantized=*/false);
+  const auto engine = EngineOf(
+      options, {5, 0, 0},
+      [&](const ForwardBatch&) {
+        gate.Pass();
+        return Result<void>();
+      },
+      layout);
+  std::vector<ResponseReader> readers;
+  int steps = 0;
+  for (uint64_t seed = 1; seed <= 2; ++seed) {
+    readers.push_back(engine->Submit(RequestOf(60, 60, seed)).value());
+    if (steps > 0) gate.LetOnePass();
+    gate.AwaitArrivals(++steps);
+  }
+  while (engine->Stats().preemptions == 0) {
+    ASSERT_LT(steps, 100) << "there were pages enough";
+    gate.LetOnePass();
+    gate.AwaitArrivals(++steps);
+  }
+  EXPECT_EQ(engine->Stats().waiting, 1);
+  auto third = engine->Submit(RequestOf(60, 60, 3));
+  EXPECT_TRUE(third.ok());
+  EXPECT_EQ(engine->Submit(RequestOf(60, 60, 4)).error().code, ErrorCode::kResourceExhausted);
+  EXPECT_EQ(engine->Stats().waiting, 2);
+  if (third.ok()) readers.push_back(std::move(third).value());
+  gate.LetOnePass();
+  gate.AwaitArrivals(++steps);  // what was submitted has reached the scheduler
+  EXPECT_EQ(engine->Submit(RequestOf(60, 60, 4)).error().code, ErrorCode::kResourceExhausted);
+  gate.Open();
+  for (size_t i = 0; i < readers.size(); ++i) {
+    ExpectSameEvents(ReadAll(readers[i]).events,
+                     OracleAnswer(RequestOf(60, 60, i + 1), layout, false));
+  }
+  ExpectAtRest(*engine);
 }
 
 TEST(Engine, ShowsHowFarRunningRequestsHaveCome) {

@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <map>
 #include <random>
 #include <set>
@@ -314,6 +315,22 @@ TEST(Scheduler, SequenceThatWaitsForAPageIsNotOvertaken) {
   EXPECT_EQ(simulation.finish_order(), (std::vector<int64_t>{0, 1, 2}));
 }
 
+TEST(Scheduler, TriesAWaitingSequenceAgainOnlyWhenSomethingHasChanged) {
+  Simulation simulation({8, 256, {5, 0, 0}}, TestLayout(/*quantized=*/false));
+  simulation.Add(60, 60);
+  simulation.Step();
+  simulation.Add(100, 5);  // has four pages where three are free
+  for (int i = 0; i < 30; ++i) EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{0, 1}}));
+  EXPECT_EQ(simulation.scheduler().num_start_attempts(), 2) << "one of each";
+  simulation.Cancel(0);
+  EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{1, 100}}));
+  simulation.Add(100, 5);
+  simulation.Step();
+  simulation.Cancel(2);  // the one that was tried
+  simulation.Add(10, 5);
+  EXPECT_EQ(simulation.Step(), (std::map<int64_t, int64_t>{{1, 1}, {3, 10}}));
+}
+
 TEST(Scheduler, ShrinksAChunkToThePagesThereAre) {
   // Open pages for one window and two more; a chunk of 512 would need 16.
   const KvLayout layout = TestLayout();
@@ -366,11 +383,122 @@ TEST(Scheduler, PassesOverASequenceWithoutATokenToCompute) {
   EXPECT_EQ(sequences[0]->pages.num_pages(), 1);
 }
 
+// The row that first sees sealed pages wants them all at once; those before it want none.
+TEST(Scheduler, ComputesAnExactPromptWhileSealedPagesAreLacking) {
+  const KvLayout layout = TestLayout();
+  const auto sealed = [&](int64_t tokens, int64_t exact_before) {
+    return PeakPages(layout, tokens, exact_before).sealed;
+  };
+  Scheduler scheduler(WithoutPrefixes({.max_batch_tokens = 33,
+                                       .pools = {100, sealed(250, 0) + sealed(510, 500), 8}}),
+                      layout);
+  const auto add = [&](int64_t prompt_length, int64_t exact_before) {
+    Request request;
+    request.prompt.assign(static_cast<size_t>(prompt_length), 7);
+    request.max_tokens = 60;
+    scheduler.Admit(std::make_unique<Sequence>(std::move(request), nullptr, exact_before));
+    return scheduler.waiting().back().get();
+  };
+  const auto step = [&] {
+    const ScheduledBatch batch = scheduler.Schedule();
+    scheduler.Commit(batch);
+    for (const ScheduledChunk& chunk : batch.chunks) {
+      if (chunk.samples) chunk.sequence->Append(8);
+    }
+  };
+  const Sequence* const elder = add(245, 0);
+  while (elder->num_generated() == 0) step();
+  Sequence* const exact = add(500, 500);
+  for (int i = 0; i < 10; ++i) exact->Append(8);  // of an answer that it began before
+  while (exact->num_computed < 480) step();
+  ASSERT_EQ(exact->num_computed, 480);
+  EXPECT_GT(elder->pages.num_sealed(), sealed(250, 0)) << "pages were to be lacking by now";
+  step();
+  EXPECT_EQ(exact->num_computed, 500);
+  step();
+  EXPECT_EQ(exact->num_computed, 500);
+  EXPECT_EQ(scheduler.num_preemptions(), 0);
+  while (!scheduler.waiting().empty() || exact->num_generated() < 11) {
+    for (const auto& sequence : scheduler.running()) {
+      if (sequence->num_generated() == 60) sequence->End(FinishReason::kLength);
+    }
+    scheduler.TakeFinished();
+    step();
+  }
+}
+
 TEST(SchedulerDeathTest, RefusesASequenceThatCanNeverFit) {
   const KvLayout layout = TestLayout();
   Simulation simulation({16, 64, WorstPeakPages(layout, 400, false)}, layout);
   simulation.Add(300, 101);
   EXPECT_DEATH(simulation.Add(400, 33), "never fit");
+}
+
+// What a crowd cost: steps, tokens computed and sequences pushed out.
+struct Cost {
+  int64_t steps = 0;
+  int64_t computed = 0;
+  int64_t preemptions = 0;
+};
+
+// Runs requests that all come at once, each with a prompt of 200 tokens and as many for the answer
+// as `max_tokens`, and stops each after as many as `answers` says.
+Cost RunCrowd(PageCounts pools, int64_t max_tokens, const std::vector<int64_t>& answers) {
+  const KvLayout layout = TestLayout();
+  Scheduler scheduler(WithoutPrefixes({.pools = pools}), layout);
+  for (size_t i = 0; i < answers.size(); ++i) {
+    Request request;
+    request.prompt.assign(200, 7);
+    request.max_tokens = max_tokens;
+    auto sequence = std::make_unique<Sequence>(std::move(request), nullptr, int64_t{0});
+    sequence->number = static_cast<int64_t>(i);
+    scheduler.Admit(std::move(sequence));
+  }
+  Cost cost;
+  for (; !scheduler.empty(); ++cost.steps) {
+    const ScheduledBatch batch = scheduler.Schedule();
+    scheduler.Commit(batch);
+    for (const ScheduledChunk& chunk : batch.chunks) {
+      cost.computed += chunk.num_tokens;
+      if (!chunk.samples) continue;
+      Sequence& sequence = *chunk.sequence;
+      sequence.Append(8);
+      if (sequence.num_generated() == answers[static_cast<size_t>(sequence.number)]) {
+        sequence.End(FinishReason::kLength);
+      }
+    }
+    scheduler.TakeFinished();
+  }
+  cost.preemptions = scheduler.num_preemptions();
+  return cost;
+}
+
+// Prints what the decision log in CONTRIBUTING.md says of the reserve.
+TEST(Scheduler, ReservesForAnswersThatPushEachOtherOut) {
+  const auto print = [](const char* what, const Cost& cost, int64_t useful) {
+    std::printf("%s: %ld steps, %ld tokens computed, %ld useful, %ld preemptions\n", what,
+                static_cast<long>(cost.steps), static_cast<long>(cost.computed),
+                static_cast<long>(useful), static_cast<long>(cost.preemptions));
+  };
+  constexpr PageCounts kPools{38, 175, 64};  // of the demo model in 6 MiB
+  const Cost full = RunCrowd(kPools, 2500, std::vector<int64_t>(16, 2500));
+  print("answers as long as they may be", full, 16 * 2699);
+  EXPECT_LT(full.computed, 70000);
+  EXPECT_LT(full.preemptions, 25);
+  EXPECT_LT(full.steps, 12000);
+
+  // Most answers are shorter than they may be.
+  std::mt19937 random(1);
+  std::vector<int64_t> answers(128);
+  int64_t useful = 0;
+  for (int64_t& answer : answers) {
+    answer = static_cast<int64_t>(100 + random() % 800);
+    useful += 200 + answer - 1;
+  }
+  const Cost crowd = RunCrowd({400, 175, 64}, 5000, answers);
+  print("answers of up to 900 of 5000 tokens", crowd, useful);
+  EXPECT_LT(crowd.computed, 2 * useful);
+  EXPECT_LT(crowd.steps, 5000);
 }
 
 struct Population {

@@ -161,6 +161,7 @@ TEST(Metrics, AreValidPrometheusTextWithVllmsNames) {
   stats.generation_tokens = 123456789012;
   stats.prompt_tokens = 17;
   stats.prompt_tokens_computed = 5;
+  stats.recomputed_tokens = 29;
   stats.queue_seconds.Observe(0.1);
   stats.step_tokens.Observe(8, 3);
   const auto families = ParseValid(metrics.Render(stats));
@@ -171,6 +172,8 @@ TEST(Metrics, AreValidPrometheusTextWithVllmsNames) {
   }
   EXPECT_EQ(families.at("vllm:prompt_tokens_total").samples.at(0).value, 17);
   EXPECT_EQ(families.at("innerq:prompt_tokens_computed_total").samples.at(0).value, 5);
+  EXPECT_EQ(families.at("innerq:recomputed_tokens_total").samples.at(0).value, 29);
+  EXPECT_EQ(families.at("innerq:recomputed_tokens_total").type, "counter");
   for (const char* name : {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}) {
     EXPECT_EQ(families.at("vllm:" + std::string(name)).type, "gauge");
   }
