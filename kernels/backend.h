@@ -24,8 +24,9 @@ namespace innerq {
 
 // How a weight matrix of floats is held and multiplied.
 //   kBF16  activations are rounded to BF16 (nearest even), products summed in F32
-//   kF16   activations stay F32, weights are exact in F32, products summed in F32
-//   kF32   likewise
+//   kF16   activations stay F32, weights are exact in F32, products summed in F32; on CUDA
+//          activations are rounded to F16, relative to their row (RoundLaunch)
+//   kF32   activations and weights stay F32, products summed in F32
 enum class WeightFormat { kBF16, kF16, kF32 };
 
 constexpr const char* WeightFormatName(WeightFormat format) {

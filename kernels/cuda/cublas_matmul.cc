@@ -25,6 +25,18 @@ std::string Describe(const MatMulLaunch& launch) {
          std::to_string(launch.k);
 }
 
+cudaDataType_t TypeOf(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kBF16:
+      return CUDA_R_16BF;
+    case WeightFormat::kF16:
+      return CUDA_R_16F;
+    case WeightFormat::kF32:
+      return CUDA_R_32F;
+  }
+  return CUDA_R_32F;
+}
+
 }  // namespace
 
 CublasMatMul::Plan::~Plan() {
@@ -52,7 +64,7 @@ Result<const CublasMatMul::Plan*> CublasMatMul::PlanFor(const MatMulLaunch& laun
   const Key key{launch.format, launch.m, launch.n, launch.k};
   if (const auto known = plans_.find(key); known != plans_.end()) return known->second.get();
   const std::string what = Describe(launch);
-  const cudaDataType_t type = launch.format == WeightFormat::kBF16 ? CUDA_R_16BF : CUDA_R_32F;
+  const cudaDataType_t type = TypeOf(launch.format);
   const auto m = static_cast<uint64_t>(launch.m), n = static_cast<uint64_t>(launch.n),
              k = static_cast<uint64_t>(launch.k);
   auto plan = std::make_unique<Plan>();
@@ -87,15 +99,19 @@ Result<const CublasMatMul::Plan*> CublasMatMul::PlanFor(const MatMulLaunch& laun
 
 Result<void> CublasMatMul::Run(const MatMulLaunch& launch, int64_t x_stride, cudaStream_t stream) {
   ASSIGN_OR_RETURN(const Plan* plan, PlanFor(launch, x_stride));
-  const float one = 1.0f, beta = launch.accumulate ? 1.0f : 0.0f;
+  // Without units cuBLASLt adds to what `out` holds; with them the sums have to be finished first.
+  const bool has_units = launch.units != nullptr;
+  MatMulLaunch rest = launch;
+  rest.accumulate = launch.accumulate && has_units;
+  rest.parts = rest.accumulate ? launch.parts : launch.out;
+  const float one = 1.0f, beta = launch.accumulate && !has_units ? 1.0f : 0.0f;
   RETURN_IF_CUBLAS_ERROR(
       cublasLtMatmul(handle_, plan->operation, &one, launch.weight, plan->weight, launch.x, plan->x,
-                     &beta, launch.out, plan->out, launch.out, plan->out, &plan->algorithm,
+                     &beta, rest.parts, plan->out, rest.parts, plan->out, &plan->algorithm,
                      workspace_.data(), static_cast<size_t>(kWorkspaceBytes), stream),
       Describe(launch));
-  if (launch.bias == nullptr) return {};
-  RETURN_IF_CUDA_ERROR(LaunchAddBias({launch.bias, launch.m, launch.n, launch.out}, stream),
-                       "adding a bias");
+  if (launch.bias == nullptr && !has_units) return {};
+  RETURN_IF_CUDA_ERROR(LaunchFinishMatMul(rest, stream), "finishing a product");
   return {};
 }
 

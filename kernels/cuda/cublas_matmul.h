@@ -20,10 +20,14 @@ class CublasMatMul {
   static Result<std::unique_ptr<CublasMatMul>> Create();
   ~CublasMatMul();
 
-  // BF16 and F32; F16 weights would round F32 activations to F16, which MatMul does not allow.
-  static bool Handles(WeightFormat format) { return format != WeightFormat::kF16; }
+  // All products but those that have units, are added to what `out` holds, and are larger than
+  // `parts`, where their sums wait for the units.
+  static bool Handles(const MatMulLaunch& launch) {
+    return launch.units == nullptr || !launch.accumulate ||
+           launch.m * launch.n <= launch.num_part_sums;
+  }
 
-  // As LaunchMatMul, for F32 x and weight rows padded alike; `x_stride` elements from row to row.
+  // As LaunchMatMul; rows of x begin `x_stride` elements apart.
   Result<void> Run(const MatMulLaunch& launch, int64_t x_stride, cudaStream_t stream);
 
  private:

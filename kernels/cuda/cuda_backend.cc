@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -47,10 +48,11 @@ Result<void> LaunchCublas(const CublasLaunch& launch, cudaStream_t stream) {
 class CudaBackend final : public Backend {
  public:
   CudaBackend(CudaDevice device, std::unique_ptr<CublasMatMul> cublas,
-              std::unique_ptr<LaunchQueue> queue)
+              std::unique_ptr<LaunchQueue> queue, std::function<void(std::string_view)> warn)
       : device_(std::move(device)),
         name_("cuda/" + device_.architecture),
         cublas_(std::move(cublas)),
+        warn_(std::move(warn)),
         queue_(std::move(queue)) {}
 
   std::string_view name() const override { return name_; }
@@ -93,7 +95,7 @@ class CudaBackend final : public Backend {
     }
     queue_->Flush();
     RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(queue_->stream()), "waiting for the device");
-    // As integers, which take more than BF16.
+    // As integers, which take more than halves do.
     const int64_t rounded_bytes = LowBitInputBytes(limits.max_rows, limits.max_features);
     if (rounded_bytes > rounded_.bytes()) {
       ForgetRounded();
@@ -158,6 +160,12 @@ class CudaBackend final : public Backend {
  private:
   Result<void> DoPackWeight(std::span<const ConstTensorView> parts,
                             std::span<const ConstTensorView> bias_parts, Weight* weight) override {
+    only_bf16_ = only_bf16_ && weight->format == WeightFormat::kBF16;
+    if (weight->format == WeightFormat::kF32 && warn_) {
+      std::exchange(warn_, nullptr)(
+          "products of F32 weights do without tensor cores and take many times as long as those of "
+          "F16 or BF16 (model.dtype)");
+    }
     ASSIGN_OR_RETURN(weight->data, PackRows(parts, *weight));
     return PackBias(bias_parts, weight);
   }
@@ -165,7 +173,7 @@ class CudaBackend final : public Backend {
   Result<void> DoPackLowBitWeight(std::span<const LowBitMatrix> parts,
                                   std::span<const ConstTensorView> bias_parts,
                                   Weight* weight) override {
-    has_codes_ = true;
+    only_bf16_ = false;
     ASSIGN_OR_RETURN(weight->data, PackCodes(parts, *weight, queue_->stream()));
     return PackBias(bias_parts, weight);
   }
@@ -174,11 +182,11 @@ class CudaBackend final : public Backend {
   // may be written or be other memory.
   void ForgetRounded() { rounded_from_ = nullptr; }
   // Where RmsNorm and SwiGlu leave their out in BF16, for a product that follows; or null, as for a
-  // model of codes, of which few products take BF16.
+  // model that has other weights: few of its products, or none, take BF16.
   uint16_t* RoundAlong(const TensorView& out) {
     ForgetRounded();
     const int64_t rows = out.shape[0], width = out.shape[1];
-    if (has_codes_ || width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
+    if (!only_bf16_ || width % kMatMulUnit != 0 || rows * width * 2 > rounded_.bytes()) {
       return nullptr;
     }
     rounded_from_ = out.data;
@@ -220,21 +228,26 @@ class CudaBackend final : public Backend {
                         .parts = reinterpret_cast<float*>(states_.data()),
                         .num_part_sums = states_.bytes() / 4,
                         .num_multiprocessors = device_.num_multiprocessors};
-    const bool own = cublas_ == nullptr || !CublasMatMul::Handles(weight.format);
-    const bool is_rounded =
-        std::exchange(rounded_from_, nullptr) == args.x.data && rounded_shape_ == args.x.shape;
+    const bool is_rounded = std::exchange(rounded_from_, nullptr) == args.x.data &&
+                            rounded_shape_ == args.x.shape && weight.format == WeightFormat::kBF16;
     int64_t x_stride = weight.cols;
-    if (weight.format == WeightFormat::kBF16) {
+    if (weight.format != WeightFormat::kF32) {
       x_stride = RoundUp(weight.cols, kMatMulUnit);
-      CHECK(launch.m * x_stride * 2 <= rounded_.bytes(), "MatMul: larger than reserved");
-      auto* rounded = reinterpret_cast<uint16_t*>(rounded_.data());
-      if (!is_rounded) {
-        queue_->Enqueue<LaunchRoundToBf16>("MatMul",
-                                           {args.x.As<float>(), launch.m, launch.k, rounded});
+      const int64_t units_at = launch.m * x_stride * 2;
+      CHECK(units_at + launch.m * 4 <= rounded_.bytes(), "MatMul: larger than reserved");
+      RoundLaunch round{.format = weight.format,
+                        .x = args.x.As<float>(),
+                        .rows = launch.m,
+                        .cols = launch.k,
+                        .out = reinterpret_cast<uint16_t*>(rounded_.data())};
+      if (weight.format == WeightFormat::kF16) {
+        round.units = reinterpret_cast<float*>(rounded_.data() + units_at);
       }
+      if (!is_rounded) queue_->Enqueue<LaunchRound>("MatMul", round);
       launch.x = rounded_.data();
+      launch.units = round.units;
     }
-    if (own) {
+    if (cublas_ == nullptr || !CublasMatMul::Handles(launch)) {
       queue_->Enqueue<LaunchMatMul>("MatMul", launch);
     } else {
       queue_->Enqueue<LaunchCublas>("MatMul", {cublas_.get(), launch, x_stride});
@@ -445,10 +458,11 @@ class CudaBackend final : public Backend {
   const CudaDevice device_;
   const std::string name_;
   const std::unique_ptr<CublasMatMul> cublas_;  // null: all products are our own
-  Buffer rounded_;                           // activations of one product in BF16, or as integers
+  std::function<void(std::string_view)> warn_;  // of F32 weights; empty once it was told
+  Buffer rounded_;                           // activations of one product as halves, or as integers
   const std::byte* rounded_from_ = nullptr;  // where they are in F32, or null: not known
   Shape rounded_shape_;
-  bool has_codes_ = false;               // low-bit weights were packed
+  bool only_bf16_ = true;                // of the weights that were packed
   Buffer states_;                        // of split attention, or parts of a split product
   Buffer select_keys_;                   // of SelectTop
   Buffer non_finite_, non_finite_seen_;  // int32 per item: Seal met a NaN or an infinity
@@ -477,8 +491,8 @@ Result<std::unique_ptr<Backend>> CreateCudaBackend(const BackendOptions& options
   if (!options.deterministic) {
     ASSIGN_OR_RETURN(cublas, CublasMatMul::Create());
   }
-  return std::unique_ptr<Backend>(
-      std::make_unique<CudaBackend>(std::move(device), std::move(cublas), std::move(queue)));
+  return std::unique_ptr<Backend>(std::make_unique<CudaBackend>(
+      std::move(device), std::move(cublas), std::move(queue), options.warn));
 }
 
 }  // namespace innerq

@@ -142,17 +142,25 @@ cudaError_t LaunchAttention(const AttentionKernelLaunch& launch, cudaStream_t st
 
 constexpr int64_t kMatMulUnit = 16;  // weights are padded with zeros to multiples of it, N and K
 
-// BF16 bits of x, rows padded with zeros to a multiple of kMatMulUnit columns.
-struct RoundToBf16Launch {
+// Bits of x as it meets weights of 16 bits, rows padded with zeros to a multiple of kMatMulUnit
+// columns. BF16: rounded to it. F16: each row is multiplied by a power of two first, which takes
+// its largest magnitude into [2^14, 2^15), or is 2^126 where that would take more. So nothing
+// overflows, and an element x of a row whose largest is X is off by at most max(2^-11 |x|, 2^-39 X,
+// 2^-151): half of F16's last place, or of its smallest number, 2^-24. NaN and infinities stay what
+// they are; beside an infinity finite elements may become zeros.
+struct RoundLaunch {
+  WeightFormat format = WeightFormat::kBF16;
   const float* x = nullptr;  // [rows, cols]
   int64_t rows = 0, cols = 0;
   uint16_t* out = nullptr;  // [rows, RoundUp(cols, 16)]
+  float* units = nullptr;   // F16: [rows], what 1 is worth, a power of two
 };
-cudaError_t LaunchRoundToBf16(const RoundToBf16Launch& launch, cudaStream_t stream);
+cudaError_t LaunchRound(const RoundLaunch& launch, cudaStream_t stream);
 
 struct MatMulLaunch {
   WeightFormat format = WeightFormat::kBF16;
-  const std::byte* x = nullptr;       // BF16: what LaunchRoundToBf16 wrote; else F32 [M, K]
+  const std::byte* x = nullptr;       // what LaunchRound wrote; for F32 weights F32 [M, K]
+  const float* units = nullptr;       // likewise; null but for F16
   const std::byte* weight = nullptr;  // [RoundUp(N, 16), RoundUp(K, 16)]
   const float* bias = nullptr;        // [N] or null
   bool accumulate = false;
@@ -164,15 +172,11 @@ struct MatMulLaunch {
 };
 cudaError_t LaunchMatMul(const MatMulLaunch& launch, cudaStream_t stream);
 
-// LaunchMatMul of BF16 weights.
+// LaunchMatMul of BF16 and F16 weights.
 cudaError_t LaunchMmaMatMul(const MatMulLaunch& launch, cudaStream_t stream);
 
-struct AddBiasLaunch {
-  const float* bias = nullptr;  // [n]
-  int64_t m = 0, n = 0;
-  float* out = nullptr;  // [m, n]
-};
-cudaError_t LaunchAddBias(const AddBiasLaunch& launch, cudaStream_t stream);
+// The rest of a product whose sums x * weight^T [M, N] are in `parts`, which may be `out`.
+cudaError_t LaunchFinishMatMul(const MatMulLaunch& launch, cudaStream_t stream);
 
 // --- low_bit.cu, low_bit_mma.cu; see low_bit_layout.h ---
 

@@ -1,4 +1,4 @@
-// Products of BF16 weights on tensor cores.
+// Products of BF16 and F16 weights on tensor cores.
 //
 // out [M, N] = x [M, K] * weight [N, K]^T. K is cut into kParts parts of one length, a multiple of
 // kStageDepth, from 0 on. Within a part an element is one chain of products mma.m16n8k16, started
@@ -19,7 +19,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kStageDepth = 64;  // columns of K that TiledKernel has of a stage
 constexpr int kStep = 16;        // of K, of a product
-constexpr int kQuad = 8;         // BF16 elements in 16 bytes
+constexpr int kQuad = 8;         // elements in 16 bytes
 constexpr int kParts = 8;
 constexpr int kEight = 8;  // rows of a fragment: of the weight, and of half of x
 
@@ -44,6 +44,16 @@ struct Tile {
   static_assert(kSharedBytes <= kMostSharedBytes && kAcross % 2 == 0);
 };
 
+// A product of a step, by the format of both operands.
+template <WeightFormat kFormat>
+__device__ void MultiplyAddOf(const uint32_t (&x)[4], uint32_t w0, uint32_t w1, float (&sums)[4]) {
+  if constexpr (kFormat == WeightFormat::kF16) {
+    MultiplyAdd(x, w0, w1, sums);
+  } else {
+    MultiplyAddBf16(x, w0, w1, sums);
+  }
+}
+
 // What a lane has of a warp's products of one step of K.
 template <int kRows>
 struct Operands {
@@ -54,7 +64,7 @@ struct Operands {
 // Grid: [M / kRows, N / 128, 1 or 8]. Block: 8 warps compute kRows rows of 128 outputs, part after
 // part. Shared: a ring of stages of 64 columns of both operands. kSplit: 8 blocks share a tile,
 // each leaves the sums of one part for AddPartsKernel.
-template <int kRows, bool kSplit>
+template <int kRows, bool kSplit, WeightFormat kFormat>
 __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
     TiledKernel(const __grid_constant__ MatMulLaunch args) {
   using T = Tile<kRows>;
@@ -139,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
         for (int i = 0; i < T::kDown; ++i) {
 #pragma unroll
           for (int j = 0; j < T::kAcross; ++j) {
-            MultiplyAddBf16(now.x[i], now.weight[j / 2][j % 2 * 2],
-                            now.weight[j / 2][j % 2 * 2 + 1], part[i][j]);
+            MultiplyAddOf<kFormat>(now.x[i], now.weight[j / 2][j % 2 * 2],
+                                   now.weight[j / 2][j % 2 * 2 + 1], part[i][j]);
           }
         }
       }
@@ -161,16 +171,18 @@ __global__ void __launch_bounds__(kThreads, Tile<kRows>::kBlocks)
   for (int i = 0; i < T::kDown; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int64_t to_row = row + i * 16 + half * kEight;
+      const float unit = kFormat == WeightFormat::kF16 && !kSplit ? UnitOf(args, to_row) : 1.0f;
 #pragma unroll
       for (int j = 0; j < T::kAcross; ++j) {
-        const int64_t to_row = row + i * 16 + half * kEight, to_column = column + j * kEight;
+        const int64_t to_column = column + j * kEight;
         const float2 two = {total[i][j][2 * half], total[i][j][2 * half + 1]};
         if constexpr (kSplit) {
           if (to_row >= args.m || to_column >= args.n) continue;
           *reinterpret_cast<float2*>(args.parts + (blockIdx.z * args.m + to_row) * args.n +
                                      to_column) = two;
         } else {
-          StoreTwo(args, to_row, to_column, two.x, two.y);
+          StoreTwo(args, to_row, to_column, two.x * unit, two.y * unit);
         }
       }
     }
@@ -188,7 +200,8 @@ __global__ void AddPartsKernel(const __grid_constant__ MatMulLaunch args) {
     total.x += two.x;
     total.y += two.y;
   }
-  StoreTwo(args, i / args.n, i % args.n, total.x, total.y);
+  const float unit = UnitOf(args, i / args.n);
+  StoreTwo(args, i / args.n, i % args.n, total.x * unit, total.y * unit);
 }
 
 template <int kRows>
@@ -201,15 +214,15 @@ int64_t EnoughTiles(const MatMulLaunch& launch) {
   return CeilDiv(launch.num_multiprocessors * 3, 4);
 }
 
-template <int kRows, bool kSplit>
+template <int kRows, bool kSplit, WeightFormat kFormat>
 cudaError_t LaunchTiled(const MatMulLaunch& launch, cudaStream_t stream) {
   constexpr int kBytes = Tile<kRows>::kSharedBytes;
   static const cudaError_t allowed = cudaFuncSetAttribute(
-      TiledKernel<kRows, kSplit>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      TiledKernel<kRows, kSplit, kFormat>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(CeilDiv(launch.m, kRows)),
                   static_cast<unsigned>(CeilDiv(launch.n, kTileColumns)), kSplit ? kParts : 1);
-  TiledKernel<kRows, kSplit><<<grid, kThreads, kBytes, stream>>>(launch);
+  TiledKernel<kRows, kSplit, kFormat><<<grid, kThreads, kBytes, stream>>>(launch);
   if (kSplit) {
     const auto blocks = static_cast<unsigned>(CeilDiv(launch.m * launch.n, 2 * kThreads));
     AddPartsKernel<<<blocks, kThreads, 0, stream>>>(launch);
@@ -218,22 +231,28 @@ cudaError_t LaunchTiled(const MatMulLaunch& launch, cudaStream_t stream) {
 }
 
 // Few tiles of many columns of K are split among blocks.
-template <int kRows>
+template <int kRows, WeightFormat kFormat>
 cudaError_t LaunchTiles(const MatMulLaunch& launch, cudaStream_t stream) {
   const bool split = NumTiles<kRows>(launch) < EnoughTiles(launch) && launch.n % 2 == 0 &&
                      kParts * launch.m * launch.n <= launch.num_part_sums;
-  return split ? LaunchTiled<kRows, true>(launch, stream)
-               : LaunchTiled<kRows, false>(launch, stream);
+  return split ? LaunchTiled<kRows, true, kFormat>(launch, stream)
+               : LaunchTiled<kRows, false, kFormat>(launch, stream);
+}
+
+template <WeightFormat kFormat>
+cudaError_t LaunchAs(const MatMulLaunch& launch, cudaStream_t stream) {
+  if (launch.m <= 32) return LaunchTiles<32, kFormat>(launch, stream);
+  if (launch.m <= 64 || NumTiles<128>(launch) < EnoughTiles(launch)) {
+    return LaunchTiles<64, kFormat>(launch, stream);
+  }
+  return LaunchTiled<128, false, kFormat>(launch, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchMmaMatMul(const MatMulLaunch& launch, cudaStream_t stream) {
-  if (launch.m <= 32) return LaunchTiles<32>(launch, stream);
-  if (launch.m <= 64 || NumTiles<128>(launch) < EnoughTiles(launch)) {
-    return LaunchTiles<64>(launch, stream);
-  }
-  return LaunchTiled<128, false>(launch, stream);
+  return launch.format == WeightFormat::kF16 ? LaunchAs<WeightFormat::kF16>(launch, stream)
+                                             : LaunchAs<WeightFormat::kBF16>(launch, stream);
 }
 
 }  // namespace innerq::cuda

@@ -1,10 +1,17 @@
-// How the sums of a product become its output: bias, residual. `Launch`: MatMulLaunch, or what has
-// its m, n, bias, accumulate and out.
+// How the sums of a product become its output: units, bias, residual. `Launch`: MatMulLaunch, or
+// what has its m, n, bias, accumulate and out.
 #pragma once
 
 #include <cstdint>
 
+#include "kernels/cuda/launch.h"
+
 namespace innerq::cuda {
+
+// What 1 is worth in the sums of a row; 1 beyond the output.
+__device__ inline float UnitOf(const MatMulLaunch& args, int64_t row) {
+  return args.units != nullptr && row < args.m ? args.units[row] : 1.0f;
+}
 
 // Finishes an element; nothing beyond the output.
 template <typename Launch>

@@ -1,17 +1,18 @@
-// Products on the GPU, by M: BF16 weights by our kernel and by cuBLASLt, and low-bit weights in
-// groups of 64, beside the time that reading the weights alone would take. Shapes are those of
-// Llama 3.1 8B.
+// Products on the GPU, by M: BF16 and F16 weights by our kernel and by cuBLASLt, and low-bit
+// weights in groups of 64, beside the time that reading the weights alone would take. Shapes are
+// those of Llama 3.1 8B.
 //
 //   matmul_gpu_bench [m=1,16,256] [shape=qkv,down] [kernel=tiled,cublaslt,pow2_3]
 //
 // Each argument replaces a list of what is measured. Kernels: tiled and cublaslt, of BF16 weights;
-// pow2_2, pow2_3, apot_4, uniform_8, of low-bit weights with inputs of 16 bits, and apot_4_8 with
-// inputs of 8. Prints one line per case: microseconds of the product, the byte floor (weights, x
-// and out at the bandwidth that MeasureReadBandwidth finds in the same run) and its share of them,
-// TFLOP/s, and the microseconds of rounding x, which are not in the product's. Copies of the
-// weights, together more than any cache, take turns; cases whose out is larger than 512 MiB are
-// left out. Times are medians of several runs of many launches between two events. Every kernel of
-// ours must give the first row the same bits for every M, or the program fails.
+// tiled_f16 and cublaslt_f16; pow2_2, pow2_3, apot_4, uniform_8, of low-bit weights with inputs of
+// 16 bits, and apot_4_8 with inputs of 8. Prints one line per case: microseconds of the product,
+// the byte floor (weights, x and out at the bandwidth that MeasureReadBandwidth finds in the same
+// run) and its share of them, TFLOP/s, and the microseconds of rounding x, which are not in the
+// product's. Copies of the weights, together more than any cache, take turns; cases whose out is
+// larger than 512 MiB are left out. Times are medians of several runs of many launches between two
+// events. Every kernel of ours must give the first row the same bits for every M, or the program
+// fails.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -54,6 +55,13 @@ constexpr ProductShape kShapes[] = {{"qkv", 6144, 4096},
                                     {"lm_head", 128256, 4096}};
 constexpr int64_t kMostColumns = 14336;
 
+struct FloatKernels {
+  WeightFormat format;
+  const char *ours, *cublas;
+};
+constexpr FloatKernels kFloatKernels[] = {{WeightFormat::kBF16, "tiled", "cublaslt"},
+                                          {WeightFormat::kF16, "tiled_f16", "cublaslt_f16"}};
+
 struct LowBitKernel {
   const char* name;
   LowBitSpec spec;
@@ -71,8 +79,8 @@ struct Choice {
   std::vector<std::string> shapes, kernels;  // empty: all
 };
 
-// BF16 bits of normal numbers, over and over. As F16, as which scales are read, they are finite as
-// well; as codes they are any.
+// BF16 bits of normal numbers, over and over. As F16, as which weights and scales are read as well,
+// they are finite; as codes they are any.
 void FillWeights(Buffer& pool) {
   std::vector<uint16_t> values(size_t{8} << 20);
   std::mt19937 random(1);
@@ -114,7 +122,7 @@ class Bench {
   }
 
   void Run() {
-    std::printf("%-8s %6s %6s %5s %-9s %10s %9s %7s %9s %9s\n", "shape", "N", "K", "M", "kernel",
+    std::printf("%-8s %6s %6s %5s %-12s %10s %9s %7s %9s %9s\n", "shape", "N", "K", "M", "kernel",
                 "us", "floor us", "floor/t", "TFLOP/s", "round us");
     for (const ProductShape& shape : kShapes) {
       if (!Chosen(choice_.shapes, shape.name)) continue;
@@ -137,37 +145,51 @@ class Bench {
   };
 
   void RunCase(const ProductShape& shape, int64_t m) {
-    MatMulLaunch launch{.x = rounded_.data(), .m = m, .n = shape.n, .k = shape.k};
-    launch.out = reinterpret_cast<float*>(out_.data());
-    launch.parts = reinterpret_cast<float*>(parts_.data());
-    launch.num_part_sums = kPartBytes / 4;
-    launch.num_multiprocessors = num_multiprocessors_;
+    for (const FloatKernels& kernels : kFloatKernels) RunFloatCase(shape, m, kernels);
+    for (const LowBitKernel& kernel : kLowBitKernels) {
+      if (Chosen(choice_.kernels, kernel.name)) RunLowBitCase(shape, m, kernel);
+    }
+  }
+
+  void RunFloatCase(const ProductShape& shape, int64_t m, const FloatKernels& kernels) {
+    cuda::RoundLaunch rounding{.format = kernels.format,
+                               .x = reinterpret_cast<const float*>(x_.data()),
+                               .rows = m,
+                               .cols = shape.k,
+                               .out = reinterpret_cast<uint16_t*>(rounded_.data())};
+    if (kernels.format == WeightFormat::kF16) {
+      rounding.units = reinterpret_cast<float*>(rounded_.data() + m * shape.k * 2);
+    }
+    MatMulLaunch launch{.format = kernels.format,
+                        .x = rounded_.data(),
+                        .units = rounding.units,
+                        .m = m,
+                        .n = shape.n,
+                        .k = shape.k,
+                        .out = reinterpret_cast<float*>(out_.data()),
+                        .parts = reinterpret_cast<float*>(parts_.data()),
+                        .num_part_sums = kPartBytes / 4,
+                        .num_multiprocessors = num_multiprocessors_};
     const auto round = [&](const std::byte*) {
-      CheckCuda(cuda::LaunchRoundToBf16({reinterpret_cast<const float*>(x_.data()), m, shape.k,
-                                         reinterpret_cast<uint16_t*>(rounded_.data())},
-                                        nullptr),
-                "rounding");
+      CheckCuda(cuda::LaunchRound(rounding, nullptr), "rounding");
     };
     const int64_t bytes = shape.n * shape.k * 2;
-    if (Chosen(choice_.kernels, "tiled")) {
+    if (Chosen(choice_.kernels, kernels.ours)) {
       const auto multiply = [&](const std::byte* weight) {
         launch.weight = weight;
         CheckCuda(cuda::LaunchMatMul(launch, nullptr), "a product");
       };
-      const Case ours{shape, m, "tiled", weights_, bytes, round, multiply};
+      const Case ours{shape, m, kernels.ours, weights_, bytes, round, multiply};
       Report(ours);
       CheckFirstRow(ours);
     }
-    if (Chosen(choice_.kernels, "cublaslt")) {
+    if (Chosen(choice_.kernels, kernels.cublas)) {
       const auto multiply = [&](const std::byte* weight) {
         launch.weight = weight;
         const Result<void> result = cublas_->Run(launch, shape.k, nullptr);
         CHECK(result.ok(), result.error().message);
       };
-      Report({shape, m, "cublaslt", weights_, bytes, round, multiply});
-    }
-    for (const LowBitKernel& kernel : kLowBitKernels) {
-      if (Chosen(choice_.kernels, kernel.name)) RunLowBitCase(shape, m, kernel);
+      Report({shape, m, kernels.cublas, weights_, bytes, round, multiply});
     }
   }
 
@@ -237,7 +259,7 @@ class Bench {
     const int64_t bytes = c.weight_bytes + c.m * c.shape.k * 2 + c.m * c.shape.n * 4;
     const double floor_us = static_cast<double>(bytes) / bandwidth_ * 1e6;
     const double flop = 2.0 * static_cast<double>(c.m * c.shape.n * c.shape.k);
-    std::printf("%-8s %6ld %6ld %5ld %-9s %10.1f %9.1f %6.0f%% %9.1f %9.1f\n", c.shape.name,
+    std::printf("%-8s %6ld %6ld %5ld %-12s %10.1f %9.1f %6.0f%% %9.1f %9.1f\n", c.shape.name,
                 static_cast<long>(c.shape.n), static_cast<long>(c.shape.k), static_cast<long>(c.m),
                 c.kernel, us, floor_us, 100 * floor_us / us, flop / us * 1e-6, rounding_us);
     std::fflush(stdout);

@@ -78,7 +78,7 @@ run_tests() { # program filter least
 failed=0
 
 step "every operation against the reference"
-run_tests kernels_test 'Cuda/*' 12 || failed=1
+run_tests kernels_test 'Cuda/*' 16 || failed=1
 
 step "logits do not depend on neighbours, chunks or preemption; golden logits"
 run_tests engine_test 'Backends/ExactnessOfCaches.*/cuda_*' 6 || failed=1
@@ -121,7 +121,7 @@ else
   echo "no torch here: skipped"
 fi
 
-step "products of BF16 and of low-bit weights"
+step "products of BF16, F16 and low-bit weights"
 timeout 300 $out/matmul_gpu_bench || failed=1
 
 step "a whole model: one sequence, then 64 of 8192 tokens through a quarter of its layers"
