@@ -133,6 +133,10 @@ timeout 120 "$out/${model[@]}" --scheme pow2 --bits 3 --batch 1 --prompt 2048 --
 timeout 240 "$out/${model[@]}" "${caches[@]}" --layers 8 --batch 64 --depth 8064 --prompt 64 \
   --generate 64 --runs 1 || failed=1
 
+# Sampling needs whole rows of logits on the host: 33 MB of them a step.
+timeout 120 "$out/${model[@]}" --cache configs/innerq_base.json --layers 8 --batch 64 --prompt 64 \
+  --generate 64 --runs 1 --temperature 1 || failed=1
+
 step "the same 64 sequences in Hugging Face transformers"
 timeout 240 python3 tests/gpu/peer_transformers.py --layers 8 --batch 64 --depth 8064 --prompt 64 \
   --generate 64 --runs 1 || failed=1
