@@ -126,7 +126,8 @@ Result<KvCacheSpec> ResolveKvCacheSpec(const KvCacheOptions& options, const Mode
 Result<KvPoolPlan> PlanKvPools(const KvLayout& layout, const KvCacheOptions& options,
                                int64_t max_sequences, int64_t max_batch_tokens,
                                int64_t min_context) {
-  const int64_t memory = options.memory_bytes.value();
+  CHECK(options.memory_bytes.has_value(), "memory that nobody has chosen yet");
+  const int64_t memory = *options.memory_bytes;
   const PageCounts need = WorstPeakPages(layout, min_context, options.exact_prefill);
   if (PoolBytes(layout, need) > memory) {
     return Error{ErrorCode::kResourceExhausted,

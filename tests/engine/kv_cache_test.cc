@@ -159,6 +159,7 @@ TEST(PlanKvPools, KeepsToTheMemoryAndReportsWhatASequenceReaches) {
 
 TEST(PlanKvPools, GivesEverySequenceItsWindowBeforeItBuysSealedPages) {
   KvCacheOptions options;
+  options.memory_bytes = 1024 * kMiB;
   options.prefix_cache = false;
   const KvLayout layout = LayoutOf(options, OneBillion());
   EXPECT_EQ(layout.open_page_bytes(), kMiB);
@@ -170,6 +171,7 @@ TEST(PlanKvPools, GivesEverySequenceItsWindowBeforeItBuysSealedPages) {
 
 TEST(PlanKvPools, GivesCachedPrefixesAQuarterOfWhatTheWindowsLeave) {
   KvCacheOptions options;
+  options.memory_bytes = 1024 * kMiB;
   const KvLayout layout = LayoutOf(options, OneBillion());
   const KvPoolPlan plan = PlanKvPools(layout, options, 1, 512, 192).value();
   const int64_t windows = 6 + 512 / 32;
