@@ -371,7 +371,7 @@ void ThreadedEngine::Stop(const Error& error) {
 
 void ThreadedEngine::PublishGauges(const Lock&) {
   ReadScheduler(scheduler_, &stats_);
-  running_ = RunningRequestsOf(scheduler_);
+  ReadRunning(scheduler_, &running_);
   const auto& waiting = scheduler_.waiting();  // preempted ones first, which are the eldest
   num_unstarted_ = waiting.end() - std::find_if(waiting.begin(), waiting.end(), [](const auto& s) {
                      return !s->started_at.has_value();

@@ -31,17 +31,16 @@ void ReadScheduler(const Scheduler& scheduler, EngineStats* stats) {
   stats->prefix_cache_evictions = scheduler.num_prefix_evictions();
 }
 
-std::vector<RunningRequest> RunningRequestsOf(const Scheduler& scheduler) {
-  std::vector<RunningRequest> running;
+void ReadRunning(const Scheduler& scheduler, std::vector<RunningRequest>* running) {
+  running->clear();
   for (const auto& sequence : scheduler.running()) {
-    running.push_back({.number = sequence->number,
-                       .prompt_tokens = sequence->prompt_length(),
-                       .computed_tokens = sequence->num_computed,
-                       .generated_tokens = sequence->num_generated(),
-                       .max_tokens = sequence->request.max_tokens,
-                       .pages = sequence->pages.num_pages()});
+    running->push_back({.number = sequence->number,
+                        .prompt_tokens = sequence->prompt_length(),
+                        .computed_tokens = sequence->num_computed,
+                        .generated_tokens = sequence->num_generated(),
+                        .max_tokens = sequence->request.max_tokens,
+                        .pages = sequence->pages.num_pages()});
   }
-  return running;
 }
 
 void ObserveFinished(const Sequence& sequence, EngineStats* stats) {

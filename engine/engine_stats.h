@@ -63,7 +63,8 @@ struct RunningRequest {
 EngineStats EmptyStats(const PageCounts& pools);
 // Sets the gauges and counters that the scheduler keeps.
 void ReadScheduler(const Scheduler& scheduler, EngineStats* stats);
-std::vector<RunningRequest> RunningRequestsOf(const Scheduler& scheduler);  // oldest first
+// Oldest first.
+void ReadRunning(const Scheduler& scheduler, std::vector<RunningRequest>* running);
 // Adds a finished request's lengths, and the phases that it went through.
 void ObserveFinished(const Sequence& sequence, EngineStats* stats);
 // The length of a prompt that needs no more computing for the first time, else 0.

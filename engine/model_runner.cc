@@ -49,10 +49,14 @@ PageCounts UsefulPages(const KvLayout& layout, const EngineOptions& engine) {
           .norms = engine.max_sequences * longest.norms};
 }
 
-// The device's part of a plan is given: its order of codes, and `free_bytes`, which a cache of
-// memory "auto" may take.
-Result<void> PlanCache(const ModelConfig& config, KvCacheOptions kv_cache, CodeOrder order,
-                       int64_t free_bytes, ModelPlan* plan) {
+// What a device says about a cache.
+struct DevicePart {
+  CodeOrder order;
+  int64_t free_bytes;  // that a cache of memory "auto" may take
+};
+
+Result<void> PlanCache(const ModelConfig& config, KvCacheOptions kv_cache, const DevicePart& device,
+                       ModelPlan* plan) {
   EngineOptions& engine = plan->engine;
   engine.exact_prefill = kv_cache.exact_prefill;
   engine.prefix_cache = kv_cache.prefix_cache && !kv_cache.exact_prefill;
@@ -63,13 +67,13 @@ Result<void> PlanCache(const ModelConfig& config, KvCacheOptions kv_cache, CodeO
                            "scheduler.max_context");
   }
   ASSIGN_OR_RETURN(const KvCacheSpec spec, ResolveKvCacheSpec(kv_cache, config));
-  ASSIGN_OR_RETURN(plan->layout, KvLayout::Create(spec, order));
+  ASSIGN_OR_RETURN(plan->layout, KvLayout::Create(spec, device.order));
   // Without a wish of the user, at least a context that reaches the first sealed page.
   const int64_t windows = OpenWindowPages(plan->layout) * plan->layout.page_tokens();
   const int64_t min_context =
       engine.max_context > 0 ? engine.max_context : std::min(config.max_positions, windows);
   const bool chosen = kv_cache.memory_bytes.has_value();
-  if (!chosen) kv_cache.memory_bytes = free_bytes;
+  if (!chosen) kv_cache.memory_bytes = device.free_bytes;
   ASSIGN_OR_RETURN(plan->pools, PlanKvPools(plan->layout, kv_cache, engine.max_sequences,
                                             engine.max_batch_tokens, min_context));
   if (engine.max_context == 0) {
@@ -97,7 +101,7 @@ Result<void> PlanNarrowCache(const ModelConfig& config, const KvCacheOptions& kv
   narrow(limits.max_sequences, &engine.max_sequences);
   narrow(limits.max_batch_tokens, &engine.max_batch_tokens);
   constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
-  RETURN_IF_ERROR(PlanCache(config, kv_cache, order, kAll, plan));
+  RETURN_IF_ERROR(PlanCache(config, kv_cache, {order, kAll}, plan));
   plan->pools = TrimKvPools(plan->layout, plan->pools, UsefulPages(plan->layout, engine),
                             engine.exact_prefill);
   return {};
@@ -212,7 +216,7 @@ int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> 
   const int64_t packed = config.num_parameters() - (config.tie_word_embeddings ? 0 : table) -
                          (has_codes ? config.num_layer_weights() : 0) -
                          (has_head_codes ? table : 0);
-  const bool shared = config.tie_word_embeddings && !config.low_bit_head &&
+  const bool shared = config.tie_word_embeddings && !config.low_bit_head && !format &&
                       backend.packs_row_major(config.hidden_size);
   return (shared ? 0 : table * DTypeBytes(DType::kBF16)) +
          packed * (format == WeightFormat::kF32 ? 4 : 2) +
@@ -220,29 +224,38 @@ int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> 
          (has_head_codes ? config.low_bit_head_bytes() : 0);
 }
 
+// Bytes of the weights of `checkpoint`, or, if that is null, of random ones.
+int64_t WeightBytes(const ModelConfig& config, const ModelRunnerOptions& options,
+                    const Backend& backend, const Checkpoint* checkpoint) {
+  const int64_t least = LeastWeightBytes(config, options.dtype, backend);
+  if (checkpoint == nullptr || options.dtype) return least;
+  int64_t stored = 0;  // where it is of 4 bytes, it stays so
+  for (const CheckpointTensor& tensor : checkpoint->tensors()) stored += tensor.view.bytes();
+  return std::max(least, stored);
+}
+
 // What a cache of memory "auto" may take of the device's memory: half of what the weights leave on
 // a host, which others use, too; on a device of its own all but what steps take. Errors: resource
 // exhausted, with the numbers, if the weights leave nothing.
-Result<int64_t> FreeForCache(const ModelConfig& config, const ModelRunnerOptions& options,
-                             const Backend& backend) {
-  constexpr int64_t kLeastForSteps = int64_t{512} << 20;
-  const int64_t available = backend.available_bytes();
-  const int64_t weights = LeastWeightBytes(config, options.dtype, backend);
-  const int64_t left = available - weights;
-  if (left > 0) {
-    if (backend.host_visible()) return left / 2;
-    const int64_t free = left - std::max(kLeastForSteps, available / 16);
-    if (free > 0) return free;
-  }
+Result<int64_t> FreeForCache(const ModelConfig& config, const ModelPlan& plan) {
+  constexpr int64_t kLeastRest = int64_t{512} << 20;  // a backend's own
+  const int64_t available = plan.backend->available_bytes();
+  const int64_t left = available - plan.weight_bytes;
+  const int64_t steps =
+      LlamaModel::ActivationBytes(config, plan.engine.max_batch_tokens, MaxLogitRows(plan.engine));
+  const int64_t free =
+      plan.backend->host_visible() ? left / 2 : left - steps - std::max(kLeastRest, available / 16);
+  if (free > 0) return free;
   return Error{ErrorCode::kResourceExhausted,
-               "weights of " + std::to_string(weights) +
-                   " bytes leave no memory for a cache: " + std::string(backend.name()) + " has " +
-                   std::to_string(available) + " bytes left",
+               "weights of " + std::to_string(plan.weight_bytes) +
+                   " bytes leave no memory for a cache: " + std::string(plan.backend->name()) +
+                   " has " + std::to_string(available) + " bytes left",
                "kv_cache.memory"};
 }
 
-// All but the checkpoint.
-Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions& options) {
+// All but the checkpoint's tensors; it may be null.
+Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions& options,
+                             const Checkpoint* checkpoint) {
   ModelPlan plan{.engine = options.engine};
   ASSIGN_OR_RETURN(plan.backend, CreateBackend(options.backend));
   // For a single row: the least that a step takes, and all that the device says about the heads'
@@ -251,12 +264,13 @@ Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions
                                          .max_head_dim = config.head_dim,
                                          .max_group = config.num_heads / config.num_kv_heads,
                                          .max_pages = 1}));
+  plan.weight_bytes = WeightBytes(config, options, *plan.backend, checkpoint);
   int64_t free_bytes = 0;
   if (!options.kv_cache.memory_bytes) {
-    ASSIGN_OR_RETURN(free_bytes, FreeForCache(config, options, *plan.backend));
+    ASSIGN_OR_RETURN(free_bytes, FreeForCache(config, plan));
   }
   RETURN_IF_ERROR(
-      PlanCache(config, options.kv_cache, plan.backend->code_order(), free_bytes, &plan));
+      PlanCache(config, options.kv_cache, {plan.backend->code_order(), free_bytes}, &plan));
   if (plan.engine.max_context < kLeastContext) {
     return InvalidArgument("a context of " + std::to_string(plan.engine.max_context) +
                                " token has no room for a prompt and an answer",
@@ -267,10 +281,8 @@ Result<ModelPlan> PlanRunner(const ModelConfig& config, const ModelRunnerOptions
 
 using MakeModel = std::function<Result<std::unique_ptr<LlamaModel>>(Backend*, LoadOptions)>;
 
-Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
-                                                  const ModelRunnerOptions& options,
+Result<std::unique_ptr<ModelRunner>> CreateRunner(ModelPlan plan, const ModelRunnerOptions& options,
                                                   const MakeModel& make) {
-  ASSIGN_OR_RETURN(ModelPlan plan, PlanRunner(config, options));
   const EngineOptions& engine = plan.engine;
 
   const auto weights = std::make_shared<Weights>();
@@ -291,7 +303,7 @@ Result<std::unique_ptr<ModelRunner>> CreateRunner(const ModelConfig& config,
 }  // namespace
 
 Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptions& options) {
-  ASSIGN_OR_RETURN(ModelPlan plan, PlanRunner(checkpoint.config(), options));
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanRunner(checkpoint.config(), options, &checkpoint));
   RETURN_IF_ERROR(LlamaModel::CheckTensors(checkpoint));
   return plan;
 }
@@ -318,17 +330,22 @@ Result<KvPoolPlan> PlanFurtherCache(const ModelConfig& config, const EngineOptio
 
 Result<std::unique_ptr<ModelRunner>> ModelRunner::Create(
     std::shared_ptr<const Checkpoint> checkpoint, const ModelRunnerOptions& options) {
-  return CreateRunner(checkpoint->config(), options, [&](Backend* backend, LoadOptions load) {
+  const ModelConfig& config = checkpoint->config();
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanRunner(config, options, checkpoint.get()));
+  const auto make = [&](Backend* backend, LoadOptions load) {
     return LlamaModel::Load(checkpoint, backend, std::move(load));
-  });
+  };
+  return CreateRunner(std::move(plan), options, make);
 }
 
 Result<std::unique_ptr<ModelRunner>> ModelRunner::CreateRandom(const ModelConfig& config,
                                                                uint64_t seed,
                                                                const ModelRunnerOptions& options) {
-  return CreateRunner(config, options, [&](Backend* backend, LoadOptions load) {
+  ASSIGN_OR_RETURN(ModelPlan plan, PlanRunner(config, options, nullptr));
+  const auto make = [&](Backend* backend, LoadOptions load) {
     return LlamaModel::Random(config, seed, backend, std::move(load));
-  });
+  };
+  return CreateRunner(std::move(plan), options, make);
 }
 
 }  // namespace innerq

@@ -30,6 +30,7 @@ struct ModelRunnerOptions {
 // What would come up: the device, and how the cache fills its memory. Cheap; reads no weights.
 struct ModelPlan {
   std::unique_ptr<Backend> backend{};
+  int64_t weight_bytes = 0;  // in the device's memory, about
   KvLayout layout{};
   KvPoolPlan pools{};
   EngineOptions engine;  // max_context resolved

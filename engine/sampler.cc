@@ -137,16 +137,32 @@ double WeighAll(std::span<const float> logits, float max, float temperature,
                 SamplerScratch& scratch) {
   scratch.weights.resize(logits.size());
   scratch.sums.resize(static_cast<size_t>(CeilDiv(std::ssize(logits), kLogitBlock)));
-  BestLogitOps().weigh(logits, max, temperature, scratch.weights, scratch.sums);
+  BestLogitOps().weigh({logits, max, temperature, scratch.weights, scratch.sums});
   return std::accumulate(scratch.sums.begin(), scratch.sums.end(), 0.0);
 }
 
-// Makes `candidates` all tokens that weigh anything.
-void ListAll(std::span<const float> logits, std::span<const float> weights,
-             std::vector<Candidate>& candidates) {
+// Makes `candidates` all tokens that can be chosen.
+void ListAll(std::span<const float> logits, std::vector<Candidate>& candidates) {
+  candidates.clear();
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (logits[i] != kMasked) candidates.push_back({logits[i], static_cast<int32_t>(i), 0});
+  }
+}
+
+// Keeps the k most likely, in any order.
+void KeepBest(int64_t k, std::vector<Candidate>& candidates) {
+  if (k >= std::ssize(candidates)) return;
+  std::nth_element(candidates.begin(), candidates.begin() + k, candidates.end(), MoreLikely);
+  candidates.resize(static_cast<size_t>(k));
+}
+
+// Makes `candidates` all tokens that weigh at least `weight`, above 0.
+void ListAtLeast(std::span<const float> logits, std::span<const float> weights, float weight,
+                 std::vector<Candidate>& candidates) {
   candidates.clear();
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (weights[i] > 0) candidates.push_back({logits[i], static_cast<int32_t>(i), weights[i]});
+    if (weights[i] < weight) continue;
+    candidates.push_back({logits[i], static_cast<int32_t>(i), weights[i]});
   }
 }
 
@@ -233,10 +249,10 @@ int32_t ChooseFromAll(std::span<const float> logits, float max, const SampleArgs
   if (params.top_p == 1 && params.min_p == 0) return DrawFromAll(weights, scratch.sums, uniform);
   if (params.top_p < 1) {
     ListHeaviest(logits, weights, total * params.top_p, scratch.candidates);
+    KeepAtLeast(params.min_p, scratch.candidates);
   } else {
-    ListAll(logits, weights, scratch.candidates);
+    ListAtLeast(logits, weights, params.min_p, scratch.candidates);
   }
-  KeepAtLeast(params.min_p, scratch.candidates);
   return Draw(scratch.candidates, uniform);
 }
 
@@ -249,7 +265,13 @@ int32_t Choose(const SampleArgs& args, std::span<const float> logits, float max,
   }
   const int64_t top_k = args.params->top_k;
   if (top_k == 0 || top_k >= std::ssize(logits)) return ChooseFromAll(logits, max, args, scratch);
-  ListBest(logits, top_k, scratch.candidates);
+  constexpr int64_t kSmall = 1024;  // few enough for a heap to beat selection
+  if (top_k <= kSmall) {
+    ListBest(logits, top_k, scratch.candidates);
+  } else {
+    ListAll(logits, scratch.candidates);
+    KeepBest(top_k, scratch.candidates);
+  }
   return ChooseAmong(scratch.candidates, max, args);
 }
 
@@ -269,13 +291,19 @@ Result<TokenEvent> SampleTop(const SampleArgs& args, std::vector<Candidate>& can
   return event;
 }
 
-// Log-softmax of the raw logits, `max` being the largest: the chosen token's and the best ones.
-void AddLogprobs(std::span<const float> logits, float max, int32_t num_top, TokenEvent& event,
-                 SamplerScratch& scratch) {
-  const double log_sum = max + std::log(WeighAll(logits, max, 1, scratch));
+struct LogprobArgs {
+  std::span<const float> logits;
+  float max;  // the largest
+  int32_t num_top;
+};
+
+// Log-softmax of the raw logits: the chosen token's and the best ones.
+void AddLogprobs(const LogprobArgs& args, TokenEvent& event, SamplerScratch& scratch) {
+  const std::span<const float> logits = args.logits;
+  const double log_sum = args.max + std::log(WeighAll(logits, args.max, 1, scratch));
   const auto logprob = [log_sum](float logit) { return static_cast<float>(logit - log_sum); };
   event.logprob = logprob(logits[static_cast<size_t>(event.token_id)]);
-  ListBest(logits, num_top, scratch.candidates);
+  ListBest(logits, args.num_top, scratch.candidates);
   for (const Candidate& candidate : scratch.candidates) {
     event.top.push_back({candidate.id, logprob(candidate.logit)});
   }
@@ -316,7 +344,7 @@ Result<TokenEvent> Sample(const SampleArgs& args, SamplerScratch& scratch) {
     return Error{ErrorCode::kInternal, "every token is masked, none is left to choose"};
   }
   if (args.params->num_logprobs >= 0) {
-    AddLogprobs(args.logits, max, args.params->num_logprobs, event, scratch);
+    AddLogprobs({args.logits, max, args.params->num_logprobs}, event, scratch);
   }
   return event;
 }
@@ -326,7 +354,7 @@ Result<TokenEvent> Score(std::span<const float> logits, int32_t token, int32_t n
   ASSIGN_OR_RETURN(const float max, LargestOf(logits));
   TokenEvent event;
   event.token_id = token;
-  AddLogprobs(logits, max, num_top, event, scratch);
+  AddLogprobs({logits, max, num_top}, event, scratch);
   return event;
 }
 

@@ -15,7 +15,8 @@ namespace innerq {
 class SealedGroupCounter {
  public:
   // `layers` are those of the cache whose pages are counted; it and `backend` must outlive this. A
-  // step seals at most `most_seals` pages. Errors: resource exhausted.
+  // step rarely seals more than `most_seals` pages (an exact prefill's last one does). Errors:
+  // resource exhausted.
   static Result<SealedGroupCounter> Create(Backend* backend, std::span<const PagedKvView> layers,
                                            int64_t most_seals);
 

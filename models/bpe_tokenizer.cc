@@ -87,8 +87,9 @@ bool Has(const Steps& steps) {
 class BpeTokenizer : public Tokenizer {
  public:
   Result<void> Load(TokenizerJson json, const TokenizerConfig& config) {
-    if (json.appends && !config.add_bos)
+    if (json.appends && !config.add_bos) {
       return *json.appends;  // else the post-processor is not asked
+    }
     ReadVocabulary(json);
     RETURN_IF_ERROR(ReadAddedTokens(json, config));
     RETURN_IF_ERROR(ReadBytes(json));

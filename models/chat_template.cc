@@ -13,6 +13,14 @@
 namespace innerq {
 namespace {
 
+// As many characters of UTF-8 as fit into `max_bytes`.
+std::string FirstCharacters(const std::string& text, size_t max_bytes) {
+  if (text.size() <= max_bytes) return text;
+  size_t end = max_bytes;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 constexpr std::array<std::string_view, 6> kRoles = {"system",    "developer", "user",
                                                     "assistant", "tool",      "function"};
 // Texts that no template writes by itself, for conversations that show what it does: that of the
@@ -297,7 +305,7 @@ class JinjaChatTemplate : public ChatTemplate {
       if (std::find(kRoles.begin(), kRoles.end(), role) == kRoles.end()) {
         return InvalidArgument(
             "expected the role system, developer, user, assistant, tool or function, found \"" +
-                role.substr(0, 40) + "\"",
+                FirstCharacters(role, 40) + "\"",
             Place(i, "role"));
       }
       if (left_out_.contains(role)) {

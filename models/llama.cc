@@ -470,6 +470,15 @@ class FusedLlama : public LlamaModel {
 
 }  // namespace
 
+int64_t LlamaModel::ActivationBytes(const ModelConfig& config, int64_t rows, int64_t logit_rows) {
+  const int64_t queries = config.num_heads * config.head_dim;
+  const int64_t keys = config.num_kv_heads * config.head_dim;
+  const int64_t width = 2 * config.hidden_size + 3 * queries + 2 * keys +
+                        3 * config.intermediate_size + config.head_dim;
+  return DTypeBytes(DType::kF32) *
+         (rows * width + logit_rows * (config.hidden_size + config.vocab_size));
+}
+
 Result<void> LlamaModel::CheckTensors(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
   const Shape norm{config.hidden_size};

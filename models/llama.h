@@ -42,6 +42,9 @@ class LlamaModel {
   // all or none. Errors: data loss for one that is missing or misshapen, invalid argument for a
   // bias that config.json does not declare, which would go unused; the message names the tensor.
   static Result<void> CheckTensors(const Checkpoint& checkpoint);
+
+  // Bytes that steps of so many rows, and rows of logits, take beside weights and cache.
+  static int64_t ActivationBytes(const ModelConfig& config, int64_t rows, int64_t logit_rows);
   // Takes the memory of a step and packs a checkpoint for `backend`, which must outlive the model.
   // The checkpoint stays mapped as long as the model lives. Errors: as of CheckTensors; invalid
   // argument for heads that the backend cannot compute; resource exhausted.

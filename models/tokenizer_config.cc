@@ -144,8 +144,8 @@ Result<std::vector<TokenizerConfig::Named>> ReadChatTemplates(const json& file) 
 }
 
 // Of all classes, transformers' Llama tokenizers put BOS and EOS around texts themselves, and by
-// these keys; others do what tokenizer.json says. A file that names no class is read as Llama's, as
-// transformers does for a Llama or Mistral model.
+// these keys; others do what tokenizer.json says. A file that names no class is read as Llama's
+// where the key is there.
 Result<std::optional<bool>> ReadAddBos(const json& file) {
   ASSIGN_OR_RETURN(const std::optional<bool> add_bos, ReadFlag(file, "add_bos_token"));
   ASSIGN_OR_RETURN(const bool add_eos, ReadFlag(file, "add_eos_token", false));

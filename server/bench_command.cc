@@ -74,12 +74,13 @@ Result<std::vector<BenchLoad>> MakeLoads(const BenchArgs& args, const EngineOpti
   std::vector<BenchLoad> loads;
   for (const int64_t depth : args.depths) {
     for (const int64_t batch : args.batches) {
-      const BenchLoad& load = loads.emplace_back(BenchLoad{.batch = batch,
-                                                           .depth = depth,
-                                                           .prompt = args.prompt,
-                                                           .generate = args.generate,
-                                                           .seed = kSeed,
-                                                           .temperature = args.temperature});
+      const BenchLoad& load =
+          loads.emplace_back(BenchLoad{.batch = batch,
+                                       .depth = depth,
+                                       .prompt = args.prompt,
+                                       .generate = args.generate,
+                                       .seed = kSeed,
+                                       .temperature = static_cast<float>(args.temperature)});
       if (batch > engine.max_sequences) {
         return InvalidArgument(
             fmt::format("--batch: {} sequences are more than run at once, "

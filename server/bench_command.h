@@ -22,7 +22,7 @@ struct BenchArgs {
   std::vector<int64_t> depths = {0};  // tokens of each sequence that are cached before its prompt
   int64_t prompt = 512;               // tokens
   int64_t generate = 128;             // steps after the prompt's
-  float temperature = 0;              // of sampling; 0: greedy
+  double temperature = 0;             // of sampling; 0: greedy
   int64_t runs = 3;                   // of which the median counts
   std::filesystem::path json;         // file to write; empty: none
 };

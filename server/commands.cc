@@ -57,22 +57,37 @@ Result<void> PrintConfig(const Options& options) {
   RETURN_IF_ERROR(LoadApiKeys(options.server));
   ASSIGN_OR_RETURN(const ModelFiles model, OpenModel(options));
   const ModelConfig& config = model.config;
-  ASSIGN_OR_RETURN(const ModelPlan plan, PlanModel(*model.checkpoint, options.runner));
+  const Result<ModelPlan> plan = PlanModel(*model.checkpoint, options.runner);
+  // Memory is no error: a server that runs already may hold what this one is to have.
+  const bool lacks_memory = !plan && !options.runner.kv_cache.memory_bytes &&
+                            plan.error().code == ErrorCode::kResourceExhausted;
+  if (!plan && !lacks_memory) return plan.error();
   fmt::print("the configuration is valid; it would serve {} as {} on {}:{}\n",
              options.model.path.string(), options.model.alias, options.server.host,
              options.server.port);
   PrintModel(config);
   fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", model.tokenizer->vocab_size(),
              model.chat_template ? model.chat_template->name() : "none");
-  fmt::print("backend: {}\n", plan.backend->name());
   if (config.low_bit) fmt::print("weights: {}\n", DescribeLowBit(options, config));
-  for (const std::string& line : DescribeCache(plan.layout)) fmt::print("cache {}\n", line);
+  const auto warn = [](const std::string& what) {
+    fmt::print(stderr, "innerq: warning: at the moment {}\n", what);
+  };
+  if (!plan) {
+    warn(plan.error().message);
+    return {};
+  }
+  fmt::print("backend: {}\n", plan->backend->name());
+  for (const std::string& line : DescribeCache(plan->layout)) fmt::print("cache {}\n", line);
   fmt::print(
       "cache memory: {} bytes, {} F16 and {} quantized pages; one sequence could hold {} tokens\n",
-      plan.pools.bytes, plan.pools.open_pages, plan.pools.sealed_pages, plan.pools.tokens_that_fit);
-  // Not an error: a server that runs already may hold what this one is to have.
-  const Result<void> fits = CheckMemory(config, options.runner, plan.pools.bytes);
-  if (!fits) fmt::print(stderr, "innerq: warning: at the moment {}\n", fits.error().message);
+      plan->pools.bytes, plan->pools.open_pages, plan->pools.sealed_pages,
+      plan->pools.tokens_that_fit);
+  const int64_t available = plan->backend->available_bytes();
+  if (plan->weight_bytes > available - plan->pools.bytes) {
+    warn(fmt::format(
+        "weights of {} bytes and this cache are more than the {} bytes that {} has left",
+        plan->weight_bytes, available, plan->backend->name()));
+  }
   return {};
 }
 

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "server/utf8.h"
+
 namespace innerq {
 namespace {
 
@@ -41,7 +43,9 @@ class Checker : public nlohmann::json_sax<Json> {
   }
   bool parse_error(size_t, const std::string&, const nlohmann::detail::exception& error) override {
     const std::string reason = error.what();  // "[the exception's name] parse error at line 1, ..."
-    error_ = InvalidArgument("not JSON: " + reason.substr(reason.find("] ") + 2, kMaxReasonBytes));
+    error_ = InvalidArgument(
+        "not JSON: " +
+        ShortenUtf8(ReplaceInvalidUtf8(reason.substr(reason.find("] ") + 2)), kMaxReasonBytes));
     return false;
   }
 

@@ -333,11 +333,11 @@ int main(int argc, char** argv) {
 
   CLI::App* const inspect =
       app.add_subcommand("inspect", "Describe a model and its cache; loads no weights");
-  std::filesystem::path path;
+  std::filesystem::path path = source.file;
   CLI::Option_group* const what = inspect->add_option_group("what");
-  what->add_option("-c,--config", path, "Configuration file");
+  what->add_option("-c,--config", path, "Configuration file; default: that of $INNERQ_CONFIG");
   what->add_option("path", path, "Configuration file or model directory");
-  what->require_option(1);
+  what->require_option(path.empty() ? 1 : 0, 1);
   inspect->add_option("--set", source.overrides, "Replace one key: a.b.c=value (repeatable)")
       ->allow_extra_args(false);
 
@@ -354,9 +354,13 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help and the like
-    const bool unknown = argc > 1 && argv[1][0] != '-' && app.get_subcommands().empty();
+    // The first word that is no command, where one is asked for.
+    int at = 1;
+    const CLI::App* command = &app;
+    while (!command->get_subcommands().empty()) command = command->get_subcommands().front(), ++at;
+    const bool unknown = !command->get_subcommands({}).empty() && at < argc && argv[at][0] != '-';
     std::fprintf(stderr, "innerq: %s\n",
-                 unknown ? ("there is no command " + std::string(argv[1])).c_str() : error.what());
+                 unknown ? ("there is no command " + std::string(argv[at])).c_str() : error.what());
     std::fprintf(stderr, "Run with --help for more information.\n");
     return 2;
   }

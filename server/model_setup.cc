@@ -142,7 +142,10 @@ Result<ModelFiles> OpenModel(const Options& options) {
   };
   Result<ModelFiles> files = open();
   if (files || !files.error().param.empty()) return files;
-  return Error{files.error().code, files.error().message, "model.path"};
+  // Files that are damaged are not the configuration's fault.
+  const ErrorCode code = files.error().code;
+  if (code != ErrorCode::kInvalidArgument && code != ErrorCode::kNotFound) return files;
+  return Error{code, files.error().message, "model.path"};
 }
 
 Result<ModelParts> LoadParts(const Options& options, const std::function<bool()>& interrupted) {

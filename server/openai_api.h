@@ -9,11 +9,11 @@
 #include <optional>
 #include <random>
 #include <string>
-#include <thread>
 #include <variant>
 #include <vector>
 
 #include "engine/engine.h"
+#include "kernels/cpu/host_threads.h"
 #include "models/chat_template.h"
 #include "models/tokenizer.h"
 #include "server/answer.h"
@@ -38,10 +38,9 @@ struct ApiModel {
   // For requests with texts, read, rendered, encoded or decoded: that takes a core, and memory up
   // to 250 times theirs. Those that want no answer of the model (utility_slots) do not hold up the
   // others, and leave them cores. All copies share the slots.
-  std::shared_ptr<WorkSlots> text_slots =
-      std::make_shared<WorkSlots>(std::max(1u, std::thread::hardware_concurrency()), kMaxTextBytes);
-  std::shared_ptr<WorkSlots> utility_slots = std::make_shared<WorkSlots>(
-      std::max(1u, std::thread::hardware_concurrency() / 2), kMaxTextBytes);
+  std::shared_ptr<WorkSlots> text_slots = std::make_shared<WorkSlots>(UsableCores(), kMaxTextBytes);
+  std::shared_ptr<WorkSlots> utility_slots =
+      std::make_shared<WorkSlots>(std::max(1, UsableCores() / 2), kMaxTextBytes);
 };
 
 // The local time, for chat templates that write the date.

@@ -65,8 +65,9 @@ std::variant<UtilityRequest, ApiError> UtilityApi::Read(const HttpRequest& http,
                                                         UtilityEndpoint endpoint) const {
   auto parsed = ParseUtilityRequest(http.body, endpoint);
   if (const auto* request = std::get_if<UtilityRequest>(&parsed)) {
-    if (request->model && *request->model != model_.id)
+    if (request->model && *request->model != model_.id) {
       return UnknownModelError(*request->model, model_);
+    }
   }
   return parsed;
 }

@@ -11,8 +11,8 @@
 namespace innerq {
 
 // Bounds the threads that work at once, and the bytes that they work on together. Whoever finds no
-// room waits, first come first served. Memory that work has freed goes back to the system before
-// more is begun: glibc would keep it for each thread that ever worked. Thread-safe.
+// room waits, first come first served. After each kTrimBytes of work what it has freed goes back to
+// the system: glibc would keep it for each thread that ever worked. Thread-safe.
 class WorkSlots {
  public:
   // Work on more than `max_bytes` is done alone.

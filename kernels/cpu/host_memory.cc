@@ -61,7 +61,7 @@ Result<Buffer> AllocateHost(int64_t bytes) {
   if (large) madvise(memory, padded, MADV_HUGEPAGE);  // advice: may fail
 #endif
   // Each thread touches its own first, so that a machine of several memory nodes shares the load.
-  const auto chunk = static_cast<size_t>(large ? kHugePage : kCacheLine);
+  const size_t chunk = large ? static_cast<size_t>(kHugePage) : padded;
   const auto clear = [memory, chunk](int64_t i, int) {
     std::memset(static_cast<std::byte*>(memory) + static_cast<size_t>(i) * chunk, 0, chunk);
   };

@@ -12,8 +12,9 @@ namespace innerq {
 // limit (see control_group.h), of that. The largest number if nobody knows.
 int64_t AvailableHostBytes();
 
-// Zeroed memory, 64-byte aligned; from 4 MiB on aligned to 2 MiB and backed by huge pages where the
-// system has them. Errors: resource exhausted when it is more than the system has available.
+// Zeroed memory, 64-byte aligned; from 4 MiB on aligned to 2 MiB, backed by huge pages where the
+// system has them, and cleared on all usable cores. Errors: resource exhausted when it is more than
+// the system has available.
 Result<Buffer> AllocateHost(int64_t bytes);
 
 }  // namespace innerq

@@ -50,8 +50,8 @@ LargestLogit Largest(std::span<const float> logits) {
   return {.value = max, .finite = sum == 0};
 }
 
-void Weigh(std::span<const float> logits, float max, float temperature, std::span<float> weights,
-           std::span<double> sums) {
+void Weigh(const WeighArgs& args) {
+  const auto& [logits, max, temperature, weights, sums] = args;
   const auto origin = hn::Set(kF32, max), divisor = hn::Set(kF32, temperature);
   const auto weigh = [&](auto x) { return hn::Exp(kF32, hn::Div(hn::Sub(x, origin), divisor)); };
   for (size_t block = 0; block < sums.size(); ++block) {

@@ -18,14 +18,21 @@ struct LargestLogit {
   bool finite = false;  // all logits are
 };
 
+struct WeighArgs {
+  std::span<const float> logits;  // [V]
+  float max = 0;                  // the largest
+  float temperature = 1;
+  std::span<float> weights;  // [V]
+  std::span<double> sums;    // of blocks of kLogitBlock
+};
+
 struct LogitOps {
   // Of `logits` [V], V > 0.
   LargestLogit (*largest)(std::span<const float> logits);
-  // weights[i] = exp((logits[i] - max) / temperature), at most 1, for logits up to `max`; 0 for
-  // -infinity. Relative error below 1e-6. sums[b] is the sum of the weights [b * kLogitBlock,
-  // (b + 1) * kLogitBlock), in double.
-  void (*weigh)(std::span<const float> logits, float max, float temperature,
-                std::span<float> weights, std::span<double> sums);
+  // weights[i] = exp((logits[i] - max) / temperature): 1 for the largest, 0 for -infinity. Relative
+  // error below 1e-6. sums[b] is that of the weights [b * kLogitBlock, (b + 1) * kLogitBlock), in
+  // double.
+  void (*weigh)(const WeighArgs& args);
 };
 
 // Of a variant that this machine can run (CHECK).

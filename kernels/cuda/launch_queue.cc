@@ -84,7 +84,8 @@ Result<void> LaunchQueue::LaunchRecorded() {
 }
 
 // All that launches do for the first time (loading a kernel, choosing an algorithm), which a
-// capture may not allow, they did when the record came first.
+// capture may not allow, they did when the record came first; a plan that was dropped since is made
+// again, and if the capture does not allow it there are no graphs until the next Reserve.
 Result<ExecutableGraph> LaunchQueue::CaptureRecorded() {
   Result<void> made;
   const auto check = [&made](cudaError_t status, const char* what) {

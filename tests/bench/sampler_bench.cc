@@ -50,6 +50,7 @@ int main(int argc, char** argv) {
   Register("top_p_0.9", with([](SamplingParams& p) { p.top_p = 0.9f; }));
   Register("min_p_0.05", with([](SamplingParams& p) { p.min_p = 0.05f; }));
   Register("top_k_100", with([](SamplingParams& p) { p.top_k = 100; }));
+  Register("top_k_50000", with([](SamplingParams& p) { p.top_k = 50000; }));
   Register("penalties", with([](SamplingParams& p) { p.repetition_penalty = 1.1f; }));
   Register("greedy_logprobs_5", with([](SamplingParams& p) {
              p.temperature = 0;

@@ -93,7 +93,10 @@ def test_wrong_usage_and_configuration_exit_2():
     assert run("serve").returncode == 2
     assert run("none").returncode == 2
     assert run("--version").stdout.startswith("innerq ")
+    assert "there is no command serv\n" in run("serv", "-c", CONFIG).stderr
+    assert "there is no command frob\n" in run("eval", "frob").stderr
     expect_error(2, "cannot read", "serve", "-c", "/none.json")
+    expect_error(2, "Is a directory", "check-config", "-c", "/")
     expect_error(2, "bitz", "check-config", "-c", CONFIG, "--set", "kv_cache.key.bitz=3")
     expect_error(2, "model.path", "serve", "-c", CONFIG, "--set", "model.path=/none")
 
@@ -254,6 +257,17 @@ def test_memory_that_the_machine_lacks_is_named_with_its_size():
     assert "are available" in done.stderr, done.stderr
 
 
+def test_damaged_weights_exit_1():
+    with tempfile.TemporaryDirectory() as directory:
+        model = pathlib.Path(directory) / "model"
+        shutil.copytree(MODEL, model)
+        weights = model / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+        for command in ("serve", "check-config"):
+            expect_error(1, "truncated", command, "-c", CONFIG, "--set", f"model.path={model}",
+                         "--set", "server.port=0")
+
+
 def test_keys_and_origins_guard_the_model_and_stay_out_of_the_log():
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
@@ -337,11 +351,13 @@ def test_a_signal_that_is_repeated_at_once_is_one():
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for first, number in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT),
+                          (signal.SIGTERM, signal.SIGINT)):
         with tempfile.TemporaryFile() as log, start(stderr=log) as server:
             replies = [stream(server, 3900) for _ in range(8)]  # dropped ones would be cancelled
-            server.process.send_signal(number)
-            time.sleep(1.2)  # earlier it would be the same signal repeated
+            server.process.send_signal(first)
+            # Earlier the same one would be a repetition; another must not overtake the first.
+            time.sleep(1.2 if first == number else 0.2)
             server.process.send_signal(number)
             assert server.process.wait(timeout=5) == 128 + number
             log.seek(0)

@@ -429,6 +429,52 @@ TEST(Score, ReportsATokenAsSampleReportsIt) {
   EXPECT_EQ(Score(std::vector<float>{0, kNaN}, 0, 0, scratch).error().code, ErrorCode::kInternal);
 }
 
+// Rows of all kinds give what they give alone, on any number of threads, call after call.
+TEST(RowSampler, RowsDependNeitherOnOthersNorOnThreads) {
+  std::vector<std::vector<float>> logits;
+  for (uint32_t i = 0; i < 24; ++i) logits.push_back(RandomLogits(700 + 64 * i, i));
+  logits[5][17] = kNaN;
+  const SeenTokens seen = SeenTokens::InPrompt(std::vector<int32_t>{3, 4, 5});
+  std::vector<SamplingParams> params(6);
+  params[0].temperature = 0;
+  params[1].top_p = 0.8f;
+  params[2].repetition_penalty = 1.3f;
+  params[3].num_logprobs = 3;
+  params[4].top_k = 1500;
+  params[5].min_p = 0.1f;
+  const std::vector<TopLogit> top = {{7.0f, 11}};
+  std::vector<RowArgs> rows;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    RowArgs row{.sample = {.logits = logits[i],
+                           .params = &params[i % params.size()],
+                           .seen = &seen,
+                           .index = static_cast<int64_t>(i)}};
+    if (i % 7 == 3) row.scored = static_cast<int32_t>(i);
+    if (i == 12) row.sample.top = top;  // greedy
+    rows.push_back(row);
+  }
+  SamplerScratch scratch;
+  for (const int threads : {1, 2, 5}) {
+    RowSampler sampler(threads);
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      const auto results = sampler.Run(rows);
+      ASSERT_EQ(results.size(), rows.size());
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const RowArgs& row = rows[i];
+        const auto alone = row.scored ? Score(row.sample.logits, *row.scored, row.num_top, scratch)
+                                      : Sample(row.sample, scratch);
+        ASSERT_EQ(results[i].ok(), alone.ok()) << i;
+        EXPECT_EQ(alone.ok(), i != 5);
+        if (!alone) continue;
+        EXPECT_EQ(results[i]->token_id, alone->token_id) << i;
+        EXPECT_EQ(results[i]->logprob, alone->logprob) << i;
+        EXPECT_EQ(results[i]->top.size(), alone->top.size()) << i;
+      }
+    }
+    EXPECT_EQ(sampler.Run({}).size(), 0u);
+  }
+}
+
 TEST(SeedOfChoice, DiffersForEachChoiceAndSeed) {
   std::set<uint64_t> seeds;
   for (uint64_t seed = 0; seed < 50; ++seed) {

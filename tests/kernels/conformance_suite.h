@@ -19,8 +19,8 @@ struct ConformanceCheck {
   std::string (*run)(Backend& candidate);
 };
 
-// All operations but those on the cache; with CacheChecks() one entry for every operation of
-// Backend.
+// All operations but those on the cache; with CacheChecks() at least one entry for every
+// operation of Backend.
 const std::vector<ConformanceCheck>& ConformanceChecks();
 
 struct CacheCase {

@@ -58,7 +58,7 @@ TEST_P(LogitOpsTest, WeightsAreExponentials) {
         const size_t blocks = (size + kLogitBlock - 1) / kLogitBlock;
         std::vector<float> weights(size, 99.0f);
         std::vector<double> sums(blocks, 99.0);
-        ops_.weigh(logits, max, temperature, weights, sums);
+        ops_.weigh({logits, max, temperature, weights, sums});
         for (size_t i = 0; i < size; ++i) {
           const double u = (static_cast<double>(logits[i]) - max) / temperature;
           // The exponent is rounded in F32, so its error grows with its size.
@@ -67,6 +67,13 @@ TEST_P(LogitOpsTest, WeightsAreExponentials) {
               u < -100 ? weights[i] < 1e-37f : std::fabs(weights[i] - wanted) <= error + 1e-38;
           EXPECT_TRUE(near) << logits[i] - max << ": " << weights[i] << ", expected " << wanted;
           EXPECT_LE(weights[i], 1.0f);
+          EXPECT_GE(weights[i], 0.0f);
+          if (logits[i] == max) {
+            EXPECT_EQ(weights[i], 1.0f);
+          }
+        }
+        if (size > 4) {
+          EXPECT_EQ(weights[size / 2], 0.0f) << "of a masked token";
         }
         for (size_t b = 0; b < blocks; ++b) {
           const auto begin = b * static_cast<size_t>(kLogitBlock);
