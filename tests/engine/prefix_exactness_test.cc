@@ -167,7 +167,7 @@ TEST(PrefixCache, RandomCrowdsGetTheLogitsOfAnEngineWithoutACache) {
   EXPECT_GT(steps, 2000 * kSeeds);
   EXPECT_GT(hits, 1500 * kSeeds) << "tokens found";
   EXPECT_GT(evictions, 40 * kSeeds);
-  EXPECT_GT(preemptions, kSeeds);
+  EXPECT_GT(preemptions, kSeeds / 2);
 }
 
 struct Turn {

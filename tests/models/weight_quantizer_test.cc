@@ -586,7 +586,8 @@ TEST_F(WeightQuantizerTest, LooksAtTheMemoryOfMeasuringToo) {
     Quantized(options);
     int64_t stored = 0, coded = 0;
     for (const CheckpointTensor& tensor : source->tensors()) stored += tensor.view.bytes();
-    for (const CheckpointTensor& tensor : Open(output_)->tensors()) coded += tensor.view.bytes();
+    const auto made = Open(output_);
+    for (const CheckpointTensor& tensor : made->tensors()) coded += tensor.view.bytes();
     const int64_t logits = plan.scored_rows * source->config().vocab_size * 4;
     EXPECT_EQ(fits.error().message.find("measuring takes " + std::to_string(stored) +
                                         " bytes for the float model, " + std::to_string(coded) +
