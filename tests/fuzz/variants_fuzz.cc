@@ -56,7 +56,7 @@ void MultiplyPlainly(const DotArgs& args, const int32_t* x, int32_t* dots) {
 
 void CheckDot(Provider& input) {
   constexpr int kBits[] = {2, 3, 4, 8};
-  constexpr int64_t kGroups[] = {4, 8, 16, 32, 64, 128};
+  constexpr int64_t kGroups[] = {8, 16, 32, 64, 128};
   constexpr int64_t kReadBeyond = 64;
   DotArgs args;
   UnpackArgs& side = args.side;
