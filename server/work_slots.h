@@ -33,6 +33,12 @@ class WorkSlots {
     const int64_t bytes_;
   };
 
+  // How many wait for a slot.
+  int64_t num_waiting() const {
+    const std::lock_guard lock(mutex_);
+    return arrived_ - admitted_;
+  }
+
  private:
   void Take(int64_t bytes) {
     std::unique_lock lock(mutex_);
@@ -65,7 +71,7 @@ class WorkSlots {
 
   const int64_t count_;
   const int64_t max_bytes_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   // Guarded by mutex_.
   int64_t arrived_ = 0;    // so many have asked ...

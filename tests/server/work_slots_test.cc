@@ -5,6 +5,7 @@
 #include <chrono>
 #include <future>
 #include <memory>
+#include <thread>
 #include <vector>
 
 namespace innerq {
@@ -18,8 +19,12 @@ std::future<HeldSlot> AskForSlot(WorkSlots& slots, size_t bytes) {
                     [&slots, bytes] { return std::make_unique<WorkSlots::Slot>(slots, bytes); });
 }
 
-bool StillWaits(const std::future<HeldSlot>& slot, int milliseconds = 20) {
-  return slot.wait_for(std::chrono::milliseconds(milliseconds)) == std::future_status::timeout;
+// Until so many wait; false: not within ten seconds.
+bool WaitUntilWaiting(const WorkSlots& slots, int64_t count) {
+  for (int i = 0; i < 10000 && slots.num_waiting() != count; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return slots.num_waiting() == count;
 }
 
 TEST(WorkSlots, AreSoManyAndNoMore) {
@@ -27,7 +32,7 @@ TEST(WorkSlots, AreSoManyAndNoMore) {
   HeldSlot first = AskForSlot(slots, 1).get();
   const HeldSlot second = AskForSlot(slots, 1).get();
   auto third = AskForSlot(slots, 1);
-  EXPECT_TRUE(StillWaits(third));
+  ASSERT_TRUE(WaitUntilWaiting(slots, 1));
   first.reset();
   EXPECT_NE(third.get(), nullptr);
 }
@@ -36,12 +41,12 @@ TEST(WorkSlots, BoundTheBytesOfAllButTheOneThatIsAlone) {
   WorkSlots slots(64, 100);
   HeldSlot large = AskForSlot(slots, 1000).get();
   auto small = AskForSlot(slots, 1);
-  EXPECT_TRUE(StillWaits(small));
+  ASSERT_TRUE(WaitUntilWaiting(slots, 1));
   large.reset();
   HeldSlot held = small.get();
   HeldSlot rest = AskForSlot(slots, 99).get();
   auto none = AskForSlot(slots, 1);
-  EXPECT_TRUE(StillWaits(none));
+  ASSERT_TRUE(WaitUntilWaiting(slots, 1));
   rest.reset();
   EXPECT_NE(none.get(), nullptr);
 }
@@ -50,9 +55,9 @@ TEST(WorkSlots, GoToWhoeverCameFirst) {
   WorkSlots slots(64, 100);
   HeldSlot held = AskForSlot(slots, 60).get();
   auto large = AskForSlot(slots, 80);
-  EXPECT_TRUE(StillWaits(large, 300));  // its thread must have asked by then
-  auto small = AskForSlot(slots, 20);   // would fit, and so would any number of its kind for ever
-  EXPECT_TRUE(StillWaits(small));
+  ASSERT_TRUE(WaitUntilWaiting(slots, 1));
+  auto small = AskForSlot(slots, 20);  // would fit, and so would any number of its kind for ever
+  ASSERT_TRUE(WaitUntilWaiting(slots, 2));
   held.reset();
   const HeldSlot first = large.get(), second = small.get();
   EXPECT_TRUE(first && second);
