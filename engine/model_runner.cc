@@ -224,6 +224,15 @@ int64_t LeastWeightBytes(const ModelConfig& config, std::optional<WeightFormat> 
          (has_head_codes ? config.low_bit_head_bytes() : 0);
 }
 
+Result<void> CheckMemory(const Backend& backend, int64_t weight_bytes, int64_t cache_bytes) {
+  const int64_t available = backend.available_bytes();
+  if (cache_bytes <= available - weight_bytes) return {};
+  return Error{ErrorCode::kResourceExhausted,
+               "weights of " + std::to_string(weight_bytes) + " bytes and a cache of " +
+                   std::to_string(cache_bytes) + " are more than " + std::string(backend.name()) +
+                   " has left, " + std::to_string(available) + " bytes"};
+}
+
 // Bytes of the weights of `checkpoint`, or, if that is null, of random ones.
 int64_t WeightBytes(const ModelConfig& config, const ModelRunnerOptions& options,
                     const Backend& backend, const Checkpoint* checkpoint) {
@@ -311,13 +320,11 @@ Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptio
 Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
                          int64_t cache_bytes) {
   ASSIGN_OR_RETURN(const auto backend, CreateBackend(options.backend));
-  const int64_t weights = LeastWeightBytes(config, options.dtype, *backend);
-  const int64_t available = backend->available_bytes();
-  if (cache_bytes <= available - weights) return {};
-  return Error{ErrorCode::kResourceExhausted,
-               "weights of " + std::to_string(weights) + " bytes and a cache of " +
-                   std::to_string(cache_bytes) + " are more than " + std::string(backend->name()) +
-                   " has left, " + std::to_string(available) + " bytes"};
+  return CheckMemory(*backend, LeastWeightBytes(config, options.dtype, *backend), cache_bytes);
+}
+
+Result<void> CheckMemory(const ModelPlan& plan) {
+  return CheckMemory(*plan.backend, plan.weight_bytes, plan.pools.bytes);
 }
 
 Result<KvPoolPlan> PlanFurtherCache(const ModelConfig& config, const EngineOptions& engine,

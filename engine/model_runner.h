@@ -45,6 +45,8 @@ Result<ModelPlan> PlanModel(const Checkpoint& checkpoint, const ModelRunnerOptio
 // comes on top.
 Result<void> CheckMemory(const ModelConfig& config, const ModelRunnerOptions& options,
                          int64_t cache_bytes);
+// The same of what would come up.
+Result<void> CheckMemory(const ModelPlan& plan);
 
 // What came up: for the start-up report and `inspect`.
 struct ModelReport {

@@ -324,8 +324,11 @@ class FusedLlama : public LlamaModel {
   }
 
   Result<void> AllocateActivations() {
-    const auto allocate = [this](Buffer& buffer, int64_t count, int64_t width) -> Result<void> {
-      ASSIGN_OR_RETURN(buffer, backend_->Allocate(count * width * DTypeBytes(DType::kF32)));
+    int64_t total = 0;
+    const auto allocate = [&](Buffer& buffer, int64_t count, int64_t width) -> Result<void> {
+      const int64_t bytes = count * width * DTypeBytes(DType::kF32);
+      total += bytes;
+      ASSIGN_OR_RETURN(buffer, backend_->Allocate(bytes));
       return {};
     };
     const int64_t rows = options_.max_rows;
@@ -341,6 +344,7 @@ class FusedLlama : public LlamaModel {
     RETURN_IF_ERROR(allocate(act_.sin, rows, config_.head_dim / 2));
     RETURN_IF_ERROR(allocate(act_.gathered, logit_rows, hidden()));
     RETURN_IF_ERROR(allocate(act_.logits, logit_rows, config_.vocab_size));
+    CHECK(total == ActivationBytes(config_, rows, logit_rows), "memory was planned otherwise");
     if (backend_->host_visible()) return {};
     const int64_t top_bytes = logit_rows * kMaxTopLogits * static_cast<int64_t>(sizeof(TopLogit));
     ASSIGN_OR_RETURN(act_.logits_for_host, backend_->AllocateForHost(act_.logits.bytes()));

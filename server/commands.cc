@@ -69,11 +69,11 @@ Result<void> PrintConfig(const Options& options) {
   fmt::print("vocabulary of the tokenizer: {}; chat template: {}\n", model.tokenizer->vocab_size(),
              model.chat_template ? model.chat_template->name() : "none");
   if (config.low_bit) fmt::print("weights: {}\n", DescribeLowBit(options, config));
-  const auto warn = [](const std::string& what) {
-    fmt::print(stderr, "innerq: warning: at the moment {}\n", what);
+  const auto warn = [](const Error& error) {
+    fmt::print(stderr, "innerq: warning: at the moment {}\n", error.message);
   };
   if (!plan) {
-    warn(plan.error().message);
+    warn(plan.error());
     return {};
   }
   fmt::print("backend: {}\n", plan->backend->name());
@@ -82,12 +82,7 @@ Result<void> PrintConfig(const Options& options) {
       "cache memory: {} bytes, {} F16 and {} quantized pages; one sequence could hold {} tokens\n",
       plan->pools.bytes, plan->pools.open_pages, plan->pools.sealed_pages,
       plan->pools.tokens_that_fit);
-  const int64_t available = plan->backend->available_bytes();
-  if (plan->weight_bytes > available - plan->pools.bytes) {
-    warn(fmt::format(
-        "weights of {} bytes and this cache are more than the {} bytes that {} has left",
-        plan->weight_bytes, available, plan->backend->name()));
-  }
+  if (const auto fits = CheckMemory(*plan); !fits) warn(fits.error());
   return {};
 }
 
