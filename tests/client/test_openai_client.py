@@ -215,7 +215,8 @@ def test_a_full_server_is_a_typed_error(_, model):
                 extra_body={"ignore_eos": True})
             await anext(aiter(running))
             calls = {asyncio.create_task(client.completions.create(
-                model=model, prompt=PROMPT, max_tokens=1)) for _ in range(2)}
+                model=model, prompt=PROMPT, max_tokens=1,
+                extra_body={"ignore_eos": True})) for _ in range(2)}
             (refused,), (waiting,) = await asyncio.wait(
                 calls, return_when=asyncio.FIRST_COMPLETED)
             error = refused.exception()
